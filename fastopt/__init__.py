@@ -1,0 +1,15 @@
+"""fastopt: the optimizers of torch.optim as fused kernels, one launch for the whole model.
+
+    import fastopt
+    optimizer = fastopt.optim.AdamW(model.parameters(), lr=1e-3)   # torch's signature
+    optimizer = fastopt.swap(optimizer)                            # or turn a live one into ours
+
+Importing this costs little: a backend (Numba on CPU, Triton on GPU) is imported by the first step
+on its device.
+"""
+
+from fastopt import optim
+from fastopt.swap import swap
+
+__all__ = ["optim", "swap"]
+__version__ = "0.1.0"

@@ -1,0 +1,80 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adagrad import adagrad as torch_adagrad
+
+from fastopt.optim.base import FusedOptimizer
+from fastopt_kernels import rules
+
+
+class Adagrad(FusedOptimizer, torch.optim.Adagrad):
+    """s' = s + g^2;  p' = p - lr / (1 + (t - 1) lr_decay) g / (sqrt(s') + eps)
+
+    Duchi et al. 2011. Arguments, errors and state are those of torch.optim.Adagrad (its states are
+    there from the start, at initial_accumulator_value), and `capturable`, which torch's does not
+    have.
+    """
+
+    rule, scalars = rules.adagrad, rules.adagrad_scalars
+    state_names = ("sum",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._add_option("capturable", capturable)
+        self._exposed = False
+
+    def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+        value = self.defaults["initial_accumulator_value"]
+        fill = complex(value, value) if param.is_complex() else value
+        return torch.full_like(param, fill, memory_format=torch.preserve_format)
+
+    def sparse_error(self) -> None:
+        return None
+
+    def step_sparse(self, param: Tensor, group: dict[str, Any]) -> None:
+        """torch's own update, which touches only the rows that have a gradient."""
+        state = self.__dict__["state"][param]
+        torch_adagrad(
+            [param],
+            [param.grad],
+            [state["sum"]],
+            [state["step"]],
+            has_sparse_grad=True,
+            foreach=False,
+            fused=False,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            lr_decay=group["lr_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )

@@ -1,0 +1,51 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastopt.optim.base import FusedOptimizer
+from fastopt.optim.update import Update
+from fastopt_kernels import rules
+
+_AMSGRAD = Update(
+    rules.adam_amsgrad, rules.adam_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+)
+
+
+class _AdamUpdate(FusedOptimizer):
+    rule, scalars = rules.adam, rules.adam_scalars
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def update_of(self, group: dict[str, Any]) -> Update:
+        return _AMSGRAD if group["amsgrad"] else self._update
+
+
+class Adam(_AdamUpdate, torch.optim.Adam):
+    """m' = b1 m + (1 - b1) g;  v' = b2 v + (1 - b2) g^2;
+    p' = p - lr / (1 - b1^t) m' / (sqrt(v' / (1 - b2^t)) + eps)
+
+    Kingma & Ba 2015, algorithm 1 (arXiv:1412.6980); amsgrad: Reddi et al. 2018. Arguments, errors
+    and state are those of torch.optim.Adam; weight_decay is added to the gradient, unless
+    decoupled_weight_decay. Bias corrections are computed in double from the step count.
+    """
+
+    def sparse_error(self) -> str:
+        return (
+            "Adam does not support sparse gradients, please consider SparseAdam instead "
+            "(torch.optim.SparseAdam), or make the gradient dense (sparse=False in the embedding)."
+        )
+
+
+class AdamW(_AdamUpdate, torch.optim.AdamW):
+    """m' = b1 m + (1 - b1) g;  v' = b2 v + (1 - b2) g^2;
+    p' = (1 - lr weight_decay) p - lr / (1 - b1^t) m' / (sqrt(v' / (1 - b2^t)) + eps)
+
+    Loshchilov & Hutter 2019, algorithm 2 (arXiv:1711.05101). Arguments, errors and state are those
+    of torch.optim.AdamW. Bias corrections are computed in double from the step count, and the
+    decay is part of the update, so low-precision parameters are rounded once a step.
+    """
+
+    sparse_error = Adam.sparse_error

@@ -1,0 +1,284 @@
+"""The base class of every optimizer: torch's contract around one launch a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastopt.optim import eager
+from fastopt.optim.bucket import Bucket
+from fastopt.optim.plan import GroupKey, Odd, Plan, build
+from fastopt.optim.update import Update
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A torch.optim.Optimizer whose whole step is one kernel launch for each device.
+
+    A subclass names a rule, its host half and its states; kernels for CPU and GPU, every dtype and
+    the whole contract of torch.optim follow:
+
+        class Lion(FusedOptimizer):
+            rule, scalars, state_names = lion, lion_scalars, ("exp_avg",)
+
+            def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **options):
+                defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, **options)
+                super().__init__(params, defaults)
+
+    rule(p, g, *states, *scalars) -> (p, *states): one element, in floats; no number literals, no
+        functions but those of `fastopt.optim.xp`. Numba and Triton compile it.
+    scalars(step, *carried, *hyper-parameters) -> (*scalars, *carried): in double on the host,
+        step counted from 1; hyper-parameters by the names they have in a group, `beta1` for
+        `betas[0]`.
+    state_names: states of an element, zero at first unless `initial_state` says otherwise.
+    carried_names: numbers kept one a parameter, such as NAdam's mu_product.
+
+    Options of every subclass, in the defaults or in a group: maximize, capturable, differentiable,
+    foreach (a hint), fused (torch.amp.GradScaler's grad_scale and found_inf inside the step).
+
+    Raises, before anything is written: RuntimeError for sparse gradients where torch has none,
+    gradients of another shape or device, devices without kernels; TypeError for dtypes other than
+    float32, bfloat16, float16, float64, complex64 and complex128.
+    """
+
+    rule: ClassVar[Callable[..., Any]]
+    scalars: ClassVar[Callable[..., Any]]
+    state_names: ClassVar[tuple[str, ...]] = ()
+    carried_names: ClassVar[tuple[str, ...]] = ()
+
+    _update: ClassVar[Update]
+    _plan: Plan | None = None
+    # Steps of parameters whose state has none (SGD): {param: {"step": tensor}}.
+    _hidden: dict[Tensor, dict[str, Any]]
+    # Whether anybody else could have reached the states. Until somebody reads `state`, nobody can
+    # have replaced or saved one of them, and a step need not look.
+    _exposed: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "rule" in cls.__dict__:
+            cls._update = Update(cls.rule, cls.scalars, cls.state_names, cls.carried_names)
+
+    @property
+    def state(self) -> Any:
+        """The states by parameter, as torch has them."""
+        self._exposed = True
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
+        # The constructor of torch.optim.Optimizer makes the first one, and keeps no reference.
+        self._forget(exposed="param_groups" in self.__dict__)
+
+    def _forget(self, exposed: bool) -> None:
+        self._plan, self._hidden, self._exposed = None, {}, exposed
+
+    # What a subclass may say of itself.
+
+    def update_of(self, group: dict[str, Any]) -> Update:
+        """The update a parameter group is stepped by; the same object for the same settings."""
+        return self._update
+
+    def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """A state before the first step: zeros laid out like the parameter."""
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def initial_number(self, value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """A number kept one a parameter: on its device where the step is counted there."""
+        on_device = bool(group.get("capturable") or group.get("fused"))
+        device = param.device if on_device else torch.device("cpu")
+        return torch.tensor(value, dtype=_number_dtype(on_device), device=device)
+
+    def step_sparse(self, param: Tensor, group: dict[str, Any]) -> None:
+        """One step of a parameter whose gradient is sparse, where the optimizer has one."""
+        raise RuntimeError(self.sparse_error())
+
+    def sparse_error(self) -> str | None:
+        """Why sparse gradients are refused; None where they are not."""
+        return (
+            f"{type(self).__name__} does not support sparse gradients. fastopt.optim.SGD and "
+            "Adagrad do; or make the gradient dense (sparse=False in the embedding)."
+        )
+
+    # torch's contract.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group.get("fused"):
+            if group.get("differentiable"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if group.get("foreach"):
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self._note_amp()
+        self._plan = None
+
+    def _add_option(self, name: str, value: bool) -> None:
+        """An option torch's class does not have; groups show it only where it is set."""
+        if value:
+            self.defaults[name] = value
+            for group in self.param_groups:
+                group.setdefault(name, value)
+
+    def _note_amp(self) -> None:
+        if any(group.get("fused") for group in self.param_groups):
+            self._step_supports_amp_scaling = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget(exposed=True)
+        self._note_amp()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of torch.optim's class of that name.
+
+        torch casts every state but "step" to the parameter's dtype and device; numbers that are
+        one a parameter keep theirs here.
+        """
+        super().load_state_dict(state_dict)
+        self._forget(exposed=True)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, param in zip(saved, self._all_params(), strict=True):
+            for name in self.carried_names:
+                if name in (numbers := state_dict["state"].get(index, {})):
+                    value = torch.as_tensor(numbers[name], dtype=_number_dtype()).clone()
+                    self.state[param][name] = value
+
+    def _all_params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns the closure's loss if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
+            return loss
+        with torch.no_grad():
+            plan = self._current_plan()
+            scale = _Scale(getattr(self, "grad_scale", None), found_inf)
+            for bucket in plan.buckets:
+                self._run(bucket, scale)
+            for odd in plan.odd:
+                self._step_odd(odd, plan.keys[odd.group].update, scale)
+        return loss
+
+    # Dynamo leaves a function marked so to Python, as one clean graph break; torch.compiler.disable
+    # would do the same but imports Dynamo, a second on the first step.
+    step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _current_plan(self) -> Plan:
+        """The plan for the gradients that are there now, checked against every address it holds."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        keys = [
+            GroupKey(
+                self.update_of(group),
+                bool(group.get("capturable")),
+                bool(group.get("fused")),
+                bool(group.get("differentiable")),
+            )
+            for group in self.param_groups
+        ]
+        plan = self._plan
+        if plan is not None and plan.keys == keys and plan.fits(params, grads, self._exposed):
+            return plan
+        self._plan = None
+        plan = build(self, params, grads, keys)
+        for bucket in plan.buckets:
+            if not bucket.refresh(grads, exposed=False):
+                raise AssertionError("a plan must fit the gradients it was just built for")
+        if not plan.odd:
+            self._plan = plan
+        return plan
+
+    def _run(self, bucket: Bucket, scale: _Scale) -> None:
+        """One launch: stage, count, update, and tell autograd what was written."""
+        groups = {number: self.param_groups[number] for number in bucket.groups}
+        hypers = {n: bucket.update.hypers(group) for n, group in groups.items()}
+        signs = {n: -1.0 if group.get("maximize") else 1.0 for n, group in groups.items()}
+        if bucket.on_device:
+            bucket.run_on_device(hypers, signs, scale.grad_scale, scale.found_inf)
+        elif not scale.skip():
+            factor = scale.inverse()
+            numbers = {n: [float(x) for x in values] for n, values in hypers.items()}
+            bucket.run(numbers, {n: sign * factor for n, sign in signs.items()})
+        else:
+            return
+        increment_version(bucket.touched(states=self._exposed))
+
+    def _step_odd(self, odd: Odd, update: Update, scale: _Scale) -> None:
+        group, param = self.param_groups[odd.group], odd.param
+        grad = param.grad
+        if grad is None or scale.skip():
+            return
+        if odd.sparse:
+            if scale.grad_scale is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__} with fused=True cannot unscale sparse gradients: got "
+                    "one with a grad_scale. Leave fused unset, and GradScaler unscales before."
+                )
+            self.step_sparse(param, group)
+            return
+        sign = -1.0 if group.get("maximize") else 1.0
+        state = self._state_of(param, update)
+        numbers = state if update.counted else self._hidden[param]
+        with torch.set_grad_enabled(bool(group.get("differentiable"))):
+            eager.step_param(update, param, grad, state, numbers, group, sign * scale.inverse())
+
+    def _state_of(self, param: Tensor, update: Update) -> dict[str, Any]:
+        """The state of a parameter; an update without any leaves no entry, as with torch."""
+        if not update.counted and not update.state_names:
+            return {}
+        state: dict[str, Any] = self.__dict__["state"][param]
+        return state
+
+    def _init_missing_state(
+        self, param: Tensor, group: dict[str, Any], key: GroupKey
+    ) -> list[tuple[dict[str, Any], str]]:
+        """Make the states a parameter lacks; returns what was made, to be undone on an error."""
+        made = []
+        update = key.update
+        state = self._state_of(param, update)
+        started = any(state.get(name) is not None for name in update.state_names)
+        numbers = state if update.counted else self._hidden.setdefault(param, {})
+        if "step" not in numbers:
+            first = 0.0 if update.counted or not started else 1.0
+            numbers["step"] = self.initial_number(first, param, group)
+            made.append((numbers, "step"))
+        for name in (*update.carried, *update.state_names):
+            if state.get(name) is None:
+                state[name] = self.initial_state(name, param, group)
+                made.append((state, name))
+        return made
+
+
+def _number_dtype(on_device: bool = False) -> torch.dtype:
+    """What torch keeps its step counts in."""
+    double = torch.get_default_dtype() == torch.float64 and not on_device
+    return torch.float64 if double else torch.float32
+
+
+class _Scale:
+    """GradScaler's word to a fused step; read on the host only where a launch needs it there."""
+
+    def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self.grad_scale, self.found_inf = grad_scale, found_inf
+        self._skip: bool | None = None
+        self._inverse: float | None = None
+
+    def skip(self) -> bool:
+        if self._skip is None:
+            self._skip = self.found_inf is not None and bool(self.found_inf.item())
+        return self._skip
+
+    def inverse(self) -> float:
+        if self._inverse is None:
+            self._inverse = 1.0 if self.grad_scale is None else 1.0 / self.grad_scale.item()
+        return self._inverse

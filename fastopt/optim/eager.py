@@ -1,0 +1,104 @@
+"""The same rules by torch's operators, and the functions a rule may call there.
+
+For what no kernel of ours may touch: a differentiable step, tensors without memory of their own
+(meta, fake) and tensor subclasses.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt.optim import layout
+from fastopt.optim.update import Update
+from fastopt_kernels import xp as host
+from fastopt_kernels.xp import rebind
+
+
+def sqrt(x: Any) -> Any:
+    return torch.sqrt(x) if isinstance(x, Tensor) else host.sqrt(x)
+
+
+def power(x: Any, y: Any) -> Any:
+    return x**y
+
+
+def absolute(x: Any) -> Any:
+    return torch.abs(x)
+
+
+def maximum(x: Any, y: Any) -> Any:
+    return torch.maximum(x, y)
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    if isinstance(condition, Tensor):
+        return torch.where(condition != 0, x, y)
+    return x if condition else y
+
+
+def add_scaled(x: Any, scale: Any, y: Any) -> Any:
+    if isinstance(scale, Tensor):
+        return torch.where(scale != 0, x + scale * y, x)
+    return x + scale * y if scale != 0 else x
+
+
+def lerp(x: Any, y: Any, weight: Any) -> Any:
+    if isinstance(weight, Tensor):
+        return torch.where(weight < 0.5, x + weight * (y - x), y - (1 - weight) * (y - x))
+    return torch.lerp(x, y, weight)
+
+
+_THIS = sys.modules[__name__]
+
+
+def step_param(
+    update: Update,
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    numbers: dict[str, Any],
+    group: Mapping[str, Any],
+    g_scale: Any,
+) -> None:
+    """One step of one parameter by torch's operators; autograd follows it where grad is enabled.
+
+    numbers: holds "step" and the carried numbers as tensors, counted on here.
+    """
+    numbers["step"] += 1
+    hypers = update.hypers(group)
+    counted = [numbers[name] for name in ("step", *update.carried)]
+    scalars = update.scalars
+    if any(isinstance(x, Tensor) and (x.requires_grad or x.is_meta) for x in (*hypers, *counted)):
+        scalars = rebind(scalars, _THIS)
+        hypers = [_squeezed(x).to(param.device) for x in hypers]
+        counted = [torch.as_tensor(x, device=param.device) for x in counted]
+    else:
+        hypers = [float(x) for x in hypers]
+        counted = [float(x) for x in counted]
+    values = scalars(*counted, *hypers)
+    for name, value in zip(update.carried, values[update.n_scalars :], strict=True):
+        numbers[name].copy_(torch.as_tensor(value))
+
+    tensors = [param, grad, *(state[name] for name in update.state_names)]
+    p, g, *states = (_computed(tensor) for tensor in tensors)
+    new = rebind(update.rule, _THIS)(p, g * g_scale, *states, *values[: update.n_scalars])
+    written = [param, *tensors[2:]]
+    for tensor, result in zip(written, new, strict=True):
+        tensor.copy_(torch.view_as_complex(result) if tensor.is_complex() else result)
+
+
+def _squeezed(x: Any) -> Tensor:
+    return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    """A copy in the type rules are computed in: what autograd saves must not be written over."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj().clone())
+    low = layout.KINDS.get(tensor.dtype) in ("bf16", "fp16")
+    return tensor.to(torch.float32) if low else tensor.clone()

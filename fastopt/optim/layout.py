@@ -1,0 +1,134 @@
+"""How a tensor lies in memory, and what a kernel may be given of it.
+
+A kernel walks p, g and the states of a parameter as flat arrays. That is right only where all of
+them are dense and laid out alike; a tensor that is not is staged: copied into a buffer of the
+reference layout before the launch, and back after it where the kernel wrote.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.complex64: "fp32",
+    torch.complex128: "fp64",
+}
+PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+
+
+def kind(tensor: Tensor, role: str) -> str:
+    """The codec of a tensor's elements; TypeError for a dtype without one."""
+    if tensor.dtype in KINDS:
+        return KINDS[tensor.dtype]
+    raise TypeError(
+        f"{role} has dtype {tensor.dtype}; fastopt supports "
+        f"{', '.join(str(dtype).removeprefix('torch.') for dtype in KINDS)}. "
+        "Cast it, or leave it out of this optimizer."
+    )
+
+
+def numel(tensor: Tensor) -> int:
+    """Real numbers in a tensor: a complex element is two."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a kernel can be given this tensor's address (through its local part for a DTensor).
+
+    Meta, fake and zero tensors have none, and a subclass may mean something else by its memory:
+    those are stepped by torch's own operators.
+    """
+    if is_dtensor(tensor):
+        return has_memory(tensor._local_tensor)  # type: ignore[attr-defined]
+    return (
+        type(tensor) in PLAIN
+        and tensor.device.type != "meta"
+        and not tensor._is_zerotensor()
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+    )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The plain tensor on this rank."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local_grad(grad: Tensor, param: Tensor) -> Tensor:
+    """The part of a gradient that belongs to this rank's part of the parameter."""
+    if not is_dtensor(param):
+        return grad
+    if grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(  # type: ignore[attr-defined]
+            param.device_mesh,  # type: ignore[attr-defined]
+            param.placements,  # type: ignore[attr-defined]
+        )
+    return local(grad)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """No gaps and no overlap: some order of the dimensions makes it contiguous."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape visit memory in the same order."""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    return all(
+        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First and last-plus-one byte a tensor may touch."""
+    first = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return first, first
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()
+
+
+class Staged(NamedTuple):
+    """A tensor that enters a launch through a buffer."""
+
+    source: Tensor
+    buffer: Tensor
+
+    def read(self) -> None:
+        self.buffer.copy_(self.source)
+
+    def write(self) -> None:
+        self.source.copy_(self.buffer)
+
+
+def reference(param: Tensor) -> Tensor:
+    """A tensor laid out as the launch walks this parameter: itself where it is dense."""
+    if torch._debug_has_internal_overlap(param) == 1:
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            f"single memory location: a parameter of shape {tuple(param.shape)} has strides "
+            f"{param.stride()}. Give the optimizer param.clone() or the tensor it was expanded from."
+        )
+    return param if is_dense(param) else torch.empty_like(param, memory_format=torch.contiguous_format)

@@ -1,0 +1,245 @@
+"""What one step will do, kept between steps: which tensors, in which launches.
+
+A plan is built where anything changed and checked where nothing seems to have. It is keyed on every
+address it holds: an address that outlived its tensor is a write into somebody else's memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastopt import backend
+from fastopt.optim import layout
+from fastopt.optim.bucket import Bucket, Member
+from fastopt.optim.steps import Numbers, Steps
+from fastopt.optim.update import Update
+
+if TYPE_CHECKING:
+    from fastopt.optim.base import FusedOptimizer
+
+
+class GroupKey(NamedTuple):
+    """The settings of a parameter group a plan is built for; other changes need no new plan."""
+
+    update: Update
+    capturable: bool
+    fused: bool
+    differentiable: bool
+
+
+class Odd(NamedTuple):
+    """A parameter that torch's operators step: sparse, differentiable, without memory of its own."""
+
+    param: Tensor
+    group: int
+    position: int
+    sparse: bool
+
+
+class Plan:
+    """The launches of one optimizer, in the order they must run."""
+
+    def __init__(self, params: list[Tensor], keys: list[GroupKey]) -> None:
+        self.params, self.keys = params, keys
+        self.buckets: list[Bucket] = []
+        self.odd: list[Odd] = []
+        self.idle: list[Tensor] = []
+
+    def fits(self, params: list[Tensor], grads: list[Tensor | None], exposed: bool) -> bool:
+        """Whether the plan still describes what is there; takes in the gradients' addresses."""
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and all(param.grad is None for param in self.idle)
+            and all(bucket.refresh(grads, exposed) for bucket in self.buckets)
+        )
+
+
+def build(
+    optimizer: FusedOptimizer,
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    keys: list[GroupKey],
+) -> Plan:
+    """Check every gradient, make the states that are missing and lay out the launches.
+
+    Raises before anything is written: nothing of the optimizer or the parameters has changed.
+    """
+    plan = Plan(params, keys)
+    found: list[tuple[Tensor, Tensor, int, int]] = []
+    position = 0
+    for number, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            grad = grads[position]
+            if grad is None:
+                plan.idle.append(param)
+            else:
+                _check_grad(optimizer, param, grad, group)
+                found.append((param, grad, number, position))
+            position += 1
+
+    dense = []
+    for param, grad, number, position in found:
+        sparse = grad.layout is not torch.strided
+        if sparse or keys[number].differentiable or not layout.has_memory(param):
+            plan.odd.append(Odd(param, number, position, sparse))
+        else:
+            _check_param(param, keys[number])
+            dense.append((param, grad, number, position))
+    made: list[tuple[dict[str, Any], str]] = []
+    try:
+        for param, _, number, _ in found:
+            group = optimizer.param_groups[number]
+            made += optimizer._init_missing_state(param, group, keys[number])
+        members = [
+            Member.make(
+                optimizer._state_of(p, keys[number].update),
+                p,
+                g,
+                number,
+                position,
+                keys[number].update,
+            )
+            for p, g, number, position in dense
+        ]
+        plan.buckets = _make_buckets(optimizer, members, keys)
+    except BaseException:
+        for state, name in made:
+            state.pop(name, None)
+        raise
+    return plan
+
+
+def _check_grad(
+    optimizer: FusedOptimizer, param: Tensor, grad: Tensor, group: dict[str, Any]
+) -> None:
+    if grad.layout is not torch.strided and (reason := optimizer.sparse_error()):
+        raise RuntimeError(reason)
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"The size of a parameter {tuple(param.shape)} must match the size of its gradient "
+            f"{tuple(grad.shape)}. Clear the gradient (zero_grad) after giving the parameter a new "
+            "shape."
+        )
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"Expected a parameter and its gradient on one device, but got {param.device} and "
+            f"{grad.device}. Clear the gradient (zero_grad) after moving the parameter."
+        )
+    if param.is_complex() != grad.is_complex():
+        raise RuntimeError(
+            f"a parameter of dtype {param.dtype} has a gradient of dtype {grad.dtype}: both must "
+            "be real or both complex. Clear the gradient (zero_grad) after casting the parameter."
+        )
+
+
+def _check_param(param: Tensor, key: GroupKey) -> None:
+    """Refuse what no kernel of ours can step, and what would be wrong to step."""
+    target = layout.local(param)
+    layout.kind(target, "a parameter")
+    if param.grad is not None:
+        layout.kind(layout.local(param.grad), "a gradient")
+    backend.engine(target.device.type)
+    layout.reference(target)
+    if key.capturable and target.device.type == "cpu":
+        raise AssertionError(
+            "If capturable=True, params and state_steps must be on supported devices: ['cuda']. "
+            "Got a parameter on cpu, where there are no graphs to capture: leave capturable=False."
+        )
+
+
+def _make_buckets(
+    optimizer: FusedOptimizer, members: list[Member], keys: list[GroupKey]
+) -> list[Bucket]:
+    """One launch for each device, rule and combination of dtypes; more where memory overlaps."""
+    split: dict[_Kind, list[Member]] = defaultdict(list)
+    for member, wave in zip(members, _waves(members), strict=True):
+        key = keys[member.group]
+        device = member.target.device
+        on_device = device.type != "cpu" and (key.capturable or key.fused)
+        split[_Kind(wave, device, key.update, member.kinds, on_device)].append(member)
+    buckets = []
+    for kind, chosen in split.items():
+        numels = [layout.numel(member.target) for member in chosen]
+        launch = backend.engine(kind.device.type).Launch(
+            kind.update.rule, kind.kinds, numels, kind.update.n_scalars + 1, kind.device
+        )
+        launch.prepare(torch.get_num_threads())
+        buckets.append((kind, chosen, launch))
+    steps = _make_steps(optimizer, [(kind, chosen) for kind, chosen, _ in buckets])
+    ordered = sorted(zip(buckets, steps, strict=True), key=lambda pair: pair[0][0].wave)
+    return [
+        Bucket(chosen, kind.update, launch, counts, kind.on_device)
+        for (kind, chosen, launch), counts in ordered
+    ]
+
+
+class _Kind(NamedTuple):
+    """What the parameters of one launch have in common."""
+
+    wave: int
+    device: torch.device
+    update: Update
+    kinds: tuple[str, ...]
+    on_device: bool
+
+
+def _make_steps(
+    optimizer: FusedOptimizer, launches: list[tuple[_Kind, list[Member]]]
+) -> list[Steps]:
+    """The counts of every launch, in flat buffers that launches of one kind of numbers share (a
+    parameter given twice is in two launches, and has one count)."""
+    owners: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
+    places = []
+    for kind, members in launches:
+        names = ("step", *kind.update.carried)
+        device = kind.device if kind.on_device else torch.device("cpu")
+        mine = [
+            member.state if kind.update.counted else optimizer._hidden[member.param]
+            for member in members
+        ]
+        place = (names, device, mine[0]["step"].dtype)
+        owners[place].update((id(owner), owner) for owner in mine)
+        places.append((place, mine))
+    numbers = {
+        place: Numbers(list(chosen.values()), place[0], place[2], place[1])
+        for place, chosen in owners.items()
+    }
+    rows = {
+        place: {owner: row for row, owner in enumerate(chosen)} for place, chosen in owners.items()
+    }
+    return [
+        Steps(
+            kind.update,
+            numbers[place],
+            [rows[place][id(owner)] for owner in mine],
+            [member.group for member in members],
+        )
+        for (kind, members), (place, mine) in zip(launches, places, strict=True)
+    ]
+
+
+def _waves(members: list[Member]) -> list[int]:
+    """0 for a parameter that shares no memory with an earlier one, else one more than the latest
+    such: torch updates those one after the other, one launch would let them race."""
+    waves = [0] * len(members)
+    extents = [layout.extent(member.source) for member in members]
+    order = sorted(range(len(members)), key=lambda k: extents[k])
+    cluster: list[int] = []
+    end = -1
+    for k in order:
+        first, last = extents[k]
+        if first >= end:
+            cluster = []
+        if first < last:
+            cluster.append(k)
+            end = max(end, last) if len(cluster) > 1 else last
+            if len(cluster) > 1:
+                for wave, one in enumerate(sorted(cluster)):
+                    waves[one] = wave
+    return waves

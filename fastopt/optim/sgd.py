@@ -1,0 +1,89 @@
+"""Stochastic gradient descent, with Polyak's and Nesterov's momentum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from fastopt.optim.base import FusedOptimizer
+from fastopt.optim.update import Update
+from fastopt_kernels import rules
+
+_PLAIN = Update(rules.sgd, rules.sgd_scalars, counted=False)
+_MOMENTUM = Update(
+    rules.sgd_momentum, rules.sgd_momentum_scalars, ("momentum_buffer",), counted=False
+)
+_NESTEROV = Update(
+    rules.sgd_nesterov, rules.sgd_momentum_scalars, ("momentum_buffer",), counted=False
+)
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    """b' = momentum b + (1 - dampening) g (the first b is g);  p' = p - lr b',
+    with nesterov p' = p - lr (g + momentum b');  g includes weight_decay p.
+
+    Polyak 1964 (heavy ball); Sutskever et al. 2013 (nesterov). Arguments, errors and state are
+    those of torch.optim.SGD, and `capturable`, which torch's does not have.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._add_option("capturable", capturable)
+
+    def update_of(self, group: dict[str, Any]) -> Update:
+        if group["momentum"] == 0:
+            return _PLAIN
+        return _NESTEROV if group["nesterov"] else _MOMENTUM
+
+    def sparse_error(self) -> None:
+        return None
+
+    def step_sparse(self, param: Tensor, group: dict[str, Any]) -> None:
+        """torch's own update: a sparse momentum buffer is a sparse tensor."""
+        momentum = group["momentum"]
+        state = self.__dict__["state"][param] if momentum != 0 else {}
+        buffers = [state.get("momentum_buffer")]
+        torch_sgd(
+            [param],
+            [param.grad],
+            buffers,
+            has_sparse_grad=True,
+            foreach=False,
+            fused=False,
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if momentum != 0:
+            state["momentum_buffer"] = buffers[0]

@@ -1,0 +1,84 @@
+"""What steps one parameter group: a rule, its host half and the names of its states."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+
+class Update:
+    """A rule bound to the states of a parameter and the hyper-parameters of its group.
+
+    rule(p, g, *states, *scalars) -> (p, *states)
+    scalars(step, *carried, *hyper-parameters) -> (*scalars, *carried)
+
+    `carried` names states that are one number a parameter and live in double on the host, such as
+    NAdam's mu_product. `counted` is false where the state has no "step" (SGD).
+    """
+
+    def __init__(
+        self,
+        rule: Callable[..., Any],
+        scalars: Callable[..., Any],
+        state_names: tuple[str, ...] = (),
+        carried: tuple[str, ...] = (),
+        counted: bool = True,
+    ) -> None:
+        self.rule, self.scalars = rule, scalars
+        self.state_names, self.carried, self.counted = state_names, carried, counted
+        self._check()
+
+    def _check(self) -> None:
+        """A rule and scalars that do not fit each other are refused where the class is used."""
+        for function in (self.rule, self.scalars):
+            if not inspect.isfunction(function):
+                raise TypeError(f"a rule must be a plain Python function, got {function!r}")
+            if function.__code__.co_freevars:
+                raise TypeError(
+                    f"{function.__qualname__} closes over {function.__code__.co_freevars}: the "
+                    "compilers see only its own source. Make these arguments or module constants."
+                )
+        leading = tuple(self._scalars_arguments[: 1 + len(self.carried)])
+        if leading != ("step", *self.carried):
+            raise TypeError(
+                f"{self.scalars.__qualname__} must take (step, {', '.join(self.carried)}...) "
+                f"first, but takes {leading}"
+            )
+        if self.n_scalars < 1:
+            raise TypeError(
+                f"{self.rule.__qualname__} must take p, g, {len(self.state_names)} states "
+                f"{self.state_names} and at least one scalar, but takes "
+                f"{self.rule.__code__.co_argcount} arguments"
+            )
+
+    @cached_property
+    def _scalars_arguments(self) -> list[str]:
+        return list(inspect.signature(self.scalars).parameters)
+
+    @cached_property
+    def hyper_names(self) -> tuple[str, ...]:
+        """Hyper-parameters the scalars need, in order."""
+        return tuple(self._scalars_arguments[1 + len(self.carried) :])
+
+    @property
+    def n_scalars(self) -> int:
+        """How many scalars the rule takes."""
+        return int(self.rule.__code__.co_argcount) - 2 - len(self.state_names)
+
+    def hypers(self, group: Mapping[str, Any]) -> list[Any]:
+        """The values of `hyper_names` in a parameter group; beta1 is betas[0]."""
+        return [_lookup(group, name) for name in self.hyper_names]
+
+
+def _lookup(group: Mapping[str, Any], name: str) -> Any:
+    if name in group:
+        return group[name]
+    plural, position = name[:-1] + "s", name[-1]
+    if position.isdigit() and plural in group:
+        return group[plural][int(position) - 1]
+    raise KeyError(
+        f"the scalars of this optimizer take {name!r}, but its parameter group has neither "
+        f"{name!r} nor {plural!r}: it has {sorted(k for k in group if k != 'params')}"
+    )

@@ -1,0 +1,129 @@
+"""Load and store codecs: raw addresses in memory to registers and back, as Numba intrinsics.
+
+Each takes an address and an element index; what the loop sees is one compute type (float32, or
+float64 for float64 parameters) whatever lies in memory. bf16 is widened by a shift and narrowed by
+round-to-nearest-even on the bits, fp16 through the CPU's own conversions; both vectorize.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+KINDS = ("fp32", "bf16", "fp16", "fp64")
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
+_IN_MEMORY = {"fp32": _F32, "bf16": _I16, "fp16": ir.HalfType(), "fp64": _F64}
+
+
+def compute_type(kind: str) -> types.Float:
+    """The type a parameter of this kind is updated in."""
+    return types.float64 if kind == "fp64" else types.float32
+
+
+def _element(builder, kind, address, i):
+    base = builder.inttoptr(address, _IN_MEMORY[kind].as_pointer())
+    return builder.gep(base, [i])
+
+
+def _emit_load(builder, kind, address, i, compute):
+    x = builder.load(_element(builder, kind, address, i))
+    if kind == "bf16":
+        bits = builder.shl(builder.zext(x, _I32), ir.Constant(_I32, 16))
+        x = builder.bitcast(bits, _F32)
+    elif kind == "fp16":
+        x = builder.fpext(x, _F32)
+    if kind == "fp64" and compute is types.float32:
+        return builder.fptrunc(x, _F32)
+    if kind != "fp64" and compute is types.float64:
+        return builder.fpext(x, _F64)
+    return x
+
+
+def _bf16_bits(builder, x):
+    """Round to nearest, ties to even; a NaN stays one (its top payload bit is set)."""
+    bits = builder.bitcast(x, _I32)
+    shifted = builder.lshr(bits, ir.Constant(_I32, 16))
+    odd = builder.and_(shifted, ir.Constant(_I32, 1))
+    bias = builder.add(ir.Constant(_I32, 0x7FFF), odd)
+    rounded = builder.lshr(builder.add(bits, bias), ir.Constant(_I32, 16))
+    quiet = builder.or_(shifted, ir.Constant(_I32, 0x40))
+    is_nan = builder.fcmp_unordered("uno", x, x)
+    return builder.trunc(builder.select(is_nan, quiet, rounded), _I16)
+
+
+def _emit_store(builder, kind, address, i, x, compute):
+    if kind != "fp64" and compute is types.float64:
+        x = builder.fptrunc(x, _F32)
+    elif kind == "fp64" and compute is types.float32:
+        x = builder.fpext(x, _F64)
+    if kind == "bf16":
+        x = _bf16_bits(builder, x)
+    elif kind == "fp16":
+        x = builder.fptrunc(x, ir.HalfType())
+    builder.store(x, _element(builder, kind, address, i))
+
+
+def make_load(kinds: tuple[str, ...], compute: types.Float):
+    """load(addresses, i) -> the i-th element of every stream, in the compute type."""
+
+    @intrinsic
+    def load(typingctx, addresses, i):
+        signature = types.UniTuple(compute, len(kinds))(addresses, i)
+
+        def codegen(context, builder, signature, args):
+            streams, i = args
+            values = [
+                _emit_load(builder, kind, builder.extract_value(streams, k), i, compute)
+                for k, kind in enumerate(kinds)
+            ]
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return signature, codegen
+
+    return load
+
+
+def make_store(kinds: tuple[str, ...], compute: types.Float):
+    """store(addresses, i, values): parameter and states; the gradient (stream 1) is only read."""
+    written = [k for k in range(len(kinds)) if k != 1]
+
+    @intrinsic
+    def store(typingctx, addresses, i, values):
+        signature = types.void(addresses, i, values)
+
+        def codegen(context, builder, signature, args):
+            streams, i, values = args
+            for source, k in enumerate(written):
+                x = builder.extract_value(values, source)
+                address = builder.extract_value(streams, k)
+                _emit_store(builder, kinds[k], address, i, x, compute)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return store
+
+
+def make_row(scalar: types.Type, width: int):
+    """row(address, r) -> row r of a table of `width` columns, as a tuple."""
+
+    @intrinsic
+    def row(typingctx, address, r):
+        signature = types.UniTuple(scalar, width)(address, r)
+
+        def codegen(context, builder, signature, args):
+            address, r = args
+            base = builder.inttoptr(address, context.get_value_type(scalar).as_pointer())
+            first = builder.mul(r, ir.Constant(_I64, width))
+            values = [
+                builder.load(builder.gep(base, [builder.add(first, ir.Constant(_I64, k))]))
+                for k in range(width)
+            ]
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return signature, codegen
+
+    return row
