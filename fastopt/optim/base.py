@@ -180,9 +180,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         keys = [
             GroupKey(
                 self.update_of(group),
-                bool(group.get("capturable")),
-                bool(group.get("fused")),
-                bool(group.get("differentiable")),
+                group.get("capturable", False),
+                group.get("fused", False),
+                group.get("differentiable", False),
             )
             for group in self.param_groups
         ]
@@ -208,7 +208,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         elif not scale.skip():
             factor = scale.inverse()
             numbers = {n: [float(x) for x in values] for n, values in hypers.items()}
-            bucket.run(numbers, {n: sign * factor for n, sign in signs.items()})
+            g_scales = {n: sign * factor for n, sign in signs.items()}
+            bucket.run(numbers, g_scales, self._exposed)
         else:
             return
         increment_version(bucket.touched(states=self._exposed))

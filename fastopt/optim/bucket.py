@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastopt.optim import layout
 from fastopt.optim.layout import Staged
-from fastopt.optim.steps import Steps
+from fastopt.optim.steps import DeviceSteps, Steps
 from fastopt.optim.update import Update
 
 _data_ptr: Callable[[Tensor], int] = Tensor.data_ptr
@@ -108,10 +108,9 @@ class Bucket:
         members: list[Member],
         update: Update,
         launch: Any,
-        steps: Steps,
-        on_device: bool,
+        steps: Steps | DeviceSteps,
     ) -> None:
-        self.members, self.update, self.launch, self.on_device = members, update, launch, on_device
+        self.members, self.update, self.launch, self.steps = members, update, launch, steps
         self.groups = sorted({member.group for member in members})
         self.positions = [member.position for member in members]
         self.targets = [member.target for member in members]
@@ -125,7 +124,6 @@ class Bucket:
         self.source_ptrs = list(map(_data_ptr, self.sources))
         self.launch.tensors[:, 0] = list(map(_data_ptr, self.targets))
         self._take_states()
-        self.steps = steps
         self.grad_dtypes = [member.grad_dtype for member in members]
         self.nbytes = [
             target.numel() * dtype.itemsize
@@ -147,12 +145,43 @@ class Bucket:
             walked = [member.states[column] for member in self.members]
             self.launch.tensors[:, 2 + column] = list(map(_data_ptr, walked))
 
-    def run(self, hypers: dict[int, list[float]], g_scales: dict[int, float]) -> None:
+    @property
+    def on_device(self) -> bool:
+        """Whether the device counts the steps."""
+        return isinstance(self.steps, DeviceSteps)
+
+    def run(
+        self, hypers: dict[int, list[float]], g_scales: dict[int, float], exposed: bool
+    ) -> None:
         """Count a step on the host and launch."""
+        assert isinstance(self.steps, Steps)
         for staged in self.staged:
             staged.read()
-        self.steps.advance(hypers, g_scales, self.launch, self.active)
+        self.steps.advance(hypers, g_scales, self.launch, self.active, exposed)
         self.launch.run(torch.get_num_threads())
+        for staged in self.staged:
+            staged.write()
+
+    def run_on_device(
+        self,
+        hypers: dict[int, list[Any]],
+        signs: dict[int, float],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Launch without the host knowing the steps: they are counted on the device."""
+        assert isinstance(self.steps, DeviceSteps)
+        for staged in self.staged:
+            staged.read()
+        rows = [[signs[group], *hypers[group]] for group in self.groups]
+        self.launch.run_on_device(
+            self.update.scalars,
+            self.steps.addresses(self.active),
+            np.searchsorted(self.groups, self.steps.groups),
+            rows,
+            grad_scale,
+            found_inf,
+        )
         for staged in self.staged:
             staged.write()
 
@@ -183,7 +212,7 @@ class Bucket:
                     return False
         except KeyError:
             return False
-        return self.steps.numbers.in_place() and list(map(_data_ptr, self.state_tensors)) == self.state_ptrs
+        return self.steps.in_place() and list(map(_data_ptr, self.state_tensors)) == self.state_ptrs
 
     def _take_grads(self, all_grads: list[Tensor | None]) -> bool:
         if self.slow:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastopt import backend
 from fastopt.optim import layout
 from fastopt.optim.bucket import Bucket, Member
-from fastopt.optim.steps import Numbers, Steps
+from fastopt.optim.steps import DeviceSteps, Numbers, Steps
 from fastopt.optim.update import Update
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class GroupKey(NamedTuple):
 
     update: Update
     capturable: bool
-    fused: bool
+    fused: bool | None
     differentiable: bool
 
 
@@ -153,6 +153,12 @@ def _check_param(param: Tensor, key: GroupKey) -> None:
         )
 
 
+def counts_on_device(device: torch.device, key: GroupKey) -> bool:
+    """Whether a step is counted where the host does not see it: a captured graph replays without
+    us, and only the device knows GradScaler's verdict."""
+    return device.type != "cpu" and bool(key.capturable or key.fused)
+
+
 def _make_buckets(
     optimizer: FusedOptimizer, members: list[Member], keys: list[GroupKey]
 ) -> list[Bucket]:
@@ -161,7 +167,7 @@ def _make_buckets(
     for member, wave in zip(members, _waves(members), strict=True):
         key = keys[member.group]
         device = member.target.device
-        on_device = device.type != "cpu" and (key.capturable or key.fused)
+        on_device = counts_on_device(device, key)
         split[_Kind(wave, device, key.update, member.kinds, on_device)].append(member)
     buckets = []
     for kind, chosen in split.items():
@@ -174,7 +180,7 @@ def _make_buckets(
     steps = _make_steps(optimizer, [(kind, chosen) for kind, chosen, _ in buckets])
     ordered = sorted(zip(buckets, steps, strict=True), key=lambda pair: pair[0][0].wave)
     return [
-        Bucket(chosen, kind.update, launch, counts, kind.on_device)
+        Bucket(chosen, kind.update, launch, counts)
         for (kind, chosen, launch), counts in ordered
     ]
 
@@ -191,37 +197,32 @@ class _Kind(NamedTuple):
 
 def _make_steps(
     optimizer: FusedOptimizer, launches: list[tuple[_Kind, list[Member]]]
-) -> list[Steps]:
+) -> list[Steps | DeviceSteps]:
     """The counts of every launch, in flat buffers that launches of one kind of numbers share (a
     parameter given twice is in two launches, and has one count)."""
-    owners: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
-    places = []
-    for kind, members in launches:
-        names = ("step", *kind.update.carried)
-        device = kind.device if kind.on_device else torch.device("cpu")
-        mine = [
-            member.state if kind.update.counted else optimizer._hidden[member.param]
-            for member in members
-        ]
-        place = (names, device, mine[0]["step"].dtype)
-        owners[place].update((id(owner), owner) for owner in mine)
-        places.append((place, mine))
-    numbers = {
-        place: Numbers(list(chosen.values()), place[0], place[2], place[1])
-        for place, chosen in owners.items()
-    }
-    rows = {
-        place: {owner: row for row, owner in enumerate(chosen)} for place, chosen in owners.items()
-    }
-    return [
-        Steps(
-            kind.update,
-            numbers[place],
-            [rows[place][id(owner)] for owner in mine],
-            [member.group for member in members],
-        )
-        for (kind, members), (place, mine) in zip(launches, places, strict=True)
+    owners = [
+        [m.state if kind.update.counted else optimizer._hidden[m.param] for m in members]
+        for kind, members in launches
     ]
+    shared: dict[tuple[str, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for (kind, _), mine in zip(launches, owners, strict=True):
+        if not kind.on_device:
+            shared[kind.update.carried].update((id(owner), owner) for owner in mine)
+    numbers = {
+        carried: Numbers(list(distinct.values()), ("step", *carried))
+        for carried, distinct in shared.items()
+    }
+    steps: list[Steps | DeviceSteps] = []
+    for (kind, members), mine in zip(launches, owners, strict=True):
+        groups = [member.group for member in members]
+        if kind.on_device:
+            steps.append(DeviceSteps(kind.update, mine, groups, kind.device))
+        else:
+            places = list(shared[kind.update.carried])
+            row_of = {place: row for row, place in enumerate(places)}
+            rows = [row_of[id(owner)] for owner in mine]
+            steps.append(Steps(kind.update, numbers[kind.update.carried], rows, groups))
+    return steps
 
 
 def _waves(members: list[Member]) -> list[int]:

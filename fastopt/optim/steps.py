@@ -25,18 +25,14 @@ class Numbers:
     owners: the dicts that hold them; what they hold is copied and replaced by views.
     """
 
-    def __init__(
-        self,
-        owners: Sequence[dict[str, Any]],
-        names: tuple[str, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, owners: Sequence[dict[str, Any]], names: tuple[str, ...]) -> None:
         self.owners, self.names = owners, names
+        given = owners[0]["step"]
+        dtype = given.dtype if isinstance(given, Tensor) else torch.float32
         self.flat: list[Tensor] = []
         self.views: list[tuple[Tensor, ...]] = []
         for name in names:
-            values = [_number(owner[name], dtype, device) for owner in owners]
+            values = [_number(owner[name], dtype, torch.device("cpu")) for owner in owners]
             self.flat.append(torch.stack(values))
             self.views.append(self.flat[-1].unbind())
             for owner, view in zip(owners, self.views[-1], strict=True):
@@ -55,6 +51,52 @@ def _number(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.as_tensor(value, dtype=dtype, device=device).detach().reshape(())
 
 
+class DeviceSteps:
+    """The numbers of one launch where the device counts them: they stay where they are, since a
+    captured graph may hold their addresses.
+
+    owners: the dicts that hold them; groups: (n,) the parameter group of each.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        owners: Sequence[dict[str, Any]],
+        groups: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.groups = np.asarray(groups, dtype=np.int64)
+        self._names, self._owners = ("step", *update.carried), owners
+        for owner in owners:
+            for name in self._names:
+                value = owner[name]
+                if not isinstance(value, Tensor) or value.dtype is not torch.float32:
+                    owner[name] = _number(value, torch.float32, device)
+                elif value.device != device:
+                    owner[name] = value.to(device)
+        self._tensors = self._held()
+        self._addresses = self._read_addresses()
+
+    def _held(self) -> list[Tensor]:
+        return [owner[name] for owner in self._owners for name in self._names]
+
+    def _read_addresses(self) -> Array:
+        flat = [tensor.data_ptr() for tensor in self._tensors]
+        return np.asarray(flat, dtype=np.int64).reshape(len(self._owners), len(self._names))
+
+    def in_place(self) -> bool:
+        """Whether every owner still holds the tensor whose address is known."""
+        return all(a is b for a, b in zip(self._held(), self._tensors, strict=True)) and bool(
+            (self._read_addresses() == self._addresses).all()
+        )
+
+    def addresses(self, active: Array | None) -> Array:
+        """(n, numbers) int64; 0 for a parameter that is not stepped this time."""
+        if active is None:
+            return self._addresses
+        return np.where(active[:, None], self._addresses, 0)
+
+
 class Steps:
     """The numbers of one launch.
 
@@ -70,8 +112,13 @@ class Steps:
         self._all: slice | Array = self.rows
         if np.array_equal(self.rows, np.arange(rows[0], rows[0] + len(rows))):
             self._all = slice(rows[0], rows[0] + len(rows))
+        self._arrays = [tensor.numpy() for tensor in numbers.flat]
         self._classes: list[tuple[int, Array]] | None = None
         self._expected: Array | None = None
+
+    def in_place(self) -> bool:
+        """Whether every owner still holds its view."""
+        return self.numbers.in_place()
 
     def advance(
         self,
@@ -79,39 +126,50 @@ class Steps:
         g_scales: Mapping[int, float],
         launch: Any,
         active: Array | None,
+        exposed: bool,
     ) -> None:
         """Count one step of the active parameters and fill in their rows of scalars, on the host.
 
-        hypers: group -> values of the update's hyper_names; g_scales: group -> gradient's factor
+        hypers: group -> values of the update's hyper_names; g_scales: group -> gradient's factor;
+        exposed: somebody may have set the numbers since the last step
         """
-        flat = [tensor.numpy() for tensor in self.numbers.flat]
-        here = self._all if active is None else self.rows[active]
-        steps = flat[0][here]
-        if active is not None or self._expected is None or (steps != self._expected).any():
-            self._classes = None
-        steps = flat[0][here] = steps + 1
-        classes = self._classes or self._partition(active, flat, launch)
+        steps, carried = self._arrays[0], self._arrays[1:]
+        if active is not None:
+            self._classes, self._expected = None, None
+            steps[self.rows[active]] += 1
+        elif not exposed:
+            steps[self._all] += 1
+            self._expected = None
+        else:
+            now = steps[self._all]
+            if self._expected is None or (now != self._expected).any():
+                self._classes = None
+            self._expected = steps[self._all] = now + 1
+        if self._classes is None:
+            self._classes = self._partition(active, launch)
         n = self.update.n_scalars
-        for row, (group, members) in enumerate(classes):
-            kin = self.rows[members]
-            numbers = [float(number[kin[0]]) for number in flat]
+        for row, (group, kin) in enumerate(self._classes):
+            numbers = [array.item(kin[0]) for array in self._arrays]
             values = self.update.scalars(*numbers, *hypers[group])
-            launch.scalars[row, 0] = g_scales[group]
-            launch.scalars[row, 1:] = values[:n]
-            for number, value in zip(flat[1:], values[n:], strict=True):
+            launch.scalars[row] = (g_scales[group], *values[:n])
+            for number, value in zip(carried, values[n:], strict=True):
                 number[kin] = value
-        self._classes, self._expected = (classes, steps) if active is None else (None, None)
+        if active is not None:
+            self._classes = None
 
     def _partition(
-        self, active: Array | None, flat: list[Array], launch: Any
+        self, active: Array | None, launch: Any
     ) -> list[tuple[int, Array]]:
-        """Parameters alike in group, step and carried numbers: one row of scalars for each kind."""
+        """Parameters alike in group, step and carried numbers share a row of scalars: for each row
+        its group and where the numbers of its parameters lie."""
         here = np.arange(len(self.rows)) if active is None else np.flatnonzero(active)
-        table = np.stack([self.groups[here], *(n[self.rows[here]] for n in flat)], axis=1)
+        table = np.stack([self.groups[here], *(n[self.rows[here]] for n in self._arrays)], axis=1)
         if (table == table[0]).all():
             launch.index[here] = 0
-            return [(int(table[0, 0]), here)]
+            return [(int(table[0, 0]), self.rows[here])]
         kinds, inverse = np.unique(table, axis=0, return_inverse=True)
         inverse = inverse.reshape(-1)
         launch.index[here] = inverse
-        return [(int(kind[0]), here[inverse == row]) for row, kind in enumerate(kinds)]
+        return [
+            (int(kind[0]), self.rows[here[inverse == row]]) for row, kind in enumerate(kinds)
+        ]

@@ -69,16 +69,19 @@ class Update:
 
     def hypers(self, group: Mapping[str, Any]) -> list[Any]:
         """The values of `hyper_names` in a parameter group; beta1 is betas[0]."""
-        return [_lookup(group, name) for name in self.hyper_names]
+        try:
+            return [group[k] if i is None else group[k][i] for k, i in self._places]
+        except (KeyError, IndexError):
+            missing = [k for k, _ in self._places if k not in group]
+            raise KeyError(
+                f"{self.scalars.__qualname__} takes {self.hyper_names}, but the parameter group "
+                f"has no {missing}: it has {sorted(k for k in group if k != 'params')}"
+            ) from None
 
-
-def _lookup(group: Mapping[str, Any], name: str) -> Any:
-    if name in group:
-        return group[name]
-    plural, position = name[:-1] + "s", name[-1]
-    if position.isdigit() and plural in group:
-        return group[plural][int(position) - 1]
-    raise KeyError(
-        f"the scalars of this optimizer take {name!r}, but its parameter group has neither "
-        f"{name!r} nor {plural!r}: it has {sorted(k for k in group if k != 'params')}"
-    )
+    @cached_property
+    def _places(self) -> list[tuple[str, int | None]]:
+        """Where each hyper-parameter is in a group: beta2 is element 1 of betas."""
+        return [
+            (name[:-1] + "s", int(name[-1]) - 1) if name[-1:].isdigit() else (name, None)
+            for name in self.hyper_names
+        ]

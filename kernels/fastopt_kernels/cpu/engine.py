@@ -19,6 +19,7 @@ import numba
 import numpy as np
 from numba import njit, prange, types
 
+from fastopt_kernels.chunks import chunk_table
 from fastopt_kernels.cpu import cache as disk
 from fastopt_kernels.cpu import memory
 from fastopt_kernels.cpu import xp as cpu_xp
@@ -89,16 +90,6 @@ def _compiled(
             compiled = _make_kernel(rule, kinds, n_scalars, parallel)
             disk.save(name, compiled)
     return compiled
-
-
-def chunk_table(numels: np.ndarray, size: int) -> np.ndarray:
-    """(tensor, first, last) for every `size` elements of each tensor; none for an empty one."""
-    counts = -(-numels // size)
-    tensor = np.repeat(np.arange(len(numels), dtype=np.int64), counts)
-    within = np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    first = within * size
-    last = np.minimum(first + size, numels[tensor])
-    return np.ascontiguousarray(np.stack([tensor, first, last], axis=1))
 
 
 class Launch:

@@ -1,0 +1,315 @@
+"""One launch for every tensor of a model: p, g and the states of all of them, in place.
+
+One program takes one chunk (tensor, first, last): it reads the addresses of its tensor from a
+table, and walks the chunk in blocks. Full blocks of a tensor on a 16-byte boundary take 128-bit
+accesses; the tail, and a tensor that is not (a view into a DDP bucket), a masked loop, without
+holding back the others.
+
+Where the host may not know the step (GradScaler's found_inf, graph capture), a small float64 kernel
+before it counts the steps and computes the scalars on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from fastopt_kernels.chunks import chunk_table
+from fastopt_kernels.gpu import memory
+from fastopt_kernels.gpu import xp as gpu_xp
+from fastopt_kernels.xp import rebind
+
+# Elements a program updates. Small enough that 20 tensors of 1M fill 132 multiprocessors several
+# times over, large enough that the table stays under 0.2 % of the traffic of AdamW.
+CHUNK = 4096
+NUM_WARPS = 4
+# Elements a block: 8 a thread, two 128-bit accesses in float32 and one in bf16; 4 in float64.
+BLOCK = {"fp32": 1024, "bf16": 1024, "fp16": 1024, "fp64": 512}
+SCALARS_BLOCK = 128
+
+# A captured graph replays the copy of its tables, and reads them, for as long as it lives, which
+# nobody tells us: what was captured is never freed.
+_captured: list[Any] = []
+
+
+@triton.jit
+def _update_block(pointers, offsets, mask, scalars, RULE: tl.constexpr, COMPUTE: tl.constexpr):
+    values = ()
+    for k in tl.static_range(len(pointers)):
+        values += (tl.load(pointers[k] + offsets, mask=mask).to(COMPUTE),)
+    new = RULE(values[0], scalars[0] * values[1], *values[2:], *scalars[1:])
+    # What is stored is computed before the first store: nothing may hang on the order of aliases.
+    tl.store(pointers[0] + offsets, new[0].to(pointers[0].dtype.element_ty), mask=mask)
+    for k in tl.static_range(1, len(new)):
+        tl.store(pointers[k + 1] + offsets, new[k].to(pointers[k + 1].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def update_kernel(
+    tensors_ptr,
+    chunks_ptr,
+    index_ptr,
+    scalars_ptr,
+    skip_ptr,
+    RULE: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """p, *states = RULE(p, g_scale * g, *states, *scalars) for the chunk of this program.
+
+    tensors_ptr: (n, len(DTYPES)) int64 addresses; chunks_ptr: (programs, 3) int64;
+    index_ptr: (n,) int64 row of scalars_ptr; skip_ptr: (1,) float, nothing is written where not 0
+    """
+    chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 3
+    tensor = tl.load(chunk_ptr)
+    first = tl.load(chunk_ptr + 1)
+    n = tl.load(chunk_ptr + 2) - first
+    if HAS_SKIP:
+        n = tl.where(tl.load(skip_ptr) != 0, 0, n)
+
+    scalar_ptr = scalars_ptr + tl.load(index_ptr + tensor) * N_SCALARS
+    scalars = ()
+    for k in tl.static_range(N_SCALARS):
+        scalars += (tl.load(scalar_ptr + k),)
+
+    address_ptr = tensors_ptr + tensor * len(DTYPES)
+    aligned_ptrs = ()
+    any_ptrs = ()
+    bits = tensor * 0
+    for k in tl.static_range(len(DTYPES)):
+        address = tl.load(address_ptr + k)
+        bits = bits | address
+        aligned_ptrs += (memory.pointer(address, first, DTYPES[k], True),)
+        any_ptrs += (memory.pointer(address, first, DTYPES[k], False),)
+
+    lanes = tl.arange(0, BLOCK)
+    full = tl.where(bits % 16 == 0, n // BLOCK, 0)
+    for block in range(full):
+        _update_block(aligned_ptrs, block * BLOCK + lanes, None, scalars, RULE, COMPUTE)
+    for start in range(full * BLOCK, n, BLOCK):
+        offsets = start + lanes
+        _update_block(any_ptrs, offsets, offsets < n, scalars, RULE, COMPUTE)
+
+
+@triton.jit
+def scalars_kernel(
+    numbers_ptr,
+    group_ptr,
+    hypers_ptr,
+    scale_ptr,
+    skip_ptr,
+    scalars_ptr,
+    n,
+    SCALARS: tl.constexpr,
+    N_CARRIED: tl.constexpr,
+    N_HYPERS: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count a step of every parameter and compute its row of scalars, in float64.
+
+    numbers_ptr: (n, 1 + N_CARRIED) int64, addresses of float32 step and carried numbers;
+    group_ptr: (n,) int64 row of hypers_ptr; hypers_ptr: (groups, 1 + N_HYPERS) float64, first the
+    gradient's sign; scalars_ptr: (n, N_SCALARS), first the gradient's scale. With skip_ptr not 0
+    no step is counted, nor for a parameter whose step has the address 0.
+    """
+    member = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number_ptr = numbers_ptr + member * (1 + N_CARRIED)
+    mask = member < n
+    mask = mask & (tl.load(number_ptr, mask=mask, other=0) != 0)
+    number_ptrs = ()
+    numbers = ()
+    for k in tl.static_range(1 + N_CARRIED):
+        address = tl.load(number_ptr + k, mask=mask, other=0)
+        number_ptrs += (address.to(tl.pointer_type(tl.float32)),)
+        numbers += (tl.load(number_ptrs[k], mask=mask, other=0).to(tl.float64),)
+    hyper_ptr = hypers_ptr + tl.load(group_ptr + member, mask=mask, other=0) * (1 + N_HYPERS)
+    hypers = ()
+    for k in tl.static_range(N_HYPERS):
+        hypers += (tl.load(hyper_ptr + 1 + k, mask=mask, other=0),)
+
+    step = numbers[0] + 1.0
+    values = SCALARS(step, *numbers[1:], *hypers)
+    g_scale = tl.load(hyper_ptr, mask=mask, other=0)
+    if HAS_SCALE:
+        g_scale = g_scale / tl.load(scale_ptr).to(tl.float64)
+
+    row_ptr = scalars_ptr + member * N_SCALARS
+    compute = scalars_ptr.dtype.element_ty
+    tl.store(row_ptr, g_scale.to(compute), mask=mask)
+    for k in tl.static_range(N_SCALARS - 1):
+        tl.store(row_ptr + 1 + k, values[k].to(compute), mask=mask)
+    counted = mask
+    if HAS_SKIP:
+        counted = mask & (tl.load(skip_ptr) == 0)
+    tl.store(number_ptrs[0], step.to(tl.float32), mask=counted)
+    for k in tl.static_range(N_CARRIED):
+        carried = values[N_SCALARS - 1 + k]
+        tl.store(number_ptrs[1 + k], carried.to(tl.float32), mask=counted)
+
+
+@cache
+def compiled_rule(rule: Callable[..., Any]) -> Any:
+    """A rule or scalars function as Triton sees it: the same source, with Triton's `xp`."""
+    function = rebind(rule, gpu_xp)
+    function.__globals__["tl"] = tl  # Triton's interpreter looks for it in every function
+    return triton.jit(function)
+
+
+class Launch:
+    """The tables of one launch; the caller keeps `tensors` filled with live addresses.
+
+    tensors: (n, 2 + states) int64, the addresses of p, g and each state
+    index:   (n,) int64, the row of scalars each tensor takes
+    scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
+    """
+
+    def __init__(
+        self,
+        rule: Callable[..., Any],
+        kinds: tuple[str, ...],
+        numels: list[int],
+        n_scalars: int,
+        device: torch.device,
+    ) -> None:
+        n = len(numels)
+        self.rule, self.kinds, self.n_scalars, self.device = rule, kinds, n_scalars, device
+        self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
+        self.index = np.zeros(n, dtype=np.int64)
+        self.scalars = np.zeros((n, n_scalars), dtype=np.float64 if self._wide else np.float32)
+        self._all_chunks = chunk_table(np.asarray(numels, dtype=np.int64), CHUNK)
+        self.select(None)
+
+    @property
+    def _wide(self) -> bool:
+        return self.kinds[0] == "fp64"
+
+    def select(self, active: np.ndarray | None) -> None:
+        """Restrict the launch to the tensors where `active` holds; None takes all."""
+        chunks = self._all_chunks
+        if active is not None:
+            chunks = chunks[active[chunks[:, 0]]]
+        self._chunks = torch.from_numpy(np.ascontiguousarray(chunks)).to(self.device)
+
+    def prepare(self, n_threads: int) -> None:
+        """Triton compiles at the first launch; a rule it cannot take is refused there."""
+
+    def run(self, n_threads: int) -> None:
+        """Update every selected tensor, with the scalars the host has filled in."""
+        if len(self._chunks):
+            tensors, index, scalars = self._upload([self.tensors, self.index, self.scalars])
+            self._update(tensors, index, scalars, None)
+
+    def run_on_device(
+        self,
+        scalars: Callable[..., Any],
+        numbers: np.ndarray,
+        groups: np.ndarray,
+        hypers: Sequence[Sequence[Any]],
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+    ) -> None:
+        """Count the steps and compute the scalars on the device, then update.
+
+        numbers: (n, 1 + carried) int64 addresses of float32 step and carried numbers, 0 for none
+        groups:  (n,) int64 row of `hypers`
+        hypers:  for each group the gradient's sign and the hyper-parameters, tensors or floats
+        """
+        host = [[0.0 if isinstance(x, torch.Tensor) else float(x) for x in row] for row in hypers]
+        everyone = np.arange(len(self.index), dtype=np.int64)
+        tables = [self.tensors, everyone, numbers, groups, np.asarray(host, dtype=np.float64)]
+        tensors, index, number_table, group_table, hyper_table = self._upload(tables)
+        for row, values in enumerate(hypers):
+            for column, value in enumerate(values):
+                if isinstance(value, torch.Tensor):
+                    hyper_table[row, column].copy_(value.reshape(()), non_blocking=True)
+        grad_scale = None if grad_scale is None else grad_scale.to(self.device, non_blocking=True)
+        found_inf = None if found_inf is None else found_inf.to(self.device, non_blocking=True)
+        dtype = torch.float64 if self._wide else torch.float32
+        table = torch.empty(self.scalars.shape, dtype=dtype, device=self.device)
+        n = len(groups)
+        with self._on_device():
+            scalars_kernel[(triton.cdiv(n, SCALARS_BLOCK),)](
+                number_table,
+                group_table,
+                hyper_table,
+                grad_scale,
+                found_inf,
+                table,
+                n,
+                SCALARS=compiled_rule(scalars),
+                N_CARRIED=numbers.shape[1] - 1,
+                N_HYPERS=len(host[0]) - 1,
+                N_SCALARS=self.n_scalars,
+                HAS_SCALE=grad_scale is not None,
+                HAS_SKIP=found_inf is not None,
+                BLOCK=SCALARS_BLOCK,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
+        if len(self._chunks):
+            self._update(tensors, index, table, found_inf)
+
+    def _update(
+        self,
+        tensors: torch.Tensor,
+        index: torch.Tensor,
+        scalars: torch.Tensor,
+        found_inf: torch.Tensor | None,
+    ) -> None:
+        with self._on_device():
+            update_kernel[(len(self._chunks),)](
+                tensors,
+                self._chunks,
+                index,
+                scalars,
+                found_inf,
+                RULE=compiled_rule(self.rule),
+                DTYPES=tuple(memory.DTYPES[kind] for kind in self.kinds),
+                COMPUTE=memory.compute_dtype(self.kinds[0]),
+                N_SCALARS=self.n_scalars,
+                HAS_SKIP=found_inf is not None,
+                BLOCK=min(BLOCK[kind] for kind in self.kinds),
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        if self.device.type == "cpu":  # Triton's interpreter
+            return nullcontext()
+        return torch.cuda.device(self.device)
+
+    def _upload(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
+        """Host tables to the device in one copy that the host does not wait for.
+
+        The pinned buffer is a new one each time: torch's host allocator hands its memory out again
+        only when the copy has ended.
+        """
+        sizes = [-(-array.nbytes // 16) * 16 for array in arrays]
+        pinned = torch.empty(
+            sum(sizes), dtype=torch.uint8, pin_memory=self.device.type != "cpu"
+        )
+        target = torch.empty_like(pinned, device=self.device, pin_memory=False)
+        tables, start = [], 0
+        for array, size in zip(arrays, sizes, strict=True):
+            source = torch.from_numpy(array)
+            span = slice(start, start + array.nbytes)
+            pinned[span].view(source.dtype).view(source.shape).copy_(source)
+            tables.append(target[span].view(source.dtype).view(source.shape))
+            start += size
+        target.copy_(pinned, non_blocking=True)
+        if self.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+            _captured.append((pinned, target, self._chunks))
+        return tables

@@ -1,0 +1,51 @@
+"""The functions a rule may call, for Triton: IEEE where triton.language is not.
+
+`tl.sqrt` is approximate and flushes denormals, `tl.maximum` drops NaN: the ones here are correctly
+rounded and keep it. What is multiplied by a scalar that is 0 must not turn infinity into NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sqrt(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    return tl.sqrt_rn(x)
+
+
+@triton.jit
+def power(x, y):
+    # x >= 0. log(0) is -inf, and exp(-inf) the 0 that 0 ** y is.
+    return tl.exp(y * tl.log(x))
+
+
+@triton.jit
+def absolute(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def maximum(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def where(condition, x, y):
+    return tl.where(condition != 0, x, y)
+
+
+@triton.jit
+def add_scaled(x, scale, y):
+    return tl.where(scale != 0.0, x + scale * y, x)
+
+
+@triton.jit
+def lerp(x, y, weight):
+    near_x = weight < 0.5
+    start = tl.where(near_x, x, y)
+    slope = tl.where(near_x, weight, weight - 1.0)
+    return start + slope * (y - x)
