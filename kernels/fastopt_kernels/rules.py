@@ -12,26 +12,23 @@ The arithmetic is ordered so that huge, tiny and non-finite gradients give what 
 
 from __future__ import annotations
 
-from typing import TypeAlias
 
 from fastopt_kernels import xp
 
-Scalars: TypeAlias = tuple[float, ...]
 
-
-def sgd(p: float, g: float, weight_decay: float, lr: float) -> Scalars:
+def sgd(p: float, g: float, weight_decay: float, lr: float) -> tuple[float, ...]:
     """p' = p - lr (g + weight_decay p)."""
     g = xp.add_scaled(g, weight_decay, p)
     return (p - lr * g,)
 
 
-def sgd_scalars(step: float, lr: float, weight_decay: float) -> Scalars:
+def sgd_scalars(step: float, lr: float, weight_decay: float) -> tuple[float, ...]:
     return weight_decay, lr
 
 
 def sgd_momentum(
     p: float, g: float, buf: float, weight_decay: float, lr: float, momentum: float, damp: float
-) -> Scalars:
+) -> tuple[float, ...]:
     """buf' = momentum buf + damp g;  p' = p - lr buf'.  Polyak 1964; torch's first buf is g."""
     g = xp.add_scaled(g, weight_decay, p)
     buf = momentum * buf + damp * g
@@ -40,7 +37,7 @@ def sgd_momentum(
 
 def sgd_nesterov(
     p: float, g: float, buf: float, weight_decay: float, lr: float, momentum: float, damp: float
-) -> Scalars:
+) -> tuple[float, ...]:
     """buf' = momentum buf + damp g;  p' = p - lr (g + momentum buf').  Sutskever et al. 2013."""
     g = xp.add_scaled(g, weight_decay, p)
     buf = momentum * buf + damp * g
@@ -49,7 +46,7 @@ def sgd_nesterov(
 
 def sgd_momentum_scalars(
     step: float, lr: float, momentum: float, dampening: float, weight_decay: float
-) -> Scalars:
+) -> tuple[float, ...]:
     return weight_decay, lr, momentum, xp.where(step > 1.0, 1.0 - dampening, 1.0)
 
 
@@ -66,7 +63,7 @@ def adam(
     nu: float,
     eps: float,
     v_scale: float,
-) -> Scalars:
+) -> tuple[float, ...]:
     """p' = decay p - step_size m' / (v_scale sqrt(v') + eps).  Kingma & Ba 2015, algorithm 1;
     with `decay` below 1 it is AdamW: Loshchilov & Hutter 2019, algorithm 2."""
     g = xp.add_scaled(g, weight_decay, p)
@@ -90,7 +87,7 @@ def adam_amsgrad(
     nu: float,
     eps: float,
     v_scale: float,
-) -> Scalars:
+) -> tuple[float, ...]:
     """Adam whose denominator never falls: v_max' = max(v_max, v').  Reddi et al. 2018."""
     g = xp.add_scaled(g, weight_decay, p)
     m = xp.lerp(m, g, mu)
@@ -108,7 +105,7 @@ def adam_scalars(
     eps: float,
     weight_decay: float,
     decoupled_weight_decay: bool,
-) -> Scalars:
+) -> tuple[float, ...]:
     coupled = xp.where(decoupled_weight_decay, 0.0, weight_decay)
     decay = xp.where(decoupled_weight_decay, 1.0 - lr * weight_decay, 1.0)
     step_size = lr / (1.0 - xp.power(beta1, step))
@@ -116,7 +113,9 @@ def adam_scalars(
     return coupled, decay, step_size, 1.0 - beta1, beta2, 1.0 - beta2, eps, v_scale
 
 
-def adagrad(p: float, g: float, s: float, weight_decay: float, clr: float, eps: float) -> Scalars:
+def adagrad(
+    p: float, g: float, s: float, weight_decay: float, clr: float, eps: float
+) -> tuple[float, ...]:
     """s' = s + g^2;  p' = p - clr g / (sqrt(s') + eps).  Duchi et al. 2011."""
     g = xp.add_scaled(g, weight_decay, p)
     s = s + g * g
@@ -125,13 +124,20 @@ def adagrad(p: float, g: float, s: float, weight_decay: float, clr: float, eps: 
 
 def adagrad_scalars(
     step: float, lr: float, lr_decay: float, weight_decay: float, eps: float
-) -> Scalars:
+) -> tuple[float, ...]:
     return weight_decay, lr / (1.0 + (step - 1.0) * lr_decay), eps
 
 
 def rmsprop(
-    p: float, g: float, s: float, weight_decay: float, lr: float, alpha: float, nu: float, eps: float
-) -> Scalars:
+    p: float,
+    g: float,
+    s: float,
+    weight_decay: float,
+    lr: float,
+    alpha: float,
+    nu: float,
+    eps: float,
+) -> tuple[float, ...]:
     """s' = alpha s + (1 - alpha) g^2;  p' = p - lr g / (sqrt(s') + eps).  Hinton 2012, lecture 6e."""
     g = xp.add_scaled(g, weight_decay, p)
     s = alpha * s + (nu * g) * g
@@ -140,7 +146,7 @@ def rmsprop(
 
 def rmsprop_scalars(
     step: float, lr: float, alpha: float, eps: float, weight_decay: float
-) -> Scalars:
+) -> tuple[float, ...]:
     return weight_decay, lr, alpha, 1.0 - alpha, eps
 
 
@@ -154,7 +160,7 @@ def rmsprop_centered(
     alpha: float,
     nu: float,
     eps: float,
-) -> Scalars:
+) -> tuple[float, ...]:
     """RMSprop by the variance: a' = alpha a + (1 - alpha) g under sqrt(s' - a'^2).  Graves 2013, eq. 38."""
     g = xp.add_scaled(g, weight_decay, p)
     s = alpha * s + (nu * g) * g
@@ -173,7 +179,7 @@ def rmsprop_momentum(
     nu: float,
     eps: float,
     momentum: float,
-) -> Scalars:
+) -> tuple[float, ...]:
     """RMSprop through a momentum buffer: buf' = momentum buf + g / (sqrt(s') + eps)."""
     g = xp.add_scaled(g, weight_decay, p)
     s = alpha * s + (nu * g) * g
@@ -193,7 +199,7 @@ def rmsprop_centered_momentum(
     nu: float,
     eps: float,
     momentum: float,
-) -> Scalars:
+) -> tuple[float, ...]:
     """Centered RMSprop through a momentum buffer.  Graves 2013, eqs. 38 to 41."""
     g = xp.add_scaled(g, weight_decay, p)
     s = alpha * s + (nu * g) * g
@@ -204,7 +210,7 @@ def rmsprop_centered_momentum(
 
 def rmsprop_momentum_scalars(
     step: float, lr: float, alpha: float, eps: float, weight_decay: float, momentum: float
-) -> Scalars:
+) -> tuple[float, ...]:
     return weight_decay, lr, alpha, 1.0 - alpha, eps, momentum
 
 
@@ -218,7 +224,7 @@ def adadelta(
     rho: float,
     nu: float,
     eps: float,
-) -> Scalars:
+) -> tuple[float, ...]:
     """delta = sqrt(d + eps) / sqrt(s' + eps) g;  p' = p - lr delta.  Zeiler 2012, algorithm 1."""
     g = xp.add_scaled(g, weight_decay, p)
     s = rho * s + (nu * g) * g
@@ -229,7 +235,7 @@ def adadelta(
 
 def adadelta_scalars(
     step: float, lr: float, rho: float, eps: float, weight_decay: float
-) -> Scalars:
+) -> tuple[float, ...]:
     return weight_decay, lr, rho, 1.0 - rho, eps
 
 
@@ -243,7 +249,7 @@ def adamax(
     mu: float,
     beta2: float,
     eps: float,
-) -> Scalars:
+) -> tuple[float, ...]:
     """u' = max(beta2 u, |g| + eps);  p' = p - step_size m' / u'.  Kingma & Ba 2015, algorithm 2."""
     g = xp.add_scaled(g, weight_decay, p)
     m = xp.lerp(m, g, mu)
@@ -253,7 +259,7 @@ def adamax(
 
 def adamax_scalars(
     step: float, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
-) -> Scalars:
+) -> tuple[float, ...]:
     step_size = lr / (1.0 - xp.power(beta1, step))
     return weight_decay, step_size, 1.0 - beta1, beta2, eps
 
@@ -272,7 +278,7 @@ def nadam(
     nu: float,
     eps: float,
     v_scale: float,
-) -> Scalars:
+) -> tuple[float, ...]:
     """p' = decay p - (g_size g + m_size m') / (v_scale sqrt(v') + eps).  Dozat 2016, algorithm 2."""
     g = xp.add_scaled(g, weight_decay, p)
     m = xp.lerp(m, g, mu)
@@ -292,7 +298,7 @@ def nadam_scalars(
     weight_decay: float,
     momentum_decay: float,
     decoupled_weight_decay: bool,
-) -> Scalars:
+) -> tuple[float, ...]:
     coupled = xp.where(decoupled_weight_decay, 0.0, weight_decay)
     decay = xp.where(decoupled_weight_decay, 1.0 - lr * weight_decay, 1.0)
     mu = beta1 * (1.0 - 0.5 * xp.power(0.96, step * momentum_decay))
@@ -328,7 +334,7 @@ def radam(
     beta2: float,
     nu: float,
     eps: float,
-) -> Scalars:
+) -> tuple[float, ...]:
     """p' = decay p - step_size m' (rectification / (sqrt(v') + eps), or 1 while the variance is
     intractable, which a rectification below 0 says).  Liu et al. 2020, algorithm 2."""
     g = xp.add_scaled(g, weight_decay, p)
@@ -347,7 +353,7 @@ def radam_scalars(
     eps: float,
     weight_decay: float,
     decoupled_weight_decay: bool,
-) -> Scalars:
+) -> tuple[float, ...]:
     coupled = xp.where(decoupled_weight_decay, 0.0, weight_decay)
     decay = xp.where(decoupled_weight_decay, 1.0 - lr * weight_decay, 1.0)
     beta2_power = xp.power(beta2, step)

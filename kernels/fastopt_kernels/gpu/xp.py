@@ -13,8 +13,10 @@ import triton.language as tl
 @triton.jit
 def sqrt(x):
     if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    return tl.sqrt_rn(x)
+        root = tl.sqrt(x)
+    else:
+        root = tl.sqrt_rn(x)
+    return root
 
 
 @triton.jit
