@@ -61,12 +61,12 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     def sparse_error(self) -> None:
         return None
 
-    def step_sparse(self, param: Tensor, group: dict[str, Any]) -> None:
+    def step_sparse(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """torch's own update, which touches only the rows that have a gradient."""
         state = self.__dict__["state"][param]
         torch_adagrad(
             [param],
-            [param.grad],
+            [grad],
             [state["sum"]],
             [state["step"]],
             has_sparse_grad=True,

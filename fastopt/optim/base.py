@@ -93,7 +93,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         device = param.device if on_device else torch.device("cpu")
         return torch.tensor(value, dtype=_number_dtype(on_device), device=device)
 
-    def step_sparse(self, param: Tensor, group: dict[str, Any]) -> None:
+    def step_sparse(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """One step of a parameter whose gradient is sparse, where the optimizer has one."""
         raise RuntimeError(self.sparse_error())
 
@@ -151,8 +151,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _all_params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update every parameter that has a gradient; returns the closure's loss if there is one."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -225,7 +225,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} with fused=True cannot unscale sparse gradients: got "
                     "one with a grad_scale. Leave fused unset, and GradScaler unscales before."
                 )
-            self.step_sparse(param, group)
+            self.step_sparse(param, grad, group)
             return
         sign = -1.0 if group.get("maximize") else 1.0
         state = self._state_of(param, update)

@@ -275,7 +275,9 @@ class Bucket:
         return (
             layout.PLAIN.issuperset(map(type, grads))
             and list(map(_nbytes, grads)) == nbytes
-            and (all(map(_is_contiguous, grads)) if self.contiguous else self._laid_out(grads, here))
+            and (
+                all(map(_is_contiguous, grads)) if self.contiguous else self._laid_out(grads, here)
+            )
             and not any(map(_is_neg, grads))
             and not (self.complex and any(map(_is_conj, grads)))
         )

@@ -129,6 +129,8 @@ def reference(param: Tensor) -> Tensor:
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             f"single memory location: a parameter of shape {tuple(param.shape)} has strides "
-            f"{param.stride()}. Give the optimizer param.clone() or the tensor it was expanded from."
+            f"{param.stride()}. Give the optimizer a clone, or the tensor it was expanded from."
         )
-    return param if is_dense(param) else torch.empty_like(param, memory_format=torch.contiguous_format)
+    return (
+        param if is_dense(param) else torch.empty_like(param, memory_format=torch.contiguous_format)
+    )

@@ -13,7 +13,8 @@ from fastopt_kernels import rules
 
 class NAdam(FusedOptimizer, torch.optim.NAdam):
     """mu_t = b1 (1 - 0.96^(t momentum_decay) / 2);  P_t = mu_1 ... mu_t;
-    p' = p - lr ((1 - mu_t) / (1 - P_t) g + mu_(t+1) / (1 - P_(t+1)) m') / (sqrt(v'/(1 - b2^t)) + eps)
+    p' = p - lr ((1 - mu_t) / (1 - P_t) g + mu_(t+1) / (1 - P_(t+1)) m')
+             / (sqrt(v' / (1 - b2^t)) + eps)
 
     Dozat 2016, algorithm 2. Arguments, errors and state are those of torch.optim.NAdam;
     mu_product keeps the dtype of a step count when a checkpoint is loaded.

@@ -33,7 +33,7 @@ class GroupKey(NamedTuple):
 
 
 class Odd(NamedTuple):
-    """A parameter that torch's operators step: sparse, differentiable, without memory of its own."""
+    """A parameter torch's operators step: sparse, differentiable, or without its own memory."""
 
     param: Tensor
     group: int
@@ -180,8 +180,7 @@ def _make_buckets(
     steps = _make_steps(optimizer, [(kind, chosen) for kind, chosen, _ in buckets])
     ordered = sorted(zip(buckets, steps, strict=True), key=lambda pair: pair[0][0].wave)
     return [
-        Bucket(chosen, kind.update, launch, counts)
-        for (kind, chosen, launch), counts in ordered
+        Bucket(chosen, kind.update, launch, counts) for (kind, chosen, launch), counts in ordered
     ]
 
 

@@ -66,14 +66,14 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     def sparse_error(self) -> None:
         return None
 
-    def step_sparse(self, param: Tensor, group: dict[str, Any]) -> None:
+    def step_sparse(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """torch's own update: a sparse momentum buffer is a sparse tensor."""
         momentum = group["momentum"]
         state = self.__dict__["state"][param] if momentum != 0 else {}
         buffers = [state.get("momentum_buffer")]
         torch_sgd(
             [param],
-            [param.grad],
+            [grad],
             buffers,
             has_sparse_grad=True,
             foreach=False,

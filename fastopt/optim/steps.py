@@ -157,9 +157,7 @@ class Steps:
         if active is not None:
             self._classes = None
 
-    def _partition(
-        self, active: Array | None, launch: Any
-    ) -> list[tuple[int, Array]]:
+    def _partition(self, active: Array | None, launch: Any) -> list[tuple[int, Array]]:
         """Parameters alike in group, step and carried numbers share a row of scalars: for each row
         its group and where the numbers of its parameters lie."""
         here = np.arange(len(self.rows)) if active is None else np.flatnonzero(active)
@@ -170,6 +168,4 @@ class Steps:
         kinds, inverse = np.unique(table, axis=0, return_inverse=True)
         inverse = inverse.reshape(-1)
         launch.index[here] = inverse
-        return [
-            (int(kind[0]), self.rows[here[inverse == row]]) for row, kind in enumerate(kinds)
-        ]
+        return [(int(kind[0]), self.rows[here[inverse == row]]) for row, kind in enumerate(kinds)]

@@ -12,7 +12,6 @@ The arithmetic is ordered so that huge, tiny and non-finite gradients give what 
 
 from __future__ import annotations
 
-
 from fastopt_kernels import xp
 
 
@@ -138,7 +137,7 @@ def rmsprop(
     nu: float,
     eps: float,
 ) -> tuple[float, ...]:
-    """s' = alpha s + (1 - alpha) g^2;  p' = p - lr g / (sqrt(s') + eps).  Hinton 2012, lecture 6e."""
+    """s' = alpha s + (1 - alpha) g^2;  p' = p - lr g / (sqrt(s') + eps).  Hinton 2012."""
     g = xp.add_scaled(g, weight_decay, p)
     s = alpha * s + (nu * g) * g
     return p - lr * g / (xp.sqrt(s) + eps), s
@@ -161,7 +160,7 @@ def rmsprop_centered(
     nu: float,
     eps: float,
 ) -> tuple[float, ...]:
-    """RMSprop by the variance: a' = alpha a + (1 - alpha) g under sqrt(s' - a'^2).  Graves 2013, eq. 38."""
+    """RMSprop by the variance: a' = alpha a + (1 - alpha) g, sqrt(s' - a'^2).  Graves 2013."""
     g = xp.add_scaled(g, weight_decay, p)
     s = alpha * s + (nu * g) * g
     a = xp.lerp(a, g, nu)
@@ -279,7 +278,7 @@ def nadam(
     eps: float,
     v_scale: float,
 ) -> tuple[float, ...]:
-    """p' = decay p - (g_size g + m_size m') / (v_scale sqrt(v') + eps).  Dozat 2016, algorithm 2."""
+    """p' = decay p - (g_size g + m_size m') / (v_scale sqrt(v') + eps).  Dozat 2016."""
     g = xp.add_scaled(g, weight_decay, p)
     m = xp.lerp(m, g, mu)
     v = beta2 * v + (nu * g) * g

@@ -312,9 +312,7 @@ class Launch:
         only when the copy has ended.
         """
         sizes = [-(-array.nbytes // 16) * 16 for array in arrays]
-        pinned = torch.empty(
-            sum(sizes), dtype=torch.uint8, pin_memory=self.device.type != "cpu"
-        )
+        pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type != "cpu")
         target = torch.empty_like(pinned, device=self.device, pin_memory=False)
         tables, start = [], 0
         for array, size in zip(arrays, sizes, strict=True):
