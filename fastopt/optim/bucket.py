@@ -84,9 +84,8 @@ class Member:
         member.kinds = tuple(layout.kind(tensor, "a tensor") for tensor in streams)
         return member
 
-    def grad(self, grads: list[Tensor | None]) -> Tensor | None:
+    def grad(self, grad: Tensor | None) -> Tensor | None:
         """The gradient as the kernel may read it, or None: missing this time."""
-        grad = grads[self.position]
         if grad is None:
             return None
         grad = layout.local_grad(grad, self.param)
@@ -117,18 +116,17 @@ class Bucket:
         self.sources = [member.source for member in members]
         self.written = [m.param for m in members if not m.param.is_inference()]
         self.staged = [staged for member in members for staged in member.staged]
-        # Gradients that need a look of their own each step: staged ones and parts of a DTensor.
-        self.slow = any(m.grad_buffer is not None or m.param is not m.source for m in members)
+        # Gradients that are read through a buffer, or are the local part of a DTensor.
+        self.indirect = [
+            k for k, m in enumerate(members) if m.grad_buffer is not None or m.param is not m.source
+        ]
         self.complex = members[0].target.is_complex()
         self.contiguous = all(map(_is_contiguous, self.targets))
         self.source_ptrs = list(map(_data_ptr, self.sources))
         self.launch.tensors[:, 0] = list(map(_data_ptr, self.targets))
         self._take_states()
-        self.grad_dtypes = [member.grad_dtype for member in members]
-        self.nbytes = [
-            target.numel() * dtype.itemsize
-            for target, dtype in zip(self.targets, self.grad_dtypes, strict=True)
-        ]
+        # Bytes say both size and width: half of what torch has checked where it was assigned.
+        self.nbytes = [m.target.numel() * m.grad_dtype.itemsize for m in members]
         self.active: np.ndarray[Any, Any] | None = None
         self.grad_ptrs: list[int] = []
         self.known: list[weakref.ref[Tensor]] = []
@@ -215,14 +213,15 @@ class Bucket:
         return self.steps.in_place() and list(map(_data_ptr, self.state_tensors)) == self.state_ptrs
 
     def _take_grads(self, all_grads: list[Tensor | None]) -> bool:
-        if self.slow:
-            if any(_reshaped(all_grads[m.position], m.param) for m in self.members):
-                return False
-            grads = [member.grad(all_grads) for member in self.members]
-        elif len(all_grads) == len(self.members):
-            grads = all_grads
-        else:
+        grads = all_grads
+        if len(all_grads) > len(self.members):
             grads = [all_grads[k] for k in self.positions]
+        if self.indirect:
+            grads = list(grads)
+            for k in self.indirect:
+                if _reshaped(grads[k], self.members[k].param):
+                    return False
+                grads[k] = self.members[k].grad(grads[k])
         try:
             ptrs = list(map(_data_ptr, grads))  # type: ignore[arg-type]
         except (TypeError, RuntimeError):
@@ -232,7 +231,7 @@ class Bucket:
             self.launch.select(None)
         if ptrs == self.grad_ptrs and self._are_known(grads):  # type: ignore[arg-type]
             return True
-        if not self._valid(grads, range(len(grads))):  # type: ignore[arg-type]
+        if not self._valid(grads, ptrs, range(len(grads))):  # type: ignore[arg-type]
             return False
         self.grad_ptrs = ptrs
         self.launch.tensors[:, 1] = ptrs
@@ -244,7 +243,8 @@ class Bucket:
         present = [grads[k] for k in here]
         if any(grad.layout is not torch.strided for grad in present):  # type: ignore[union-attr]
             return False
-        if not self._valid(present, here):  # type: ignore[arg-type]
+        ptrs = list(map(_data_ptr, present))  # type: ignore[arg-type]
+        if not self._valid(present, ptrs, here):  # type: ignore[arg-type]
             return False
         active = np.zeros(len(grads), dtype=bool)
         active[here] = True
@@ -252,7 +252,7 @@ class Bucket:
             self.active = active
             self.launch.select(active)
         self.grad_ptrs, self.known = [], []
-        self.launch.tensors[here, 1] = list(map(_data_ptr, present))  # type: ignore[arg-type]
+        self.launch.tensors[here, 1] = ptrs
         return True
 
     def _are_known(self, grads: list[Tensor]) -> bool:
@@ -269,11 +269,12 @@ class Bucket:
             return False
         return all(map(is_, [reference() for reference in self.known], grads))
 
-    def _valid(self, grads: list[Tensor], here: Sequence[int]) -> bool:
+    def _valid(self, grads: list[Tensor], ptrs: list[int], here: Sequence[int]) -> bool:
         """Whether new gradient objects lie as the plan has them."""
         nbytes = self.nbytes if len(here) == len(self.nbytes) else [self.nbytes[k] for k in here]
         return (
             layout.PLAIN.issuperset(map(type, grads))
+            and (0 not in ptrs or not any(n for n, ptr in zip(nbytes, ptrs, strict=True) if not ptr))
             and list(map(_nbytes, grads)) == nbytes
             and (
                 all(map(_is_contiguous, grads)) if self.contiguous else self._laid_out(grads, here)
