@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A number kept one a parameter: on its device where the step is counted there."""
         on_device = bool(group.get("capturable") or group.get("fused"))
         device = param.device if on_device else torch.device("cpu")
-        return torch.tensor(value, dtype=_number_dtype(on_device), device=device)
+        return torch.full((), value, dtype=_number_dtype(on_device), device=device)
 
     def step_sparse(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """One step of a parameter whose gradient is sparse, where the optimizer has one."""
@@ -157,28 +157,39 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
-            return loss
-        with torch.no_grad():
-            plan = self._current_plan()
-            scale = _Scale(getattr(self, "grad_scale", None), found_inf)
-            for bucket in plan.buckets:
-                self._run(bucket, scale)
-            for odd in plan.odd:
-                self._step_odd(odd, plan.keys[odd.group].update, scale)
+        if _cuda_in_use() and torch.cuda.is_current_stream_capturing():
+            self._check_capturable()
+        scale = _NO_SCALE
+        if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
+            scale = _Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            if scale.on_host() and scale.skip():
+                return loss
+        plan = self._current_plan()
+        for bucket in plan.buckets:
+            self._run(bucket, scale)
+        for odd in plan.odd:
+            self._step_odd(odd, plan.keys[odd.group].update, scale)
         return loss
 
     # Dynamo leaves a function marked so to Python, as one clean graph break; torch.compiler.disable
     # would do the same but imports Dynamo, a second on the first step.
     step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
+    def _check_capturable(self) -> None:
+        if not all(group.get("capturable") for group in self.param_groups):
+            name = type(self).__name__
+            raise RuntimeError(
+                f"Attempting CUDA graph capture of step() for an instance of {name} but "
+                f"param_groups' capturable is False. Construct {name}(..., capturable=True): its "
+                "steps are then counted on the device, which is where a replay happens."
+            )
+
     def _current_plan(self) -> Plan:
         """The plan for the gradients that are there now, checked against every address it holds."""
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         keys = [
-            GroupKey(
+            (
                 self.update_of(group),
                 group.get("capturable", False),
                 group.get("fused", False),
@@ -190,26 +201,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is not None and plan.keys == keys and plan.fits(params, grads, self._exposed):
             return plan
         self._plan = None
-        plan = build(self, params, grads, keys)
-        for bucket in plan.buckets:
-            if not bucket.refresh(grads, exposed=False):
-                raise AssertionError("a plan must fit the gradients it was just built for")
+        with torch.no_grad():
+            plan = build(self, params, grads, [GroupKey(*key) for key in keys])
+            for bucket in plan.buckets:
+                if not bucket.refresh(grads, exposed=False):
+                    raise AssertionError("a plan must fit the gradients it was just built for")
         if not plan.odd:
             self._plan = plan
         return plan
 
     def _run(self, bucket: Bucket, scale: _Scale) -> None:
         """One launch: stage, count, update, and tell autograd what was written."""
-        groups = {number: self.param_groups[number] for number in bucket.groups}
-        hypers = {n: bucket.update.hypers(group) for n, group in groups.items()}
-        signs = {n: -1.0 if group.get("maximize") else 1.0 for n, group in groups.items()}
+        if bucket.empty:
+            return
+        rows: dict[int, list[Any]] = {}
+        for number in bucket.groups:
+            group = self.param_groups[number]
+            sign = -1.0 if group.get("maximize") else 1.0
+            rows[number] = [sign, *bucket.update.hypers(group)]
         if bucket.on_device:
-            bucket.run_on_device(hypers, signs, scale.grad_scale, scale.found_inf)
+            bucket.run_on_device(rows, scale.grad_scale, scale.found_inf)
         elif not scale.skip():
-            factor = scale.inverse()
-            numbers = {n: [float(x) for x in values] for n, values in hypers.items()}
-            g_scales = {n: sign * factor for n, sign in signs.items()}
-            bucket.run(numbers, g_scales, self._exposed)
+            bucket.run(rows, scale.inverse(), self._exposed)
         else:
             return
         increment_version(bucket.touched(states=self._exposed))
@@ -225,7 +238,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} with fused=True cannot unscale sparse gradients: got "
                     "one with a grad_scale. Leave fused unset, and GradScaler unscales before."
                 )
-            self.step_sparse(param, grad, group)
+            with torch.no_grad():
+                self.step_sparse(param, grad, group)
             return
         sign = -1.0 if group.get("maximize") else 1.0
         state = self._state_of(param, update)
@@ -260,6 +274,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         return made
 
 
+_cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
+
+
 def _number_dtype(on_device: bool = False) -> torch.dtype:
     """What torch keeps its step counts in."""
     double = torch.get_default_dtype() == torch.float64 and not on_device
@@ -274,6 +291,10 @@ class _Scale:
         self._skip: bool | None = None
         self._inverse: float | None = None
 
+    def on_host(self) -> bool:
+        """Whether the verdict can be read without waiting for a device."""
+        return self.found_inf is not None and self.found_inf.device.type == "cpu"
+
     def skip(self) -> bool:
         if self._skip is None:
             self._skip = self.found_inf is not None and bool(self.found_inf.item())
@@ -283,3 +304,6 @@ class _Scale:
         if self._inverse is None:
             self._inverse = 1.0 if self.grad_scale is None else 1.0 / self.grad_scale.item()
         return self._inverse
+
+
+_NO_SCALE = _Scale(None, None)

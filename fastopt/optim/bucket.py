@@ -144,44 +144,50 @@ class Bucket:
             self.launch.tensors[:, 2 + column] = list(map(_data_ptr, walked))
 
     @property
+    def empty(self) -> bool:
+        """Whether every gradient is missing this time."""
+        return self.active is not None and not self.active.any()
+
+    @property
     def on_device(self) -> bool:
         """Whether the device counts the steps."""
         return isinstance(self.steps, DeviceSteps)
 
-    def run(
-        self, hypers: dict[int, list[float]], g_scales: dict[int, float], exposed: bool
-    ) -> None:
-        """Count a step on the host and launch."""
+    def run(self, rows: dict[int, list[Any]], inverse_scale: float, exposed: bool) -> None:
+        """Count a step on the host and launch.
+
+        rows: for each group the gradient's sign and the hyper-parameters of the update
+        """
         assert isinstance(self.steps, Steps)
-        for staged in self.staged:
-            staged.read()
-        self.steps.advance(hypers, g_scales, self.launch, self.active, exposed)
+        self._stage(Staged.read)
+        self.steps.advance(rows, inverse_scale, self.launch, self.active, exposed)
         self.launch.run(torch.get_num_threads())
-        for staged in self.staged:
-            staged.write()
+        self._stage(Staged.write)
 
     def run_on_device(
         self,
-        hypers: dict[int, list[Any]],
-        signs: dict[int, float],
+        rows: dict[int, list[Any]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
         """Launch without the host knowing the steps: they are counted on the device."""
         assert isinstance(self.steps, DeviceSteps)
-        for staged in self.staged:
-            staged.read()
-        rows = [[signs[group], *hypers[group]] for group in self.groups]
+        self._stage(Staged.read)
         self.launch.run_on_device(
             self.update.scalars,
             self.steps.addresses(self.active),
             np.searchsorted(self.groups, self.steps.groups),
-            rows,
+            list(rows.values()),
             grad_scale,
             found_inf,
         )
-        for staged in self.staged:
-            staged.write()
+        self._stage(Staged.write)
+
+    def _stage(self, move: Callable[[Staged], None]) -> None:
+        if self.staged:
+            with torch.no_grad():
+                for staged in self.staged:
+                    move(staged)
 
     def touched(self, states: bool) -> list[Tensor]:
         """What the last launch wrote: autograd must know, or a stale backward is silently wrong."""
@@ -218,10 +224,11 @@ class Bucket:
             grads = [all_grads[k] for k in self.positions]
         if self.indirect:
             grads = list(grads)
-            for k in self.indirect:
-                if _reshaped(grads[k], self.members[k].param):
-                    return False
-                grads[k] = self.members[k].grad(grads[k])
+            with torch.no_grad():
+                for k in self.indirect:
+                    if _reshaped(grads[k], self.members[k].param):
+                        return False
+                    grads[k] = self.members[k].grad(grads[k])
         try:
             ptrs = list(map(_data_ptr, grads))  # type: ignore[arg-type]
         except (TypeError, RuntimeError):
@@ -274,7 +281,9 @@ class Bucket:
         nbytes = self.nbytes if len(here) == len(self.nbytes) else [self.nbytes[k] for k in here]
         return (
             layout.PLAIN.issuperset(map(type, grads))
-            and (0 not in ptrs or not any(n for n, ptr in zip(nbytes, ptrs, strict=True) if not ptr))
+            and (
+                0 not in ptrs or not any(n for n, ptr in zip(nbytes, ptrs, strict=True) if not ptr)
+            )
             and list(map(_nbytes, grads)) == nbytes
             and (
                 all(map(_is_contiguous, grads)) if self.contiguous else self._laid_out(grads, here)

@@ -52,12 +52,15 @@ class Plan:
 
     def fits(self, params: list[Tensor], grads: list[Tensor | None], exposed: bool) -> bool:
         """Whether the plan still describes what is there; takes in the gradients' addresses."""
-        return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and all(param.grad is None for param in self.idle)
-            and all(bucket.refresh(grads, exposed) for bucket in self.buckets)
-        )
+        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            return False
+        for param in self.idle:
+            if param.grad is not None:
+                return False
+        for bucket in self.buckets:  # noqa: SIM110 (a generator costs more than the loop)
+            if not bucket.refresh(grads, exposed):
+                return False
+        return True
 
 
 def build(

@@ -122,15 +122,15 @@ class Steps:
 
     def advance(
         self,
-        hypers: Mapping[int, Sequence[float]],
-        g_scales: Mapping[int, float],
+        rows: Mapping[int, Sequence[Any]],
+        inverse_scale: float,
         launch: Any,
         active: Array | None,
         exposed: bool,
     ) -> None:
         """Count one step of the active parameters and fill in their rows of scalars, on the host.
 
-        hypers: group -> values of the update's hyper_names; g_scales: group -> gradient's factor;
+        rows: group -> the gradient's sign and the values of the update's hyper_names;
         exposed: somebody may have set the numbers since the last step
         """
         steps, carried = self._arrays[0], self._arrays[1:]
@@ -150,8 +150,10 @@ class Steps:
         n = self.update.n_scalars
         for row, (group, kin) in enumerate(self._classes):
             numbers = [array.item(kin[0]) for array in self._arrays]
-            values = self.update.scalars(*numbers, *hypers[group])
-            launch.scalars[row] = (g_scales[group], *values[:n])
+            sign, *hypers = rows[group]
+            hypers = [x if type(x) is float else float(x) for x in hypers]
+            values = self.update.scalars(*numbers, *hypers)
+            launch.scalars[row] = (sign * inverse_scale, *values[:n])
             for number, value in zip(carried, values[n:], strict=True):
                 number[kin] = value
         if active is not None:

@@ -75,40 +75,56 @@ def _rule_facts(rule: FunctionType) -> tuple[object, ...] | None:
 
 
 def key(rule: FunctionType, *specialization: object) -> str | None:
-    """File name of a kernel, or None for one that cannot be kept."""
+    """What a kernel is kept under, or None for one that cannot be kept."""
     facts = _rule_facts(rule)
     if facts is None:
         return None
     digest = hashlib.sha256(_environment())
     digest.update(repr((facts, specialization)).encode())
-    return f"{rule.__name__}-{digest.hexdigest()[:32]}.kernel"
+    return f"{rule.__name__}_{digest.hexdigest()[:32]}"
 
 
-def load(name: str | None) -> compiler.CompileResult | None:
-    """The compiled kernel of that name, or None: a missing, torn or foreign file is no error."""
-    if name is None:
+# Symbols of the parallel bodies in this process. Numba names one by an address of the process that
+# compiled it, so two kernels from disk may share a name, and the first would serve for both.
+_bodies: set[str] = set()
+
+
+def _path(key: str) -> Path:
+    return folder() / f"{key}.kernel"
+
+
+def load(key: str | None) -> compiler.CompileResult | None:
+    """The compiled kernel of that key, or None: a missing, torn or foreign file is no error."""
+    if key is None:
         return None
     try:
-        content = (folder() / name).read_bytes()
+        content = _path(key).read_bytes()
     except OSError:
         return None
     checksum, payload = content[:32], content[32:]
     if hashlib.sha256(payload).digest() != checksum:
         return None
+    bodies, reduced = pickle.loads(payload)
+    if not _bodies.isdisjoint(bodies):
+        return None
+    _bodies.update(bodies)
     target = registry.cpu_target.target_context
     rtsys.initialize(target)
-    return compiler.CompileResult._rebuild(target, *pickle.loads(payload))
+    return compiler.CompileResult._rebuild(target, *pickle.loads(reduced))
 
 
-def save(name: str | None, compiled: compiler.CompileResult) -> None:
+def save(key: str | None, compiled: compiler.CompileResult) -> None:
     """Keep a kernel for later processes; many may write it at once, each replaces it whole."""
-    if name is None or compiled.library.has_dynamic_globals:
+    names = [function.name for function in compiled.library._final_module.functions]
+    bodies = [name for name in names if "numba_parfor_gufunc" in name]
+    _bodies.update(bodies)
+    if key is None or compiled.library.has_dynamic_globals:
         return
-    payload = serialize.dumps(compiled._reduce())
+    payload = pickle.dumps((bodies, serialize.dumps(compiled._reduce())))
     try:
         folder().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder(), delete=False) as file:
             file.write(hashlib.sha256(payload).digest() + payload)
-        os.replace(file.name, folder() / name)
+        os.replace(file.name, _path(key))
     except OSError:
         return

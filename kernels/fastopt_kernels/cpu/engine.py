@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import uuid
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numba
 import numpy as np
 from numba import njit, prange, types
+from numba.core.errors import NumbaError
 
 from fastopt_kernels.chunks import chunk_table
 from fastopt_kernels.cpu import cache as disk
@@ -25,7 +27,9 @@ from fastopt_kernels.cpu import memory
 from fastopt_kernels.cpu import xp as cpu_xp
 from fastopt_kernels.xp import rebind
 
-CHUNK = 16384
+# Elements a chunk, by the size of the launch: small chunks divide a small launch evenly (22 against
+# 32 us at 100K elements on two threads), large ones keep the table small.
+CHUNK = ((262_144, 2048), (1 << 62, 16384))
 # The OpenMP fork costs 2-5 us: below this many elements one thread is done sooner.
 SERIAL_BELOW = 32768
 
@@ -43,7 +47,14 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _make_chunk(rule, kinds, n_scalars):
+def _named(function, tag):
+    """Mangled names are made of this one and a count of the process: kernels of two processes must
+    not meet under one symbol in a third, where the first loaded would serve for both."""
+    function.__name__ = function.__qualname__ = f"{function.__name__}_{tag}"
+    return function
+
+
+def _make_chunk(rule, kinds, n_scalars, tag):
     """update_chunk(tensors, chunks, index, scalars, c): the loop over one chunk."""
     compute = memory.compute_type(kinds[0])
     load = memory.make_load(kinds, compute)
@@ -52,9 +63,8 @@ def _make_chunk(rule, kinds, n_scalars):
     int64_row = memory.make_row(types.int64, len(kinds))
     int64_single = memory.make_row(types.int64, 1)
     scalar_row = memory.make_row(compute, n_scalars)
-    update = njit(rebind(rule, cpu_xp), **cpu_xp.JIT)
+    update = njit(_named(rebind(rule, cpu_xp), tag), **cpu_xp.JIT)
 
-    @njit(**cpu_xp.JIT)
     def update_chunk(tensors, chunks, index, scalars, c):
         tensor, first, last = int64_triple(chunks, c)
         addresses = int64_row(tensors, tensor)
@@ -63,18 +73,19 @@ def _make_chunk(rule, kinds, n_scalars):
             x = load(addresses, i)
             store(addresses, i, update(x[0], row[0] * x[1], *(x[2:] + row[1:])))
 
-    return update_chunk
+    return njit(_named(update_chunk, tag), **cpu_xp.JIT)
 
 
-def _make_kernel(rule, kinds, n_scalars, parallel):
-    update_chunk = _make_chunk(rule, kinds, n_scalars)
+def _make_kernel(rule, kinds, n_scalars, parallel, tag):
+    update_chunk = _make_chunk(rule, kinds, n_scalars, tag)
     chunk_range = prange if parallel else range
 
     def kernel(tensors, chunks, index, scalars, n_chunks):
         for c in chunk_range(n_chunks):
             update_chunk(tensors, chunks, index, scalars, c)
 
-    jitted = njit(types.void(*[types.int64] * 5), parallel=parallel, **cpu_xp.JIT)(kernel)
+    signature = types.void(*[types.int64] * 5)
+    jitted = njit(signature, parallel=parallel, **cpu_xp.JIT)(_named(kernel, tag))
     return next(iter(jitted.overloads.values()))
 
 
@@ -84,11 +95,19 @@ def _compiled(
 ) -> Any:
     """The compile result for a rule and specialization, from disk where it has been made before."""
     with _compile_lock:
-        name = disk.key(rule, kinds, n_scalars, parallel)
-        compiled = disk.load(name)
+        key = disk.key(rule, kinds, n_scalars, parallel)
+        compiled = disk.load(key)
         if compiled is None:
-            compiled = _make_kernel(rule, kinds, n_scalars, parallel)
-            disk.save(name, compiled)
+            tag = key or uuid.uuid4().hex
+            try:
+                compiled = _make_kernel(rule, kinds, n_scalars, parallel, tag)
+            except NumbaError as error:
+                raise TypeError(
+                    f"Numba cannot compile the rule {rule.__module__}.{rule.__qualname__}: it may "
+                    "use floats, + - * / and the functions of fastopt.optim.xp, and returns a "
+                    f"tuple of the parameter and its states. Numba says: {error}"
+                ) from error
+            disk.save(key, compiled)
     return compiled
 
 
@@ -115,7 +134,9 @@ class Launch:
         self.index = np.zeros(n, dtype=np.int64)
         dtype = np.float64 if kinds[0] == "fp64" else np.float32
         self.scalars = np.zeros((n, n_scalars), dtype=dtype)
-        self._all_chunks = chunk_table(self.numels, CHUNK)
+        total = int(self.numels.sum())
+        size = next(size for limit, size in CHUNK if total < limit)
+        self._all_chunks = chunk_table(self.numels, size)
         self._addresses = (self.tensors.ctypes.data, self.index.ctypes.data)
         self._scalars_address = self.scalars.ctypes.data
         self.select(None)

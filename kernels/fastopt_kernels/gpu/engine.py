@@ -35,9 +35,9 @@ THREADS = 128
 BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024}
 SCALARS_BLOCK = 128
 
-# A captured graph replays the copy of its tables, and reads them, for as long as it lives, which
-# nobody tells us: what was captured is never freed.
-_captured: list[Any] = []
+# A captured graph copies its tables from pinned memory at every replay, for as long as it lives,
+# which nobody tells us: what it reads outside its own memory is never freed.
+_captured: list[torch.Tensor] = []
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def update_kernel(
         _update_block(any_ptrs, offsets, offsets < n, scalars, RULE, COMPUTE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def scalars_kernel(
     numbers_ptr,
     group_ptr,
@@ -179,6 +179,9 @@ def compiled_rule(rule: Callable[..., Any]) -> Any:
     """A rule or scalars function as Triton sees it: the same source, with Triton's `xp`."""
     function = rebind(rule, gpu_xp)
     function.__globals__["tl"] = tl  # Triton's interpreter looks for it in every function
+    for name in rule.__code__.co_names:
+        if isinstance(value := rule.__globals__.get(name), (int, float)):
+            function.__globals__[name] = tl.constexpr(value)
     return triton.jit(function)
 
 
@@ -204,6 +207,7 @@ class Launch:
         self.index = np.zeros(n, dtype=np.int64)
         self.scalars = np.zeros((n, n_scalars), dtype=np.float64 if self._wide else np.float32)
         self._all_chunks = chunk_table(np.asarray(numels, dtype=np.int64), CHUNK)
+        self._spare: torch.Tensor | None = None
         self.select(None)
 
     @property
@@ -214,17 +218,20 @@ class Launch:
         """Restrict the launch to the tensors where `active` holds; None takes all."""
         chunks = self._all_chunks
         if active is not None:
-            chunks = chunks[active[chunks[:, 0]]]
-        self._chunks = torch.from_numpy(np.ascontiguousarray(chunks)).to(self.device)
+            chunks = np.ascontiguousarray(chunks[active[chunks[:, 0]]])
+        self._host_chunks = chunks
+        # The table on the device and the stream it was copied on; None until the next launch.
+        self._chunks: tuple[torch.Tensor, Any] | None = None
 
     def prepare(self, n_threads: int) -> None:
         """Triton compiles at the first launch; a rule it cannot take is refused there."""
 
     def run(self, n_threads: int) -> None:
         """Update every selected tensor, with the scalars the host has filled in."""
-        if len(self._chunks):
-            tensors, index, scalars = self._upload([self.tensors, self.index, self.scalars])
-            self._update(tensors, index, scalars, None)
+        if len(self._host_chunks):
+            with self._on_device():
+                tables, chunks = self._upload([self.tensors, self.index, self.scalars])
+                self._update(*tables, chunks, None)
 
     def run_on_device(
         self,
@@ -241,31 +248,33 @@ class Launch:
         groups:  (n,) int64 row of `hypers`
         hypers:  for each group the gradient's sign and the hyper-parameters, tensors or floats
         """
-        host = [[0.0 if isinstance(x, torch.Tensor) else float(x) for x in row] for row in hypers]
+        known = [[_host_value(x) for x in row] for row in hypers]
         everyone = np.arange(len(self.index), dtype=np.int64)
-        tables = [self.tensors, everyone, numbers, groups, np.asarray(host, dtype=np.float64)]
-        tensors, index, number_table, group_table, hyper_table = self._upload(tables)
-        for row, values in enumerate(hypers):
-            for column, value in enumerate(values):
-                if isinstance(value, torch.Tensor):
-                    hyper_table[row, column].copy_(value.reshape(()), non_blocking=True)
-        grad_scale = None if grad_scale is None else grad_scale.to(self.device, non_blocking=True)
-        found_inf = None if found_inf is None else found_inf.to(self.device, non_blocking=True)
-        dtype = torch.float64 if self._wide else torch.float32
-        table = torch.empty(self.scalars.shape, dtype=dtype, device=self.device)
-        n = len(groups)
+        arrays = [self.tensors, everyone, numbers, groups, np.asarray(known, dtype=np.float64)]
         with self._on_device():
-            scalars_kernel[(triton.cdiv(n, SCALARS_BLOCK),)](
+            tables, chunks = self._upload(arrays)
+            tensors, index, number_table, group_table, hyper_table = tables
+            for row, values in enumerate(hypers):
+                for column, value in enumerate(values):
+                    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                        hyper_table[row, column].copy_(value.reshape(()), non_blocking=True)
+            if grad_scale is not None:
+                grad_scale = grad_scale.to(self.device, non_blocking=True)
+            if found_inf is not None:
+                found_inf = found_inf.to(self.device, non_blocking=True)
+            dtype = torch.float64 if self._wide else torch.float32
+            table = torch.empty(self.scalars.shape, dtype=dtype, device=self.device)
+            scalars_kernel[(triton.cdiv(len(groups), SCALARS_BLOCK),)](
                 number_table,
                 group_table,
                 hyper_table,
                 grad_scale,
                 found_inf,
                 table,
-                n,
+                len(groups),
                 SCALARS=compiled_rule(scalars),
                 N_CARRIED=numbers.shape[1] - 1,
-                N_HYPERS=len(host[0]) - 1,
+                N_HYPERS=len(known[0]) - 1,
                 N_SCALARS=self.n_scalars,
                 HAS_SCALE=grad_scale is not None,
                 HAS_SKIP=found_inf is not None,
@@ -273,55 +282,90 @@ class Launch:
                 num_warps=THREADS // _warp_size(),
                 enable_fp_fusion=True,
             )
-        if len(self._chunks):
-            self._update(tensors, index, table, found_inf)
+            if len(self._host_chunks):
+                self._update(tensors, index, table, chunks, found_inf)
+            if self._spare is None and not self._capturing():
+                self._spare = self._pinned(sum(map(_padded, [*arrays, self._all_chunks])))
 
     def _update(
         self,
         tensors: torch.Tensor,
         index: torch.Tensor,
         scalars: torch.Tensor,
+        chunks: torch.Tensor,
         found_inf: torch.Tensor | None,
     ) -> None:
-        with self._on_device():
-            update_kernel[(len(self._chunks),)](
-                tensors,
-                self._chunks,
-                index,
-                scalars,
-                found_inf,
-                RULE=compiled_rule(self.rule),
-                DTYPES=tuple(memory.DTYPES[kind] for kind in self.kinds),
-                COMPUTE=memory.compute_dtype(self.kinds[0]),
-                N_SCALARS=self.n_scalars,
-                HAS_SKIP=found_inf is not None,
-                BLOCK=block_size(self.kinds),
-                num_warps=THREADS // _warp_size(),
-                enable_fp_fusion=True,
-            )
+        update_kernel[(len(chunks),)](
+            tensors,
+            chunks,
+            index,
+            scalars,
+            found_inf,
+            RULE=compiled_rule(self.rule),
+            DTYPES=tuple(memory.DTYPES[kind] for kind in self.kinds),
+            COMPUTE=memory.compute_dtype(self.kinds[0]),
+            N_SCALARS=self.n_scalars,
+            HAS_SKIP=found_inf is not None,
+            BLOCK=block_size(self.kinds),
+            num_warps=THREADS // _warp_size(),
+            enable_fp_fusion=True,
+        )
 
     def _on_device(self) -> AbstractContextManager[Any]:
         if self.device.type == "cpu":  # Triton's interpreter
             return nullcontext()
         return torch.cuda.device(self.device)
 
-    def _upload(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
-        """Host tables to the device in one copy that the host does not wait for.
+    def _capturing(self) -> bool:
+        return self.device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+
+    def _pinned(self, nbytes: int) -> torch.Tensor:
+        pin = self.device.type != "cpu"
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
+
+    def _upload(self, arrays: list[np.ndarray]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Host tables, and the chunks where they have changed, to the device in one copy that the
+        host does not wait for.
 
         The pinned buffer is a new one each time: torch's host allocator hands its memory out again
-        only when the copy has ended.
+        only when the copy has ended. It may not be asked for one during capture; the spare serves.
         """
-        sizes = [-(-array.nbytes // 16) * 16 for array in arrays]
-        pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type != "cpu")
-        target = torch.empty_like(pinned, device=self.device, pin_memory=False)
+        stream = None if self.device.type == "cpu" else torch.cuda.current_stream()
+        capturing = self._capturing()
+        known = self._chunks is not None and self._chunks[1] == stream
+        if not known:
+            arrays = [*arrays, self._host_chunks]
+        nbytes = sum(map(_padded, arrays))
+        pinned = None
+        if capturing:
+            pinned, self._spare = self._spare, None
+        if pinned is None or len(pinned) < nbytes:
+            pinned = self._pinned(nbytes)
+        target = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         tables, start = [], 0
-        for array, size in zip(arrays, sizes, strict=True):
+        for array in arrays:
             source = torch.from_numpy(array)
             span = slice(start, start + array.nbytes)
             pinned[span].view(source.dtype).view(source.shape).copy_(source)
             tables.append(target[span].view(source.dtype).view(source.shape))
-            start += size
-        target.copy_(pinned, non_blocking=True)
-        if self.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
-            _captured.append((pinned, target, self._chunks))
-        return tables
+            start += _padded(array)
+        target.copy_(pinned[:nbytes], non_blocking=True)
+        if capturing:
+            _captured.append(pinned)
+            if known:
+                _captured.append(self._chunks[0])
+        if known:
+            return tables, self._chunks[0]
+        # A table that a captured copy fills holds nothing before the first replay.
+        self._chunks = None if capturing else (tables[-1], stream)
+        return tables[:-1], tables[-1]
+
+
+def _padded(array: np.ndarray) -> int:
+    """Bytes of an array, up to the next boundary of 16."""
+    return -(-array.nbytes // 16) * 16
+
+
+def _host_value(x: Any) -> float:
+    """A hyper-parameter as far as the host knows it; one on a device is copied there."""
+    return 0.0 if isinstance(x, torch.Tensor) and x.device.type != "cpu" else float(x)
