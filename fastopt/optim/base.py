@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,26 @@ from fastopt.optim import eager
 from fastopt.optim.bucket import Bucket
 from fastopt.optim.plan import GroupKey, Odd, Plan, build
 from fastopt.optim.update import Update
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
+
+
+def _outside_dynamo(function: F) -> F:
+    """A function that torch.compile leaves to Python with all it calls: one clean graph break.
+
+    torch.compiler.disable does that too, but imports Dynamo, which takes the first step a second;
+    so the code is marked where torch lets us.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    try:
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        frames.set_code_exec_strategy(function.__code__, skip)
+    except AttributeError:
+        return cast("F", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -151,6 +171,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _all_params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
 
+    @_outside_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's loss, if any."""
         loss = None
@@ -170,10 +191,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         for odd in plan.odd:
             self._step_odd(odd, plan.keys[odd.group].update, scale)
         return loss
-
-    # Dynamo leaves a function marked so to Python, as one clean graph break; torch.compiler.disable
-    # would do the same but imports Dynamo, a second on the first step.
-    step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def _check_capturable(self) -> None:
         if not all(group.get("capturable") for group in self.param_groups):
@@ -261,9 +278,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         made = []
         update = key.update
         state = self._state_of(param, update)
-        started = any(state.get(name) is not None for name in update.state_names)
         numbers = state if update.counted else self._hidden.setdefault(param, {})
-        if "step" not in numbers:
+        # Without a count in its state (SGD), a parameter begins where its buffer does.
+        started = all(state.get(name) is not None for name in update.state_names)
+        if "step" not in numbers or not (update.counted or started):
             first = 0.0 if update.counted or not started else 1.0
             numbers["step"] = self.initial_number(first, param, group)
             made.append((numbers, "step"))
@@ -272,9 +290,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state[name] = self.initial_state(name, param, group)
                 made.append((state, name))
         return made
-
-
-_cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
 
 
 def _number_dtype(on_device: bool = False) -> torch.dtype:

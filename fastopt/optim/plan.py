@@ -150,9 +150,11 @@ def _check_param(param: Tensor, key: GroupKey) -> None:
     backend.engine(target.device.type)
     layout.reference(target)
     if key.capturable and target.device.type == "cpu":
+        counted = ", ".join(["params", *(f"{name}s" for name in key.update.carried)])
         raise AssertionError(
-            "If capturable=True, params and state_steps must be on supported devices: ['cuda']. "
-            "Got a parameter on cpu, where there are no graphs to capture: leave capturable=False."
+            f"If capturable=True, {counted} and state_steps must be on supported devices: "
+            "['cuda']. Got a parameter on cpu, where there are no graphs to capture: leave "
+            "capturable=False."
         )
 
 

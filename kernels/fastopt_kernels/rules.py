@@ -103,7 +103,7 @@ def adam_scalars(
     beta2: float,
     eps: float,
     weight_decay: float,
-    decoupled_weight_decay: bool,
+    decoupled_weight_decay: float,
 ) -> tuple[float, ...]:
     coupled = xp.where(decoupled_weight_decay, 0.0, weight_decay)
     decay = xp.where(decoupled_weight_decay, 1.0 - lr * weight_decay, 1.0)
@@ -296,7 +296,7 @@ def nadam_scalars(
     eps: float,
     weight_decay: float,
     momentum_decay: float,
-    decoupled_weight_decay: bool,
+    decoupled_weight_decay: float,
 ) -> tuple[float, ...]:
     coupled = xp.where(decoupled_weight_decay, 0.0, weight_decay)
     decay = xp.where(decoupled_weight_decay, 1.0 - lr * weight_decay, 1.0)
@@ -351,7 +351,7 @@ def radam_scalars(
     beta2: float,
     eps: float,
     weight_decay: float,
-    decoupled_weight_decay: bool,
+    decoupled_weight_decay: float,
 ) -> tuple[float, ...]:
     coupled = xp.where(decoupled_weight_decay, 0.0, weight_decay)
     decay = xp.where(decoupled_weight_decay, 1.0 - lr * weight_decay, 1.0)

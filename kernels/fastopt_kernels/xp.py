@@ -33,7 +33,7 @@ def maximum(x: float, y: float) -> float:
     return x + y if math.isnan(x) or math.isnan(y) else max(x, y)
 
 
-def where(condition: bool, x: float, y: float) -> float:
+def where(condition: float, x: float, y: float) -> float:
     """x where the condition holds, else y; the other one may be NaN or infinite."""
     return x if condition else y
 

@@ -14,7 +14,6 @@ import os
 import pickle
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
@@ -35,8 +34,7 @@ def folder() -> Path:
     return Path(base) / "fastopt"
 
 
-@cache
-def _environment() -> bytes:
+def _hash_environment() -> bytes:
     """Hash of every kernel source and of the compilers and CPU they are compiled with."""
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parent
@@ -52,6 +50,10 @@ def _environment() -> bytes:
     )
     digest.update(repr(facts).encode())
     return digest.digest()
+
+
+# Taken at import: sources replaced under a running process are not what it compiles.
+_ENVIRONMENT_HASH = _hash_environment()
 
 
 def _code_facts(code: CodeType) -> tuple[object, ...]:
@@ -79,7 +81,7 @@ def key(rule: FunctionType, *specialization: object) -> str | None:
     facts = _rule_facts(rule)
     if facts is None:
         return None
-    digest = hashlib.sha256(_environment())
+    digest = hashlib.sha256(_ENVIRONMENT_HASH)
     digest.update(repr((facts, specialization)).encode())
     return f"{rule.__name__}_{digest.hexdigest()[:32]}"
 

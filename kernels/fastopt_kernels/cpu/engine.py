@@ -20,6 +20,7 @@ import numba
 import numpy as np
 from numba import njit, prange, types
 from numba.core.errors import NumbaError
+from numba.np.ufunc.parallel import _launch_threads
 
 from fastopt_kernels.chunks import chunk_table
 from fastopt_kernels.cpu import cache as disk
@@ -179,8 +180,7 @@ def _run_parallel(entry: Any, args: tuple[int, ...], n_threads: int) -> None:
     if before != n_threads:
         numba.set_num_threads(n_threads)
     try:
-        if numba.threading_layer() == "workqueue":
-            # That layer aborts the process when two threads enter it at once.
+        if _one_at_a_time():
             with _workqueue_lock:
                 entry(*args)
         else:
@@ -188,3 +188,10 @@ def _run_parallel(entry: Any, args: tuple[int, ...], n_threads: int) -> None:
     finally:
         if before != n_threads:
             numba.set_num_threads(before)
+
+
+@cache
+def _one_at_a_time() -> bool:
+    """Numba's workqueue aborts the process when two threads enter it at once."""
+    _launch_threads()
+    return numba.threading_layer() == "workqueue"

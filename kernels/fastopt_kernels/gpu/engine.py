@@ -11,8 +11,8 @@ before it counts the steps and computes the scalars on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompilationError
 
 from fastopt_kernels.chunks import chunk_table
 from fastopt_kernels.gpu import memory
@@ -179,6 +180,7 @@ def compiled_rule(rule: Callable[..., Any]) -> Any:
     """A rule or scalars function as Triton sees it: the same source, with Triton's `xp`."""
     function = rebind(rule, gpu_xp)
     function.__globals__["tl"] = tl  # Triton's interpreter looks for it in every function
+    function.__globals__["bool"] = tl.int1  # its compiler reads annotations, and knows no bool
     for name in rule.__code__.co_names:
         if isinstance(value := rule.__globals__.get(name), (int, float)):
             function.__globals__[name] = tl.constexpr(value)
@@ -311,10 +313,19 @@ class Launch:
             enable_fp_fusion=True,
         )
 
-    def _on_device(self) -> AbstractContextManager[Any]:
-        if self.device.type == "cpu":  # Triton's interpreter
-            return nullcontext()
-        return torch.cuda.device(self.device)
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The launch's device made current, and a rule Triton cannot take refused by its name."""
+        real = self.device.type != "cpu"  # Triton's interpreter runs on the CPU
+        try:
+            with torch.cuda.device(self.device) if real else nullcontext():
+                yield
+        except CompilationError as error:
+            raise TypeError(
+                f"Triton cannot compile the rule {self.rule.__module__}.{self.rule.__qualname__}: "
+                "it may use floats, + - * / and the functions of fastopt.optim.xp, and returns a "
+                f"tuple of the parameter and its states. Triton says: {error}"
+            ) from error
 
     def _capturing(self) -> bool:
         return self.device.type != "cpu" and torch.cuda.is_current_stream_capturing()

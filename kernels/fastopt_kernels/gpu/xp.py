@@ -21,8 +21,9 @@ def sqrt(x):
 
 @triton.jit
 def power(x, y):
-    # x >= 0. log(0) is -inf, and exp(-inf) the 0 that 0 ** y is.
-    return tl.exp(y * tl.log(x))
+    # x >= 0. log(0) is -inf, and exp(-inf) the 0 that 0 ** y is. The sum gives x the type of y: a
+    # number alone would be float32, and its logarithm approximate.
+    return tl.exp(y * tl.log(x + y * 0.0))
 
 
 @triton.jit
