@@ -150,6 +150,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         self._forget(exposed=True)
         self._note_amp()
 
@@ -159,8 +162,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         torch casts every state but "step" to the parameter's dtype and device; numbers that are
         one a parameter keep theirs here.
         """
-        super().load_state_dict(state_dict)
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
+        loaded: list[dict[str, Any]] = []
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
         self._forget(exposed=True)
+        state_dict = loaded[0]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, param in zip(saved, self._all_params(), strict=True):
             for name in self.carried_names:
@@ -215,7 +224,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         plan = self._plan
-        if plan is not None and plan.keys == keys and plan.fits(params, grads, self._exposed):
+        if (
+            plan is not None
+            and plan.keys == keys
+            and not (self._exposed and not plan.holds(self.__dict__["state"]))
+            and plan.fits(params, grads, self._exposed)
+        ):
             return plan
         self._plan = None
         with torch.no_grad():

@@ -6,9 +6,8 @@ The checks are most of what a step costs in Python on many small tensors, so eac
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
-from operator import attrgetter, is_, itemgetter
+from collections.abc import Callable
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,11 @@ from torch import Tensor
 
 from fastopt.optim import layout
 from fastopt.optim.layout import Staged
+from fastopt.optim.metadata import Metadata
 from fastopt.optim.steps import DeviceSteps, Steps
 from fastopt.optim.update import Update
 
 _data_ptr: Callable[[Tensor], int] = Tensor.data_ptr
-_nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
-_is_contiguous: Callable[[Tensor], bool] = Tensor.is_contiguous
-_is_neg: Callable[[Tensor], bool] = Tensor.is_neg
-_is_conj: Callable[[Tensor], bool] = Tensor.is_conj
 
 
 def _readable(grad: Tensor, target: Tensor) -> bool:
@@ -95,6 +91,17 @@ class Member:
         return self.grad_buffer
 
 
+def _like(grad: Tensor, member: Member) -> bool:
+    """Whether a gradient may be read as the one the member was laid out with."""
+    return (
+        grad.layout is torch.strided
+        and type(grad) in layout.PLAIN
+        and grad.dtype == member.grad_dtype
+        and grad.shape == member.target.shape
+        and _readable(grad, member.target)
+    )
+
+
 def _reshaped(grad: Tensor | None, param: Tensor) -> bool:
     return grad is not None and grad.shape != param.shape
 
@@ -120,16 +127,14 @@ class Bucket:
         self.indirect = [
             k for k, m in enumerate(members) if m.grad_buffer is not None or m.param is not m.source
         ]
-        self.complex = members[0].target.is_complex()
-        self.contiguous = all(map(_is_contiguous, self.targets))
         self.source_ptrs = list(map(_data_ptr, self.sources))
+        self.source_metadata = Metadata(self.sources)
         self.launch.tensors[:, 0] = list(map(_data_ptr, self.targets))
         self._take_states()
-        # Bytes say both size and width: half of what torch has checked where it was assigned.
-        self.nbytes = [m.target.numel() * m.grad_dtype.itemsize for m in members]
+        # Of all gradients, and of the `active` ones where some are missing.
+        self.grad_metadata: Metadata | None = None
         self.active: np.ndarray[Any, Any] | None = None
-        self.grad_ptrs: list[int] = []
-        self.known: list[weakref.ref[Tensor]] = []
+        self.some_metadata: Metadata | None = None
 
     def _take_states(self) -> None:
         """Remember the states by object and by address, and write their addresses to the table."""
@@ -139,6 +144,7 @@ class Bucket:
             layout.local(tensor) for tensors in self.state_objects.values() for tensor in tensors
         ]
         self.state_ptrs = list(map(_data_ptr, self.state_tensors))
+        self.state_metadata = Metadata(self.state_tensors)
         for column in range(len(names)):
             walked = [member.states[column] for member in self.members]
             self.launch.tensors[:, 2 + column] = list(map(_data_ptr, walked))
@@ -200,12 +206,13 @@ class Bucket:
         return written + self.state_tensors if states else written
 
     def refresh(self, grads: list[Tensor | None], exposed: bool) -> bool:
-        """Whether every address is still that of its tensor; takes the new gradients' addresses."""
-        if list(map(_data_ptr, self.sources)) != self.source_ptrs:
-            return False
-        if exposed and not self._states_in_place():
-            return False
-        return self._take_grads(grads)
+        """Whether every tensor is where and what it was; takes in the gradients' addresses."""
+        return (
+            list(map(_data_ptr, self.sources)) == self.source_ptrs
+            and self.source_metadata.same(self.sources)
+            and not (exposed and not self._states_in_place())
+            and self._take_grads(grads)
+        )
 
     def _states_in_place(self) -> bool:
         """States are looked at only once somebody else could have reached them."""
@@ -216,7 +223,11 @@ class Bucket:
                     return False
         except KeyError:
             return False
-        return self.steps.in_place() and list(map(_data_ptr, self.state_tensors)) == self.state_ptrs
+        return (
+            self.steps.in_place()
+            and list(map(_data_ptr, self.state_tensors)) == self.state_ptrs
+            and self.state_metadata.same(self.state_tensors)
+        )
 
     def _take_grads(self, all_grads: list[Tensor | None]) -> bool:
         grads = all_grads
@@ -233,66 +244,27 @@ class Bucket:
             ptrs = list(map(_data_ptr, grads))  # type: ignore[arg-type]
         except (TypeError, RuntimeError):
             return self._take_some_grads(grads)
-        if self.active is not None:
-            self.active = None
-            self.launch.select(None)
-        if ptrs == self.grad_ptrs and self._are_known(grads):  # type: ignore[arg-type]
-            return True
-        if not self._valid(grads, ptrs, range(len(grads))):  # type: ignore[arg-type]
+        if self.grad_metadata is None:
+            self.grad_metadata = Metadata(grads)  # type: ignore[arg-type]
+        elif not self.grad_metadata.same(grads):  # type: ignore[arg-type]
             return False
-        self.grad_ptrs = ptrs
+        if self.active is not None:
+            self.active, self.some_metadata = None, None
+            self.launch.select(None)
         self.launch.tensors[:, 1] = ptrs
         return True
 
     def _take_some_grads(self, grads: list[Tensor | None]) -> bool:
         """Some gradients are missing (frozen, or not reached this time): a smaller launch."""
-        here = [k for k, grad in enumerate(grads) if grad is not None]
-        present = [grads[k] for k in here]
-        if any(grad.layout is not torch.strided for grad in present):  # type: ignore[union-attr]
-            return False
-        ptrs = list(map(_data_ptr, present))  # type: ignore[arg-type]
-        if not self._valid(present, ptrs, here):  # type: ignore[arg-type]
-            return False
-        active = np.zeros(len(grads), dtype=bool)
-        active[here] = True
+        active = np.array([grad is not None for grad in grads], dtype=bool)
+        present = [grad for grad in grads if grad is not None]
         if self.active is None or not np.array_equal(active, self.active):
-            self.active = active
+            chosen = [self.members[k] for k in np.flatnonzero(active)]
+            if not all(map(_like, present, chosen)):
+                return False
+            self.active, self.some_metadata = active, Metadata(present)
             self.launch.select(active)
-        self.grad_ptrs, self.known = [], []
-        self.launch.tensors[here, 1] = ptrs
+        elif self.some_metadata is None or not self.some_metadata.same(present):
+            return False
+        self.launch.tensors[active, 1] = list(map(_data_ptr, present))
         return True
-
-    def _are_known(self, grads: list[Tensor]) -> bool:
-        """Whether these are the objects of the last step, as with DDP's gradient buckets.
-
-        Weak references: a plan that held gradients would keep their memory through zero_grad().
-        The first one tells whether gradients persist here at all; only then are all remembered.
-        """
-        if not self.known or self.known[0]() is not grads[0]:
-            self.known = [weakref.ref(grads[0])]
-            return False
-        if len(self.known) < len(grads):
-            self.known = list(map(weakref.ref, grads))
-            return False
-        return all(map(is_, [reference() for reference in self.known], grads))
-
-    def _valid(self, grads: list[Tensor], ptrs: list[int], here: Sequence[int]) -> bool:
-        """Whether new gradient objects lie as the plan has them."""
-        nbytes = self.nbytes if len(here) == len(self.nbytes) else [self.nbytes[k] for k in here]
-        return (
-            layout.PLAIN.issuperset(map(type, grads))
-            and (
-                0 not in ptrs or not any(n for n, ptr in zip(nbytes, ptrs, strict=True) if not ptr)
-            )
-            and list(map(_nbytes, grads)) == nbytes
-            and (
-                all(map(_is_contiguous, grads)) if self.contiguous else self._laid_out(grads, here)
-            )
-            and not any(map(_is_neg, grads))
-            and not (self.complex and any(map(_is_conj, grads)))
-        )
-
-    def _laid_out(self, grads: list[Tensor], here: Sequence[int]) -> bool:
-        return all(
-            layout.same_layout(grad, self.targets[k]) for grad, k in zip(grads, here, strict=True)
-        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastopt.optim import layout
-from fastopt.optim.update import Update
+from fastopt.optim.update import Update, number
 from fastopt_kernels import xp as host
 from fastopt_kernels.xp import rebind
 
@@ -73,13 +73,14 @@ def step_param(
     hypers = update.hypers(group)
     counted = [numbers[name] for name in ("step", *update.carried)]
     scalars = update.scalars
-    if any(isinstance(x, Tensor) and (x.requires_grad or x.is_meta) for x in (*hypers, *counted)):
+    tensors = [x for x in (*hypers, *counted) if isinstance(x, Tensor)]
+    if any(x.requires_grad or not layout.has_memory(x) for x in tensors):
         scalars = rebind(scalars, _THIS)
         hypers = [_squeezed(x).to(param.device) for x in hypers]
         counted = [torch.as_tensor(x, device=param.device) for x in counted]
     else:
-        hypers = [float(x) for x in hypers]
-        counted = [float(x) for x in counted]
+        hypers = [number(x) for x in hypers]
+        counted = [number(x) for x in counted]
     values = scalars(*counted, *hypers)
     for name, value in zip(update.carried, values[update.n_scalars :], strict=True):
         numbers[name].copy_(torch.as_tensor(value))

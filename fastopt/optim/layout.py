@@ -8,6 +8,7 @@ reference layout before the launch, and back after it where the kernel wrote.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,11 +95,12 @@ def is_dense(tensor: Tensor) -> bool:
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape visit memory in the same order."""
-    if a.is_contiguous() and b.is_contiguous():
-        return True
-    return all(
-        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+    return same_walk(a.shape, a.stride(), b.stride())
+
+
+def same_walk(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two strides of one shape visit memory in the same order."""
+    return 0 in shape or all(n == 1 or x == y for n, x, y in zip(shape, a, b, strict=True))
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

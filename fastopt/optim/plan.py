@@ -49,6 +49,20 @@ class Plan:
         self.buckets: list[Bucket] = []
         self.odd: list[Odd] = []
         self.idle: list[Tensor] = []
+        self.state_owners: list[Any] = []
+        self.states: list[Any] = []
+
+    def remember(self, state: dict[Any, Any]) -> None:
+        """Note whose states these are."""
+        self.state_owners, self.states = list(state), list(state.values())
+
+    def holds(self, state: dict[Any, Any]) -> bool:
+        """Whether every entry of the optimizer's state is still the one the plan was built for."""
+        return (
+            len(state) == len(self.states)
+            and all(map(is_, state, self.state_owners))
+            and all(map(is_, state.values(), self.states))
+        )
 
     def fits(self, params: list[Tensor], grads: list[Tensor | None], exposed: bool) -> bool:
         """Whether the plan still describes what is there; takes in the gradients' addresses."""
@@ -111,6 +125,7 @@ def build(
             for p, g, number, position in dense
         ]
         plan.buckets = _make_buckets(optimizer, members, keys)
+        plan.remember(optimizer.__dict__["state"])
     except BaseException:
         for state, name in made:
             state.pop(name, None)
@@ -204,10 +219,16 @@ def _make_steps(
 ) -> list[Steps | DeviceSteps]:
     """The counts of every launch, in flat buffers that launches of one kind of numbers share (a
     parameter given twice is in two launches, and has one count)."""
-    owners = [
-        [m.state if kind.update.counted else optimizer._hidden[m.param] for m in members]
-        for kind, members in launches
-    ]
+    owners = []
+    seen: set[int] = set()
+    for kind, members in launches:
+        mine = [m.state if kind.update.counted else optimizer._hidden[m.param] for m in members]
+        if not kind.update.counted:
+            # To torch, each occurrence of a parameter begins where its buffer was not there yet.
+            mine = [dict(owner) if id(owner) in seen else owner for owner in mine]
+        seen.update(map(id, mine))
+        owners.append(mine)
+    twice = len(seen) < sum(map(len, owners))
     shared: dict[tuple[str, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
     for (kind, _), mine in zip(launches, owners, strict=True):
         if not kind.on_device:
@@ -225,7 +246,7 @@ def _make_steps(
             places = list(shared[kind.update.carried])
             row_of = {place: row for row, place in enumerate(places)}
             rows = [row_of[id(owner)] for owner in mine]
-            steps.append(Steps(kind.update, numbers[kind.update.carried], rows, groups))
+            steps.append(Steps(kind.update, numbers[kind.update.carried], rows, groups, twice))
     return steps
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim.update import Update
+from fastopt.optim.update import Update, number
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -100,13 +100,19 @@ class DeviceSteps:
 class Steps:
     """The numbers of one launch.
 
-    rows: (n,) where each parameter's numbers lie in the flat tensors; groups: (n,) its group.
+    rows: (n,) where each parameter's numbers lie in the flat tensors; groups: (n,) its group;
+    shared: whether another launch counts some of these too (a parameter given twice).
     """
 
     def __init__(
-        self, update: Update, numbers: Numbers, rows: Sequence[int], groups: Sequence[int]
+        self,
+        update: Update,
+        numbers: Numbers,
+        rows: Sequence[int],
+        groups: Sequence[int],
+        shared: bool,
     ) -> None:
-        self.update, self.numbers = update, numbers
+        self.update, self.numbers, self.shared = update, numbers, shared
         self.groups = np.asarray(groups, dtype=np.int64)
         self.rows = np.asarray(rows, dtype=np.int64)
         self._all: slice | Array = self.rows
@@ -137,7 +143,7 @@ class Steps:
         if active is not None:
             self._classes, self._expected = None, None
             steps[self.rows[active]] += 1
-        elif not exposed:
+        elif not exposed and not self.shared:
             steps[self._all] += 1
             self._expected = None
         else:
@@ -151,11 +157,11 @@ class Steps:
         for row, (group, kin) in enumerate(self._classes):
             numbers = [array.item(kin[0]) for array in self._arrays]
             sign, *hypers = rows[group]
-            hypers = [x if type(x) is float else float(x) for x in hypers]
+            hypers = [x if type(x) is float else number(x) for x in hypers]
             values = self.update.scalars(*numbers, *hypers)
             launch.scalars[row] = (sign * inverse_scale, *values[:n])
-            for number, value in zip(carried, values[n:], strict=True):
-                number[kin] = value
+            for array, value in zip(carried, values[n:], strict=True):
+                array[kin] = value
         if active is not None:
             self._classes = None
 

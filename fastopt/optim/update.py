@@ -7,6 +7,13 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
+
+def number(x: Any) -> float:
+    """The value of a hyper-parameter, which may be a tensor of one element."""
+    return float(x.detach().item() if isinstance(x, Tensor) else x)
+
 
 class Update:
     """A rule bound to the states of a parameter and the hyper-parameters of its group.

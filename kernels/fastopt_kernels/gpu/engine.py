@@ -125,8 +125,10 @@ def scalars_kernel(
     numbers_ptr: (n, 1 + N_CARRIED) int64, addresses of float32 step and carried numbers;
     group_ptr: (n,) int64 row of hypers_ptr; hypers_ptr: (groups, 1 + N_HYPERS) float64, first the
     gradient's sign; scalars_ptr: (n, N_SCALARS), first the gradient's scale. With skip_ptr not 0
-    no step is counted, nor for a parameter whose step has the address 0.
+    nothing is stored, nor for a parameter whose step has the address 0.
     """
+    if HAS_SKIP:
+        n = tl.where(tl.load(skip_ptr) != 0, 0, n)
     member = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     number_ptr = numbers_ptr + member * (1 + N_CARRIED)
     mask = member < n
@@ -153,13 +155,10 @@ def scalars_kernel(
     tl.store(row_ptr, g_scale.to(compute), mask=mask)
     for k in tl.static_range(N_SCALARS - 1):
         tl.store(row_ptr + 1 + k, values[k].to(compute), mask=mask)
-    counted = mask
-    if HAS_SKIP:
-        counted = mask & (tl.load(skip_ptr) == 0)
-    tl.store(number_ptrs[0], step.to(tl.float32), mask=counted)
+    tl.store(number_ptrs[0], step.to(tl.float32), mask=mask)
     for k in tl.static_range(N_CARRIED):
         carried = values[N_SCALARS - 1 + k]
-        tl.store(number_ptrs[1 + k], carried.to(tl.float32), mask=counted)
+        tl.store(number_ptrs[1 + k], carried.to(tl.float32), mask=mask)
 
 
 def block_size(kinds: tuple[str, ...]) -> int:
@@ -379,4 +378,6 @@ def _padded(array: np.ndarray) -> int:
 
 def _host_value(x: Any) -> float:
     """A hyper-parameter as far as the host knows it; one on a device is copied there."""
-    return 0.0 if isinstance(x, torch.Tensor) and x.device.type != "cpu" else float(x)
+    if isinstance(x, torch.Tensor):
+        return x.detach().item() if x.device.type == "cpu" else 0.0
+    return float(x)
