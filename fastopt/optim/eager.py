@@ -37,6 +37,8 @@ def maximum(x: Any, y: Any) -> Any:
 
 def where(condition: Any, x: Any, y: Any) -> Any:
     if isinstance(condition, Tensor):
+        if not isinstance(x, Tensor) and not isinstance(y, Tensor):
+            x = torch.full_like(condition, x, dtype=torch.float64)  # else float32
         return torch.where(condition != 0, x, y)
     return x if condition else y
 
@@ -76,8 +78,8 @@ def step_param(
     tensors = [x for x in (*hypers, *counted) if isinstance(x, Tensor)]
     if any(x.requires_grad or not layout.has_memory(x) for x in tensors):
         scalars = rebind(scalars, _THIS)
-        hypers = [_squeezed(x).to(param.device) for x in hypers]
-        counted = [torch.as_tensor(x, device=param.device) for x in counted]
+        hypers = [x.reshape(()).to(param.device) if isinstance(x, Tensor) else x for x in hypers]
+        counted = [x.to(param.device, torch.float64) for x in counted]
     else:
         hypers = [number(x) for x in hypers]
         counted = [number(x) for x in counted]
@@ -91,10 +93,6 @@ def step_param(
     written = [param, *tensors[2:]]
     for tensor, result in zip(written, new, strict=True):
         tensor.copy_(torch.view_as_complex(result) if tensor.is_complex() else result)
-
-
-def _squeezed(x: Any) -> Tensor:
-    return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
 
 
 def _computed(tensor: Tensor) -> Tensor:

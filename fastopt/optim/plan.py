@@ -110,9 +110,11 @@ def build(
             dense.append((param, grad, number, position))
     made: list[tuple[dict[str, Any], str]] = []
     try:
-        for param, _, number, _ in found:
+        for param, grad, number, _ in found:
             group = optimizer.param_groups[number]
-            made += optimizer._init_missing_state(param, group, keys[number])
+            # A sparse buffer begins as a sparse gradient (SGD), not as zeros.
+            if grad.layout is torch.strided or keys[number].update.counted:
+                made += optimizer._init_missing_state(param, group, keys[number])
         members = [
             Member.make(
                 optimizer._state_of(p, keys[number].update),

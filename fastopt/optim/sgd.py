@@ -17,7 +17,7 @@ _MOMENTUM = Update(
     rules.sgd_momentum, rules.sgd_momentum_scalars, ("momentum_buffer",), counted=False
 )
 _NESTEROV = Update(
-    rules.sgd_nesterov, rules.sgd_momentum_scalars, ("momentum_buffer",), counted=False
+    rules.sgd_nesterov, rules.sgd_nesterov_scalars, ("momentum_buffer",), counted=False
 )
 
 

@@ -26,27 +26,44 @@ def sgd_scalars(step: float, lr: float, weight_decay: float) -> tuple[float, ...
 
 
 def sgd_momentum(
-    p: float, g: float, buf: float, weight_decay: float, lr: float, momentum: float, damp: float
+    p: float, g: float, buf: float, weight_decay: float, lr: float, keep: float, damp: float
 ) -> tuple[float, ...]:
-    """buf' = momentum buf + damp g;  p' = p - lr buf'.  Polyak 1964; torch's first buf is g."""
+    """buf' = keep buf + damp g;  p' = p - lr buf'.  Polyak 1964; torch's first buf is g."""
     g = xp.add_scaled(g, weight_decay, p)
-    buf = momentum * buf + damp * g
+    buf = keep * buf + damp * g
     return p - lr * buf, buf
-
-
-def sgd_nesterov(
-    p: float, g: float, buf: float, weight_decay: float, lr: float, momentum: float, damp: float
-) -> tuple[float, ...]:
-    """buf' = momentum buf + damp g;  p' = p - lr (g + momentum buf').  Sutskever et al. 2013."""
-    g = xp.add_scaled(g, weight_decay, p)
-    buf = momentum * buf + damp * g
-    return p - lr * (g + momentum * buf), buf
 
 
 def sgd_momentum_scalars(
     step: float, lr: float, momentum: float, dampening: float, weight_decay: float
 ) -> tuple[float, ...]:
-    return weight_decay, lr, momentum, xp.where(step > 1.0, 1.0 - dampening, 1.0)
+    keep = xp.where(step > 1.0, momentum, 0.0)
+    damp = xp.where(step > 1.0, 1.0 - dampening, 1.0)
+    return weight_decay, lr, keep, damp
+
+
+def sgd_nesterov(
+    p: float,
+    g: float,
+    buf: float,
+    weight_decay: float,
+    lr: float,
+    keep: float,
+    damp: float,
+    momentum: float,
+) -> tuple[float, ...]:
+    """buf' = keep buf + damp g;  p' = p - lr (g + momentum buf').  Sutskever et al. 2013."""
+    g = xp.add_scaled(g, weight_decay, p)
+    buf = keep * buf + damp * g
+    return p - lr * (g + momentum * buf), buf
+
+
+def sgd_nesterov_scalars(
+    step: float, lr: float, momentum: float, dampening: float, weight_decay: float
+) -> tuple[float, ...]:
+    keep = xp.where(step > 1.0, momentum, 0.0)
+    damp = xp.where(step > 1.0, 1.0 - dampening, 1.0)
+    return weight_decay, lr, keep, damp, momentum
 
 
 def adam(
