@@ -58,8 +58,13 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         fill = complex(value, value) if param.is_complex() else value
         return torch.full_like(param, fill, memory_format=torch.preserve_format)
 
-    def sparse_error(self) -> None:
-        return None
+    def sparse_error(self, group: dict[str, Any]) -> str | None:
+        if group["weight_decay"] == 0:
+            return None
+        return (
+            "weight_decay option is not compatible with sparse gradients. Set weight_decay=0 for "
+            "that parameter's group, or make the gradient dense (sparse=False in the embedding)."
+        )
 
     def step_sparse(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """torch's own update, which touches only the rows that have a gradient."""

@@ -32,7 +32,7 @@ class Adam(_AdamUpdate, torch.optim.Adam):
     decoupled_weight_decay. Bias corrections are computed in double from the step count.
     """
 
-    def sparse_error(self) -> str:
+    def sparse_error(self, group: dict[str, Any]) -> str:
         return (
             "Adam does not support sparse gradients, please consider SparseAdam instead "
             "(torch.optim.SparseAdam), or make the gradient dense (sparse=False in the embedding)."

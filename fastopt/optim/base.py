@@ -115,9 +115,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def step_sparse(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """One step of a parameter whose gradient is sparse, where the optimizer has one."""
-        raise RuntimeError(self.sparse_error())
+        raise RuntimeError(self.sparse_error(group))
 
-    def sparse_error(self) -> str | None:
+    def sparse_error(self, group: dict[str, Any]) -> str | None:
         """Why sparse gradients are refused; None where they are not."""
         return (
             f"{type(self).__name__} does not support sparse gradients. fastopt.optim.SGD and "
@@ -232,6 +232,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         ):
             return plan
         self._plan = None
+        for group, key in zip(self.param_groups, keys, strict=True):
+            key[0].probe(group)
         with torch.no_grad():
             plan = build(self, params, grads, [GroupKey(*key) for key in keys])
             for bucket in plan.buckets:

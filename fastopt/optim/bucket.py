@@ -23,6 +23,27 @@ from fastopt.optim.update import Update
 _data_ptr: Callable[[Tensor], int] = Tensor.data_ptr
 
 
+def _check_state(name: str, state: Any, param: Tensor) -> None:
+    """A state is written at its address: one that is not of this parameter would be torn memory."""
+    came = type(state).__name__
+    if isinstance(state, Tensor):
+        came = f"shape {tuple(state.shape)} on {state.device} ({state.layout})"
+        if (
+            state.layout is torch.strided
+            and layout.has_memory(state)
+            and state.shape == param.shape
+            and state.device == param.device
+            and state.is_complex() == param.is_complex()
+            and torch._debug_has_internal_overlap(layout.local(state)) != 1
+        ):
+            return
+    raise RuntimeError(
+        f"The size of a parameter {tuple(param.shape)} on {param.device} must match its state "
+        f"{name!r}, a tensor with memory of its own, but that is {came}. Load a state_dict that "
+        "fits, or delete optimizer.state[parameter] to begin anew."
+    )
+
+
 def _readable(grad: Tensor, target: Tensor) -> bool:
     """Whether a kernel that walks the target may read this gradient's own memory."""
     return (
@@ -47,6 +68,7 @@ class Member:
         self.states: list[Tensor] = []
         self.staged: list[Staged] = []
         self.grad_buffer: Tensor | None = None
+        self.held: Tensor | None = None
         self.grad_dtype = param.dtype
         self.kinds: tuple[str, ...] = ()
 
@@ -69,6 +91,7 @@ class Member:
         if member.target is not member.source or not _readable(own, member.target):
             member.grad_buffer = torch.empty_like(member.target, dtype=own.dtype)
         for name in update.state_names:
+            _check_state(name, state[name], param)
             tensor = layout.local(state[name])
             if not layout.same_layout(tensor, member.target):
                 buffer = torch.empty_like(member.target, dtype=tensor.dtype)
@@ -77,15 +100,19 @@ class Member:
             member.states.append(tensor)
         streams = [member.target, own, *member.states]
         member.grad_dtype = own.dtype
-        member.kinds = tuple(layout.kind(tensor, "a tensor") for tensor in streams)
+        roles = ["a parameter", "a gradient", *(f"the state {n!r}" for n in update.state_names)]
+        member.kinds = tuple(map(layout.kind, streams, roles))
         return member
 
     def grad(self, grad: Tensor | None) -> Tensor | None:
         """The gradient as the kernel may read it, or None: missing this time."""
         if grad is None:
             return None
+        own = layout.local(grad)
         grad = layout.local_grad(grad, self.param)
         if self.grad_buffer is None:
+            # Redistributed, it is a temporary: it lives on until the next one.
+            self.held = None if grad is own else grad
             return grad
         self.grad_buffer.copy_(grad)
         return self.grad_buffer

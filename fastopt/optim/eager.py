@@ -31,6 +31,10 @@ def absolute(x: Any) -> Any:
     return torch.abs(x)
 
 
+def sign(x: Any) -> Any:
+    return torch.sign(x)
+
+
 def maximum(x: Any, y: Any) -> Any:
     return torch.maximum(x, y)
 

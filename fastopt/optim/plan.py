@@ -138,7 +138,7 @@ def build(
 def _check_grad(
     optimizer: FusedOptimizer, param: Tensor, grad: Tensor, group: dict[str, Any]
 ) -> None:
-    if grad.layout is not torch.strided and (reason := optimizer.sparse_error()):
+    if grad.layout is not torch.strided and (reason := optimizer.sparse_error(group)):
         raise RuntimeError(reason)
     if grad.shape != param.shape:
         raise RuntimeError(

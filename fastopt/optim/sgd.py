@@ -63,8 +63,14 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             return _PLAIN
         return _NESTEROV if group["nesterov"] else _MOMENTUM
 
-    def sparse_error(self) -> None:
-        return None
+    def sparse_error(self, group: dict[str, Any]) -> str | None:
+        if group["weight_decay"] == 0:
+            return None
+        return (
+            "add(sparse, dense) is not supported. Use add(dense, sparse) instead. SGD got a sparse "
+            "gradient with weight_decay: set weight_decay=0 for that parameter's group, or make "
+            "the gradient dense (sparse=False in the embedding)."
+        )
 
     def step_sparse(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """torch's own update: a sparse momentum buffer is a sparse tensor."""

@@ -22,7 +22,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 class Numbers:
     """Numbers kept one a parameter: a flat tensor for each name, of which every owner has a view.
 
-    owners: the dicts that hold them; what they hold is copied and replaced by views.
+    owners: the dicts that hold them; what they hold is copied and replaced by views, but for
+    tensors in shared memory, which are written after each step.
     """
 
     def __init__(self, owners: Sequence[dict[str, Any]], names: tuple[str, ...]) -> None:
@@ -31,12 +32,29 @@ class Numbers:
         dtype = given.dtype if isinstance(given, Tensor) else torch.float32
         self.flat: list[Tensor] = []
         self.views: list[tuple[Tensor, ...]] = []
+        # Numbers in shared memory are other processes' too: they stay where they are.
+        self.shared: list[tuple[Tensor, Tensor]] = []
         for name in names:
             values = [_number(owner[name], dtype, torch.device("cpu")) for owner in owners]
             self.flat.append(torch.stack(values))
-            self.views.append(self.flat[-1].unbind())
-            for owner, view in zip(owners, self.views[-1], strict=True):
-                owner[name] = view
+            held = list(self.flat[-1].unbind())
+            for row, owner in enumerate(owners):
+                given = owner[name]
+                if isinstance(given, Tensor) and _in_shared_memory(given):
+                    self.shared.append((given, held[row]))
+                    held[row] = given
+                owner[name] = held[row]
+            self.views.append(tuple(held))
+
+    def pull(self) -> None:
+        """Take over what other processes have counted."""
+        for theirs, ours in self.shared:
+            ours.copy_(theirs)
+
+    def push(self) -> None:
+        """Let other processes see what was counted here."""
+        for theirs, ours in self.shared:
+            theirs.copy_(ours)
 
     def in_place(self) -> bool:
         """Whether every owner still holds the view it was given."""
@@ -45,6 +63,10 @@ class Numbers:
             for name, views in zip(self.names, self.views, strict=True)
             for owner, view in zip(self.owners, views, strict=True)
         )
+
+
+def _in_shared_memory(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and bool(tensor.untyped_storage().is_shared())
 
 
 def _number(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -140,10 +162,11 @@ class Steps:
         exposed: somebody may have set the numbers since the last step
         """
         steps, carried = self._arrays[0], self._arrays[1:]
+        self.numbers.pull()
         if active is not None:
             self._classes, self._expected = None, None
             steps[self.rows[active]] += 1
-        elif not exposed and not self.shared:
+        elif not exposed and not self.shared and not self.numbers.shared:
             steps[self._all] += 1
             self._expected = None
         else:
@@ -164,6 +187,7 @@ class Steps:
                 array[kin] = value
         if active is not None:
             self._classes = None
+        self.numbers.push()
 
     def _partition(self, active: Array | None, launch: Any) -> list[tuple[int, Array]]:
         """Parameters alike in group, step and carried numbers share a row of scalars: for each row

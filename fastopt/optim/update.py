@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -84,6 +85,35 @@ class Update:
                 f"{self.scalars.__qualname__} takes {self.hyper_names}, but the parameter group "
                 f"has no {missing}: it has {sorted(k for k in group if k != 'params')}"
             ) from None
+
+    def probe(self, group: Mapping[str, Any]) -> None:
+        """Run both halves once on the host: TypeError where what they return does not fit.
+
+        Raises KeyError where the group lacks a hyper-parameter.
+        """
+        hypers = [np.float64(number(x)) for x in self.hypers(group)]
+        counted = np.ones(1 + len(self.carried))
+        one_element = np.linspace(0.25, 0.75, self.rule.__code__.co_argcount)
+        n_values = self.n_scalars + len(self.carried)
+        self._expect(self.scalars, [*counted, *hypers], n_values, "scalars")
+        self._expect(self.rule, one_element, 1 + len(self.state_names), "p and its states")
+
+    def _expect(self, function: Callable[..., Any], arguments: Any, n: int, what: str) -> None:
+        try:
+            with np.errstate(all="ignore"):
+                result = function(*arguments)
+        except Exception as error:
+            raise TypeError(
+                f"{function.__module__}.{function.__qualname__} does not run on floats: it may use "
+                f"+ - * / and the functions of fastopt.optim.xp. It says: {error}"
+            ) from error
+        if not isinstance(result, tuple) or len(result) != n:
+            came = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+            raise TypeError(
+                f"{function.__qualname__} must return a tuple of {n} ({what}), but returns {came}: "
+                f"{self.rule.__qualname__} takes p, g, {len(self.state_names)} states "
+                f"{self.state_names} and {self.n_scalars} scalars"
+            )
 
     @cached_property
     def _places(self) -> list[tuple[str, int | None]]:

@@ -28,6 +28,11 @@ def absolute(x: float) -> float:
     return math.fabs(x)
 
 
+def sign(x: float) -> float:
+    """-1, 0 or 1; 0 for NaN, as torch.sign has it."""
+    return float(x > 0) - float(x < 0)
+
+
 def maximum(x: float, y: float) -> float:
     """The larger of x and y; NaN where either is NaN."""
     return x + y if math.isnan(x) or math.isnan(y) else max(x, y)

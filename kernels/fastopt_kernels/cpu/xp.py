@@ -30,6 +30,12 @@ def absolute(x):
 
 
 @njit(**JIT)
+def sign(x):
+    kind = type(x)
+    return kind(x > kind(0)) - kind(x < kind(0))
+
+
+@njit(**JIT)
 def maximum(x, y):
     # A comparison with NaN is false, so y wins unless it is smaller; then x + y keeps a NaN in x.
     larger = x if x > y else y
