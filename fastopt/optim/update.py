@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -46,8 +47,9 @@ class Update:
             if function.__code__.co_freevars:
                 raise TypeError(
                     f"{function.__qualname__} closes over {function.__code__.co_freevars}: the "
-                    "compilers see only its own source. Make these arguments or module constants."
+                    "compilers see only its own source. Make these arguments."
                 )
+        self._check_source()
         leading = tuple(self._scalars_arguments[: 1 + len(self.carried)])
         if leading != ("step", *self.carried):
             raise TypeError(
@@ -60,6 +62,22 @@ class Update:
                 f"{self.state_names} and at least one scalar, but takes "
                 f"{self.rule.__code__.co_argcount} arguments"
             )
+
+    def _check_source(self) -> None:
+        """A number or a name from outside is a double, or a stale one, in a compiled rule."""
+        name = f"the rule {self.rule.__module__}.{self.rule.__qualname__}"
+        numbers = [c for c in self.rule.__code__.co_consts if isinstance(c, (int, float))]
+        if numbers:
+            raise TypeError(
+                f"{name} holds the number {numbers[0]!r}: it is compiled for several precisions, "
+                "and a literal is a double. Make it an argument that the scalars return."
+            )
+        for instruction in dis.get_instructions(self.rule):
+            if instruction.opname == "LOAD_GLOBAL" and instruction.argval != "xp":
+                raise TypeError(
+                    f"{name} uses {instruction.argval!r}: it may use its arguments and the "
+                    "functions of fastopt.optim.xp. Pass a constant as a scalar."
+                )
 
     @cached_property
     def _scalars_arguments(self) -> list[str]:

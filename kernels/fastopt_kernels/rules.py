@@ -345,20 +345,21 @@ def radam(
     weight_decay: float,
     decay: float,
     step_size: float,
+    tractable: float,
     rectification: float,
     mu: float,
     beta2: float,
     nu: float,
     eps: float,
 ) -> tuple[float, ...]:
-    """p' = decay p - step_size m' (rectification / (sqrt(v') + eps), or 1 while the variance is
-    intractable, which a rectification below 0 says).  Liu et al. 2020, algorithm 2."""
+    """p' = decay p - step_size m' (rectification / (sqrt(v') + eps) where the variance is
+    tractable, else 1).  Liu et al. 2020, algorithm 2."""
     g = xp.add_scaled(g, weight_decay, p)
     m = xp.lerp(m, g, mu)
     v = beta2 * v + (nu * g) * g
     momentum = step_size * m
     adaptive = momentum * (rectification / (xp.sqrt(v) + eps))
-    return decay * p - xp.where(rectification < 0, momentum, adaptive), m, v
+    return decay * p - xp.where(tractable, adaptive, momentum), m, v
 
 
 def radam_scalars(
@@ -370,6 +371,7 @@ def radam_scalars(
     weight_decay: float,
     decoupled_weight_decay: float,
 ) -> tuple[float, ...]:
+    step_size = lr / (1.0 - xp.power(beta1, step))
     coupled = xp.where(decoupled_weight_decay, 0.0, weight_decay)
     decay = xp.where(decoupled_weight_decay, 1.0 - lr * weight_decay, 1.0)
     beta2_power = xp.power(beta2, step)
@@ -383,12 +385,11 @@ def radam_scalars(
         bias_correction2
         * ((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
     )
-    step_size = lr / (1.0 - xp.power(beta1, step))
-    rectification = xp.where(tractable, rectification, -1.0)
     return (
         coupled,
         decay,
         step_size,
+        xp.where(tractable, 1.0, 0.0),
         rectification,
         1.0 - beta1,
         beta2,

@@ -15,7 +15,7 @@ import pickle
 import sys
 import tempfile
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 
 import llvmlite
 import numba
@@ -64,25 +64,11 @@ def _code_facts(code: CodeType) -> tuple[object, ...]:
     return code.co_code, constants, code.co_names, code.co_varnames, code.co_argcount
 
 
-def _rule_facts(rule: FunctionType) -> tuple[object, ...] | None:
-    """What a rule's machine code depends on; None where that cannot be told."""
-    used = []
-    for name in rule.__code__.co_names:
-        value = rule.__globals__.get(name)
-        if isinstance(value, (bool, int, float)):
-            used.append((name, repr(value)))
-        elif value is not None and not isinstance(value, ModuleType):
-            return None
-    return _code_facts(rule.__code__), tuple(used)
-
-
-def key(rule: FunctionType, *specialization: object) -> str | None:
-    """What a kernel is kept under, or None for one that cannot be kept."""
-    facts = _rule_facts(rule)
-    if facts is None:
-        return None
+def key(rule: FunctionType, *specialization: object) -> str:
+    """What a kernel is kept under: a rule uses nothing but its arguments and `xp`, so its own code
+    says all of it."""
     digest = hashlib.sha256(_ENVIRONMENT_HASH)
-    digest.update(repr((facts, specialization)).encode())
+    digest.update(repr((_code_facts(rule.__code__), specialization)).encode())
     return f"{rule.__name__}_{digest.hexdigest()[:32]}"
 
 
@@ -95,10 +81,8 @@ def _path(key: str) -> Path:
     return folder() / f"{key}.kernel"
 
 
-def load(key: str | None) -> compiler.CompileResult | None:
+def load(key: str) -> compiler.CompileResult | None:
     """The compiled kernel of that key, or None: a missing, torn or foreign file is no error."""
-    if key is None:
-        return None
     try:
         content = _path(key).read_bytes()
     except OSError:
@@ -106,22 +90,37 @@ def load(key: str | None) -> compiler.CompileResult | None:
     checksum, payload = content[:32], content[32:]
     if hashlib.sha256(payload).digest() != checksum:
         return None
-    bodies, reduced = pickle.loads(payload)
-    if not _bodies.isdisjoint(bodies):
+    try:
+        bodies, reduced = pickle.loads(payload)
+        arguments = pickle.loads(reduced)
+    except Exception:
         return None
-    _bodies.update(bodies)
+    if not _claim(bodies):
+        return None
     target = registry.cpu_target.target_context
     rtsys.initialize(target)
-    return compiler.CompileResult._rebuild(target, *pickle.loads(reduced))
+    return compiler.CompileResult._rebuild(target, *arguments)
 
 
-def save(key: str | None, compiled: compiler.CompileResult) -> None:
-    """Keep a kernel for later processes; many may write it at once, each replaces it whole."""
+def _claim(bodies: list[str]) -> bool:
+    """Take symbols for a kernel; false where another kernel of this process has one of them."""
+    if not _bodies.isdisjoint(bodies):
+        return False
+    _bodies.update(bodies)
+    return True
+
+
+def save(key: str, compiled: compiler.CompileResult) -> bool:
+    """Keep a kernel for later processes; many may write it at once, each replaces it whole.
+
+    False where this process has loaded another kernel with one of its symbols: compile it anew.
+    """
     names = [function.name for function in compiled.library._final_module.functions]
     bodies = [name for name in names if "numba_parfor_gufunc" in name]
-    _bodies.update(bodies)
-    if key is None or compiled.library.has_dynamic_globals:
-        return
+    if not _claim(bodies):
+        return False
+    if compiled.library.has_dynamic_globals:
+        return True
     payload = pickle.dumps((bodies, serialize.dumps(compiled._reduce())))
     try:
         folder().mkdir(parents=True, exist_ok=True)
@@ -129,4 +128,5 @@ def save(key: str | None, compiled: compiler.CompileResult) -> None:
             file.write(hashlib.sha256(payload).digest() + payload)
         os.replace(file.name, _path(key))
     except OSError:
-        return
+        pass
+    return True

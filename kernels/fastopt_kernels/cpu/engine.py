@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import threading
-import uuid
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -98,17 +97,17 @@ def _compiled(
     with _compile_lock:
         key = disk.key(rule, kinds, n_scalars, parallel)
         compiled = disk.load(key)
-        if compiled is None:
-            tag = key or uuid.uuid4().hex
+        while compiled is None:
             try:
-                compiled = _make_kernel(rule, kinds, n_scalars, parallel, tag)
+                compiled = _make_kernel(rule, kinds, n_scalars, parallel, key)
             except NumbaError as error:
                 raise TypeError(
                     f"Numba cannot compile the rule {rule.__module__}.{rule.__qualname__}: it may "
                     "use floats, + - * / and the functions of fastopt.optim.xp, and returns a "
                     f"tuple of the parameter and its states. Numba says: {error}"
                 ) from error
-            disk.save(key, compiled)
+            if not disk.save(key, compiled):
+                compiled = None
     return compiled
 
 
