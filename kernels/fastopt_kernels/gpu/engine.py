@@ -35,6 +35,8 @@ THREADS = 128
 # Twice that took 153 registers instead of 40 on sm_90 (AdamW, float32) and a third of the warps.
 BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024}
 SCALARS_BLOCK = 128
+# Pinned buffers held ready for captures; a step that is not captured makes one up to this many.
+SPARES = 4
 
 # A captured graph copies its tables from pinned memory at every replay, for as long as it lives,
 # which nobody tells us: what it reads outside its own memory is never freed.
@@ -208,7 +210,7 @@ class Launch:
         self.index = np.zeros(n, dtype=np.int64)
         self.scalars = np.zeros((n, n_scalars), dtype=np.float64 if self._wide else np.float32)
         self._all_chunks = chunk_table(np.asarray(numels, dtype=np.int64), CHUNK)
-        self._spare: torch.Tensor | None = None
+        self._spares: list[torch.Tensor] = []
         self.select(None)
 
     @property
@@ -285,8 +287,9 @@ class Launch:
             )
             if len(self._host_chunks):
                 self._update(tensors, index, table, chunks, found_inf)
-            if self._spare is None and not self._capturing():
-                self._spare = self._pinned(sum(map(_padded, [*arrays, self._all_chunks])))
+            if len(self._spares) < SPARES and not self._capturing():
+                nbytes = sum(map(_padded, [*arrays, self._all_chunks]))
+                self._spares.append(self._pinned(nbytes))
 
     def _update(
         self,
@@ -338,7 +341,7 @@ class Launch:
         host does not wait for.
 
         The pinned buffer is a new one each time: torch's host allocator hands its memory out again
-        only when the copy has ended. It may not be asked for one during capture; the spare serves.
+        only when the copy has ended. It may not be asked for one during capture; a spare serves.
         """
         stream = None if self.device.type == "cpu" else torch.cuda.current_stream()
         capturing = self._capturing()
@@ -346,9 +349,7 @@ class Launch:
         if not known:
             arrays = [*arrays, self._host_chunks]
         nbytes = sum(map(_padded, arrays))
-        pinned = None
-        if capturing:
-            pinned, self._spare = self._spare, None
+        pinned = self._spares.pop() if capturing and self._spares else None
         if pinned is None or len(pinned) < nbytes:
             pinned = self._pinned(nbytes)
         target = torch.empty(nbytes, dtype=torch.uint8, device=self.device)

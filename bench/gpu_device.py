@@ -1,0 +1,227 @@
+"""What the checks and timings ask of a device, for CUDA and for Triton's interpreter on the CPU.
+
+The interpreted stand-in runs the same checks where there is no GPU: a graph is the function it
+would replay, a stream is none, time is the host's, and launches are counted at the engine.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What a step put on the device: kernels, copies between host and device, their duration.
+
+    seconds: of the kernels alone; None where nothing was measured
+    """
+
+    kernels: int
+    copies: int
+    seconds: float | None
+    names: tuple[str, ...] = ()
+
+
+class Device(Protocol):
+    """The queue of one device."""
+
+    device: torch.device
+    truncates: bool
+
+    def synchronize(self) -> None: ...
+
+    def time(self, step: Step) -> Callable[[], float]:
+        """Run it; the result gives its seconds once the device has been synchronized."""
+        ...
+
+    def graph(self, step: Step) -> Step:
+        """Capture a step that has run before; the result replays it."""
+        ...
+
+    def stream(self, waits: bool = True) -> AbstractContextManager[Any]:
+        """Work inside goes to a stream of its own; it waits for what was queued on the current one
+        unless told not to, and what is queued there afterwards waits for it."""
+        ...
+
+    def busy(self) -> None:
+        """Keep the current stream busy for some milliseconds, the host not."""
+        ...
+
+    def no_synchronization(self) -> AbstractContextManager[Any]:
+        """Waiting for the device inside raises."""
+        ...
+
+    def launches(self, step: Step) -> Launches: ...
+
+    def free_bytes(self) -> int: ...
+
+    def churn(self) -> None:
+        """Overwrite freed device and pinned memory, as other work would."""
+        ...
+
+
+class Cuda:
+    """CUDA's device 0 (or HIP's)."""
+
+    truncates = False
+    # About 20 ms at 2 GHz.
+    BUSY_CYCLES = 40_000_000
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", 0)
+        torch.cuda.set_device(self.device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def time(self, step: Step) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        return lambda: start.elapsed_time(end) / 1e3
+
+    def graph(self, step: Step) -> Step:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    @contextmanager
+    def stream(self, waits: bool = True) -> Iterator[None]:
+        stream = torch.cuda.Stream()
+        outer = torch.cuda.current_stream()
+        if waits:
+            stream.wait_stream(outer)
+        with torch.cuda.stream(stream):
+            yield
+        outer.wait_stream(stream)
+
+    def busy(self) -> None:
+        torch.cuda._sleep(self.BUSY_CYCLES)
+
+    @contextmanager
+    def no_synchronization(self) -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def launches(self, step: Step) -> Launches:
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            step()
+            torch.cuda.synchronize()
+        # What annotations span is shown on the device as well: torch's of each Optimizer.step.
+        found = [
+            e
+            for e in profiler.events()
+            if e.device_type == DeviceType.CUDA
+            and not getattr(e, "is_user_annotation", False)
+            and not e.name.startswith(("Optimizer.", "ProfilerStep", "Context Sync", "Stream "))
+        ]
+        copies = [e for e in found if e.name.startswith(("Memcpy", "Memset"))]
+        kernels = [e for e in found if not e.name.startswith(("Memcpy", "Memset"))]
+        if not found:
+            raise RuntimeError("torch.profiler saw nothing on the device")
+        seconds = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
+        return Launches(
+            len(kernels), len(copies), seconds, tuple(sorted({e.name for e in kernels}))
+        )
+
+    def free_bytes(self) -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info()[0])
+
+    def churn(self) -> None:
+        gc.collect()
+        junk = [
+            torch.full((n,), 0x5A, dtype=torch.uint8, device=self.device)
+            for n in (512, 4096, 65536, 2**20)
+            for _ in range(8)
+        ]
+        pinned = [
+            torch.full((n,), 0x5A, dtype=torch.uint8, pin_memory=True)
+            for n in (512, 4096, 65536, 2**20)
+            for _ in range(8)
+        ]
+        torch.cuda.synchronize()
+        del junk, pinned
+
+
+class Interpreted:
+    """The CPU behind Triton's interpreter."""
+
+    truncates = True
+
+    def __init__(self, engine: ModuleType) -> None:
+        self.device = torch.device("cpu")
+        self._engine = engine
+
+    def synchronize(self) -> None:
+        pass
+
+    def time(self, step: Step) -> Callable[[], float]:
+        start = perf_counter()
+        step()
+        seconds = perf_counter() - start
+        return lambda: seconds
+
+    def graph(self, step: Step) -> Step:
+        return step
+
+    def stream(self, waits: bool = True) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def busy(self) -> None:
+        pass
+
+    def no_synchronization(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def launches(self, step: Step) -> Launches:
+        names = ("update_kernel", "scalars_kernel")
+        kernels = {name: getattr(self._engine, name) for name in names}
+        launched: list[str] = []
+        for name, kernel in kernels.items():
+            setattr(self._engine, name, _Counted(name, kernel, launched))
+        try:
+            step()
+        finally:
+            for name, kernel in kernels.items():
+                setattr(self._engine, name, kernel)
+        return Launches(len(launched), 1, None, tuple(sorted(set(launched))))
+
+    def free_bytes(self) -> int:
+        return 0
+
+    def churn(self) -> None:
+        pass
+
+
+class _Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, name: str, kernel: Any, launched: list[str]) -> None:
+        self._name, self._kernel, self._launched = name, kernel, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._launched.append(self._name)
+        return self._kernel[grid]

@@ -1,0 +1,41 @@
+"""CPU tensors through the GPU engine, for a process that runs Triton's interpreter.
+
+The interpreter is chosen by TRITON_INTERPRET=1 in the environment before triton is imported, for a
+whole process; what fastopt itself keeps away from a CPU (steps counted on the device) is let in.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastopt import backend
+from fastopt.optim import plan
+from fastopt.optim.plan import GroupKey
+
+
+def is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def route_cpu_to_triton() -> None:
+    """From here on CPU parameters of this process are stepped by the GPU engine."""
+    if not is_interpreted():
+        raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
+    backend._ENGINES["cpu"] = backend._ENGINES["cuda"]
+    backend.engine.cache_clear()
+    check = plan._check_param
+
+    def counts_on_device(device: torch.device, key: GroupKey) -> bool:
+        return bool(key.capturable or key.fused)
+
+    def check_param(param: Any, key: GroupKey) -> None:
+        check(param, key._replace(capturable=False))
+
+    plan.counts_on_device = counts_on_device
+    plan._check_param = check_param
+    # NumPy stands in for the device and warns of what IEEE arithmetic may do there.
+    np.seterr(all="ignore")

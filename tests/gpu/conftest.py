@@ -1,0 +1,21 @@
+"""Two kinds of test live here, in two kinds of process.
+
+Triton's interpreter is chosen for a whole process, before triton is imported, and the gate needs
+the compiler instead: what runs in the interpreter is collected only with TRITON_INTERPRET=1, and
+`test_interpreter.py` runs it that way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench.gpu_interpret import is_interpreted, route_cpu_to_triton
+
+INTERPRETED = ["test_engine.py", "test_optim.py"]
+COMPILED = ["test_cuda.py", "test_gate.py", "test_interpreter.py", "test_report.py"]
+
+collect_ignore = COMPILED if is_interpreted() else INTERPRETED
+
+if is_interpreted():
+    route_cpu_to_triton()
+    torch.set_num_threads(1)

@@ -1,0 +1,137 @@
+"""A sample of the ahead-of-time gate (`python -m tests.gpu.gate` is all of it), and its teeth."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from typing import Any
+
+import pytest
+import triton
+import triton.language as tl
+
+from fastopt_kernels import rules
+from fastopt_kernels.gpu import engine, memory
+from tests.gpu import gate
+
+UPDATES = gate.updates()
+SCALARS = {update.scalars.__name__: update for update in UPDATES.values()}
+FLOAT32, BFLOAT16 = gate.KINDS[0], gate.KINDS[1]
+ADAM = UPDATES["adam"]
+# Each rule once, with dtypes and targets taken in turn; Adam, whose kernel is the most used, on
+# every target. A rule without states has only a parameter and a gradient to lie anywhere.
+TURNS = list(
+    zip(sorted(UPDATES), itertools.cycle(gate.KINDS), itertools.cycle(gate.TARGETS), strict=False)
+)
+SAMPLE = TURNS + [("adam", FLOAT32, target) for target in gate.TARGETS]
+
+
+def test_the_gate_finds_every_rule_there_is() -> None:
+    functions = dict(inspect.getmembers(rules, inspect.isfunction))
+    scalars = {name for name in functions if name.endswith("_scalars")}
+    assert set(UPDATES) == functions.keys() - scalars
+    assert set(SCALARS) == scalars
+
+
+@pytest.mark.parametrize(("name", "kinds", "target"), SAMPLE)
+def test_an_update_kernel_passes(name: str, kinds: tuple[str, str, str], target: str) -> None:
+    _, faults = gate.check_update(UPDATES[name], kinds, target)
+    assert faults == []
+
+
+def test_an_update_kernel_that_may_skip_passes() -> None:
+    _, faults = gate.check_update(ADAM, BFLOAT16, "sm_90", skip=True)
+    assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), list(zip(sorted(SCALARS), itertools.cycle(gate.TARGETS), strict=False))
+)
+def test_a_scalars_kernel_passes(name: str, target: str) -> None:
+    _, faults = gate.check_scalars(SCALARS[name], FLOAT32, target)
+    assert faults == []
+
+
+def test_adam_leaves_room_for_warps() -> None:
+    """64 registers a thread or fewer let 32 warps run on a multiprocessor of sm_90."""
+    found, _ = gate.check_update(ADAM, FLOAT32, "sm_90")
+    assert found.registers <= 64
+
+
+def _with_a_double(p, g, weight_decay, lr):
+    return (p - (lr.to(tl.float64) * 0.1 * g).to(p.dtype),)
+
+
+def _approximate(p, g, weight_decay, lr):
+    return (p - lr * tl.sqrt(g),)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fault", "target"),
+    [
+        (_with_a_double, "float64", "sm_90"),
+        (_with_a_double, "float64", "gfx942"),
+        (_approximate, "approximate", "sm_90"),
+    ],
+)
+def test_bad_arithmetic_fails(rule: Any, fault: str, target: str) -> None:
+    _, faults = gate.check_update(UPDATES["sgd"], FLOAT32, target, rule=rule)
+    assert any(fault in text for text in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("adam", "sm_90"), ("rmsprop_centered_momentum", "gfx942")]
+)
+def test_a_kernel_that_spills_fails(
+    name: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 elements a thread instead of 4: four streams for 255 registers, five for 512."""
+    monkeypatch.setitem(engine.BLOCK, "fp32", 64 * engine.THREADS)
+    monkeypatch.setattr(engine, "CHUNK", 64 * engine.THREADS)
+    _, faults = gate.check_update(UPDATES[name], FLOAT32, target)
+    assert any("spills" in text for text in faults), faults
+
+
+@triton.jit
+def _promises_nothing(address, first, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # noqa: N803
+    return address.to(tl.pointer_type(DTYPE)) + first
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("kinds", [FLOAT32, BFLOAT16], ids="-".join)
+def test_a_kernel_without_the_promise_of_alignment_fails(
+    kinds: tuple[str, str, str], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "pointer", _promises_nothing)
+    # Triton remembers a kernel by the source of what it calls: a fresh one sees the replacement.
+    monkeypatch.setattr(engine, "update_kernel", triton.jit(engine.update_kernel.fn))
+    _, faults = gate.check_update(ADAM, kinds, target)
+    assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in faults] == ["loads", "stores"]
+
+
+def test_scalars_in_float32_fail() -> None:
+    def scalars(step, lr, weight_decay):
+        return weight_decay, (lr.to(tl.float32) * 0.5).to(tl.float64)
+
+    narrow = copy.copy(UPDATES["sgd"])
+    narrow.scalars = scalars
+    _, faults = gate.check_scalars(narrow, FLOAT32, "sm_90")
+    assert any("float32" in text for text in faults), faults
+
+
+def test_rules_of_one_name_are_different_kernels() -> None:
+    def compiled(rule: Any) -> str:
+        with gate.compiling("sm_90") as kernels:
+            gate.launch_of(UPDATES["sgd"], FLOAT32, rule).run(1)
+            return kernels["update_kernel"][0].asm["ptx"]
+
+    def rule(p, g, weight_decay, lr):
+        return (p - lr * g,)
+
+    first = compiled(rule)
+
+    def rule(p, g, weight_decay, lr):
+        return (p + lr * g,)
+
+    assert compiled(rule) != first

@@ -1,0 +1,136 @@
+"""Threads: their number may change between steps, and two optimizers may step at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fastopt
+from tests.optim.pairs import assert_params_close, construct, give_grads, make_params
+
+# 150,000 elements: many chunks, so every thread count divides them another way.
+LARGE = [(300, 250), (75_001,), (5,)]
+
+
+@pytest.fixture(autouse=True)
+def _as_many_threads_after_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(package: Any, case: str, threads: list[int], seed: int = 0) -> list[torch.Tensor]:
+    params = make_params(LARGE, seed=seed)
+    optimizer = construct(package, case, params)
+    for step, count in enumerate(threads):
+        torch.set_num_threads(count)
+        give_grads(params, step)
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+def check_thread_counts(case: str, ours: Any = fastopt) -> None:
+    one = run(ours, case, [1, 1, 1, 1])
+    for threads in ([2, 2, 2, 2], [1, 2, 1, 64], [3, 1, 2, 2]):
+        other = run(ours, case, threads)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), threads
+    assert_params_close(one, run(torch, case, [1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("case", ["SGD-momentum", "AdamW"])
+def test_the_number_of_threads_changes_no_bit(case: str) -> None:
+    check_thread_counts(case)
+
+
+class MoreThreadsMoreSteps(fastopt.optim.AdamW):
+    """Wrong: the result depends on the number of threads."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["eps"] = 1e-6 * torch.get_num_threads()
+        return super().step(closure)
+
+
+def test_these_checks_see_a_wrong_optimizer() -> None:
+    with pytest.raises(AssertionError):
+        check_thread_counts("AdamW", MoreThreadsMoreSteps)
+
+
+def test_a_step_leaves_the_number_of_threads_as_it_was() -> None:
+    import numba
+
+    torch.set_num_threads(1)
+    before = torch.get_num_threads(), numba.get_num_threads()
+    run(fastopt, "AdamW", [1, 1])
+    assert (torch.get_num_threads(), numba.get_num_threads()) == before
+
+
+def test_optimizers_in_several_threads_do_not_disturb_each_other() -> None:
+    """Kernels release the GIL, so these launches do run at once."""
+    cases = ["AdamW", "SGD-momentum", "AdamW", "SGD-momentum"]
+    count = torch.get_num_threads()
+    expected = [run(fastopt, case, [count] * 6, seed) for seed, case in enumerate(cases)]
+    results: dict[int, list[torch.Tensor]] = {}
+    barrier = threading.Barrier(len(cases))
+
+    def work(seed: int, case: str) -> None:
+        params = make_params(LARGE, seed=seed)
+        optimizer = construct(fastopt, case, params)
+        for step in range(6):
+            give_grads(params, step)
+            barrier.wait(timeout=60)
+            optimizer.step()
+        results[seed] = [param.detach() for param in params]
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(cases)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    for seed in range(len(cases)):
+        assert all(torch.equal(a, b) for a, b in zip(results[seed], expected[seed], strict=True))
+
+
+def test_first_steps_in_several_threads_compile_once_each() -> None:
+    """A rule nobody has stepped yet, by four threads at once."""
+    results: dict[int, torch.Tensor] = {}
+    barrier = threading.Barrier(4)
+
+    def work(k: int) -> None:
+        params = make_params([(17,)], dtype=torch.float16)
+        optimizer = construct(fastopt, "Adagrad", params)
+        give_grads(params, 0)
+        barrier.wait(timeout=60)
+        optimizer.step()
+        results[k] = params[0].detach()
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert all(torch.equal(results[k], results[0]) for k in range(4))
+    assert not torch.equal(results[0], make_params([(17,)], dtype=torch.float16)[0].detach())
+
+
+def test_backward_and_step_in_another_thread_than_the_one_that_made_the_optimizer() -> None:
+    sides = []
+    for package in (torch, fastopt):
+        params = make_params(LARGE)
+        optimizer = construct(package, "AdamW", params)
+
+        def work(params: Any = params, optimizer: Any = optimizer) -> None:
+            for _ in range(3):
+                optimizer.zero_grad()
+                sum((param**2).sum() for param in params).backward()
+                optimizer.step()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(timeout=60)
+        sides.append(params)
+    assert_params_close(sides[1], sides[0])

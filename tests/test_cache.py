@@ -1,0 +1,241 @@
+"""Kernels on disk: found again by what they were made from, and never in the way.
+
+Each process here works on the kernel package alone, without torch: half a second to start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.optim.workers import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+PRELUDE = """
+    import json, os
+    import numpy as np
+    from fastopt_kernels import rules, xp
+    from fastopt_kernels.cpu import engine
+
+    compiled = []
+    make_kernel = engine._make_kernel
+
+    def counting(rule, *args):
+        compiled.append(rule.__name__)
+        return make_kernel(rule, *args)
+
+    engine._make_kernel = counting
+
+    def run(rule, *scalars, n=5, threads=1, states=0):
+        '''Element 0 of a parameter of ones and its states, after one launch with gradients 1.'''
+        arrays = [np.ones(n, np.float32) for _ in range(2 + states)]
+        launch = engine.Launch(rule, ("fp32",) * len(arrays), [n], 1 + len(scalars))
+        launch.tensors[0] = [array.ctypes.data for array in arrays]
+        launch.scalars[0] = (1.0, *scalars)
+        launch.run(threads)
+        assert all((array == array[0]).all() for array in arrays)
+        return round(float(arrays[0][0]), 4)
+
+    LARGE = dict(n=200_000, threads=2)
+
+    def sgd(**large):  # 0.75
+        return run(rules.sgd, 0.0, 0.25, **large)
+
+    def momentum(**large):  # 0.625
+        return run(rules.sgd_momentum, 0.0, 0.25, 0.5, 1.0, states=1, **large)
+
+    def adagrad(**large):  # 0.2929
+        return run(rules.adagrad, 0.0, 1.0, 0.0, states=1, **large)
+
+    def say(*results):
+        print(json.dumps([list(results), sorted(compiled)]))
+"""
+
+
+def start(folder: Path | str, body: str, **more: str) -> subprocess.Popen[str]:
+    code = textwrap.dedent(PRELUDE) + textwrap.dedent(body)
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(FASTOPT_CACHE_DIR=str(folder), **more),
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[list[Any], list[str]]:
+    """What it computed, and the rules it compiled."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    results, compiled = json.loads(out.splitlines()[-1])
+    return results, compiled
+
+
+def run(folder: Path | str, body: str, **more: str) -> tuple[list[Any], list[str]]:
+    return finish(start(folder, body, **more))
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with kernels that several processes compiled, all at once, none knowing of the
+    others' rules; two of them compile the same."""
+    folder = tmp_path_factory.mktemp("kernels") / "made" / "by" / "the first"
+    bodies = ["say(sgd())"] * 2 + [
+        "say(momentum(), momentum(**LARGE))",
+        "say(sgd(**LARGE), adagrad())",
+    ]
+    outcomes = [finish(process) for process in [start(folder, body) for body in bodies]]
+    assert [results for results, _ in outcomes] == [[0.75]] * 2 + [[0.625, 0.625], [0.75, 0.2929]]
+    return folder
+
+
+def test_many_processes_at_once_leave_one_whole_file_a_kernel(kept: Path) -> None:
+    names = sorted(name.rpartition("_")[0] for name in files(kept))
+    assert names == ["adagrad", "sgd", "sgd", "sgd_momentum", "sgd_momentum"]
+    assert all(name.endswith(".kernel") for name in files(kept))
+
+
+ALL = ("sgd()", "momentum()", "adagrad()", "sgd(**LARGE)", "momentum(**LARGE)")
+VALUES = [0.75, 0.625, 0.2929, 0.75, 0.625]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_kernels_of_several_processes_serve_together_in_one(kept: Path, backwards: bool) -> None:
+    """In either order: symbols of the same name, made in different processes, must not mix."""
+    before = files(kept)
+    order = slice(None, None, -1 if backwards else 1)
+    results, compiled = run(kept, f"say({', '.join(ALL[order])})")
+    assert results == VALUES[order]
+    assert not [name for name in compiled if name == "adagrad"]
+    assert set(files(kept)) == set(before)
+
+
+def test_a_second_process_compiles_nothing_and_adds_no_file(kept: Path) -> None:
+    before = files(kept)
+    assert run(kept, "say(sgd(), sgd(**LARGE), adagrad())") == ([0.75, 0.75, 0.2929], [])
+    assert files(kept) == before
+
+
+RULES = """
+    def make(source):
+        scope = {"xp": xp}
+        exec(source, scope)
+        return scope["rule"]
+"""
+PLAIN = "def rule(p, g, lr):\n    return (p {sign} lr * g,)"
+
+
+def test_an_edited_rule_gets_another_file_and_its_old_one_is_found_again(tmp_path: Path) -> None:
+    """Two rules of one name, in one process and in the next."""
+    body = (
+        RULES
+        + f"""
+    minus, plus = (make({PLAIN!r}.format(sign=sign)) for sign in "-+")
+    say(run(minus, 0.5), run(plus, 0.5))
+    """
+    )
+    assert run(tmp_path, body) == ([0.5, 1.5], ["rule", "rule"])
+    before = files(tmp_path)
+    assert len(before) == 2
+    mirrored = body.replace("run(minus, 0.5), run(plus, 0.5)", "run(plus, 0.5), run(minus, 0.5)")
+    assert run(tmp_path, mirrored) == ([1.5, 0.5], [])
+    assert files(tmp_path) == before
+
+
+def test_edited_kernel_sources_get_other_files(tmp_path: Path) -> None:
+    """And a process that imported them before the edit keeps its kernels under the old name."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pyc*"))
+    source = tmp_path / "kernels" / "fastopt_kernels" / "cpu" / "xp.py"
+    folder = tmp_path / "kept"
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "kernels"), str(ROOT)])}
+    edit = f"""
+    from pathlib import Path
+    assert engine.__file__.startswith({str(tmp_path)!r})
+    Path({str(source)!r}).write_text(Path({str(source)!r}).read_text() + "# edited")
+    say(sgd())
+    """
+    assert run(folder, edit, **path) == ([0.75], ["sgd"])
+    assert run(folder, "say(sgd())", **path) == ([0.75], ["sgd"])
+    assert len(files(folder)) == 2
+
+
+# What follows makes one process forget the kernels it has, in place of starting another.
+
+
+def test_a_torn_or_foreign_file_is_ignored_and_replaced(tmp_path: Path) -> None:
+    body = f"""
+    import hashlib, pathlib, pickle
+    results = [sgd()]
+    (file,) = pathlib.Path({str(tmp_path)!r}).iterdir()
+    whole = file.read_bytes()
+    foreign = pickle.dumps(["something", "else"])
+    damaged = [b"", b"0123", bytes(range(256)) * 40, whole[: len(whole) // 2],
+               whole[:-1] + bytes([whole[-1] ^ 1]), hashlib.sha256(foreign).digest() + foreign]
+    for content in damaged:
+        file.write_bytes(content)
+        engine._compiled.cache_clear()
+        results.append(sgd())
+        assert file.read_bytes() != content
+    file.unlink()
+    file.mkdir()
+    engine._compiled.cache_clear()
+    say(*results, sgd())
+    """
+    assert run(tmp_path, body) == ([0.75] * 8, ["sgd"] * 8)
+
+
+def test_a_folder_that_cannot_be_written_means_no_cache_and_no_error(tmp_path: Path) -> None:
+    """Root writes to read-only folders; nobody writes below a file, or in /proc."""
+    blocker, read_only = tmp_path / "file", tmp_path / "read-only"
+    blocker.write_text("not a folder")
+    read_only.mkdir(mode=0o500)
+    folders = [str(blocker / "kernels"), "/proc/nowhere/kernels", str(read_only)]
+    body = f"""
+    results = []
+    for folder in {folders!r}:
+        os.environ["FASTOPT_CACHE_DIR"] = folder
+        engine._compiled.cache_clear()
+        results.append(sgd())
+    say(*results)
+    """
+    assert run("", body) == ([0.75] * 3, ["sgd"] * 3)
+    assert os.access(read_only, os.W_OK) or not files(read_only)
+    assert blocker.read_text() == "not a folder"
+
+
+def test_the_folder_without_a_choice_is_in_the_users_cache(tmp_path: Path) -> None:
+    body = """
+    first = sgd()
+    del os.environ["XDG_CACHE_HOME"]
+    engine._compiled.cache_clear()
+    say(first, sgd())
+    """
+    places = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), "HOME": str(tmp_path / "home")}
+    assert run("", body, **places) == ([0.75, 0.75], ["sgd", "sgd"])
+    (name,) = files(tmp_path / "xdg" / "fastopt")
+    assert list(files(tmp_path / "home" / ".cache" / "fastopt")) == [name]
+
+
+def test_these_checks_see_a_stale_kernel(tmp_path: Path) -> None:
+    """A cache that goes by the name of a rule alone."""
+    body = (
+        RULES
+        + f"""
+    engine.disk.key = lambda rule, *_: rule.__name__
+    minus, plus = (make({PLAIN!r}.format(sign=sign)) for sign in "-+")
+    say(run(minus, 0.5), run(plus, 0.5))
+    """
+    )
+    assert run(tmp_path, body)[0] != [0.5, 1.5]
