@@ -3,7 +3,7 @@
     max|ours - float64| <= 1.5 max|theirs - float64| + one rounding
 
 for every parameter and every state after every step, where theirs is torch.optim's loop in the
-dtype under test, on the same gradients. An element beyond that must be one where float64 itself
+dtype under test, on the same gradients. A rare element may be beyond that where float64 itself
 goes as far when what it is given is off by one rounding (g / sqrt(v) where g + decay p cancels).
 """
 
@@ -44,6 +44,9 @@ TOLERANCES = {
 # The largest distance over a few elements is a matter of luck, and torch's may be none at all:
 # tensors smaller than this are granted a rounding a step.
 FEW = 256
+# A share of elements may be so ill-conditioned that they are judged one by one: an error in the
+# update shows in most of them.
+RARE = 0.01
 WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 NAMES = ("SGD", "Adagrad", "RMSprop", "Adadelta", "Adam", "AdamW", "Adamax", "NAdam", "RAdam")
 STEPS = 9
@@ -179,12 +182,12 @@ def snapshot(
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """NAdam's mu_product and the step counts are of the default dtype."""
-    before = torch.getdefault_dtype()
-    torch.setdefault_dtype(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.setdefault_dtype(before)
+        torch.set_default_dtype(before)
 
 
 def exact(
@@ -328,7 +331,8 @@ def assert_not_worse(
     rounding = max(tolerance.rounding * max(largest, _magnitude(reference)), tolerance.smallest)
     rounding *= steps if reference.numel() < FEW else 1
     beyond = distances - (tolerance.ratio * torchs + rounding)
-    if moved is not None and bool((beyond > 0).any()):
+    n_beyond = int((beyond > 0).sum())
+    if moved is not None and 0 < n_beyond <= max(1, RARE * beyond.numel()):
         beyond -= moved()
     at = int(beyond.argmax())
     assert float(beyond.flatten()[at]) <= 0, (

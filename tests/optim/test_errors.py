@@ -213,6 +213,19 @@ def test_a_gradient_of_another_shape(name: str, stepped: bool) -> None:
     assert not torch.equal(params[1], torch.arange(1.0, 4.0))
 
 
+class _GradientElsewhere(torch.nn.Parameter):
+    """torch itself keeps a gradient on its parameter's device, until one of them is moved."""
+
+    grad = torch.empty(3, device="meta")
+
+
+@pytest.mark.parametrize("name", oracle.NAMES)
+def test_a_gradient_on_another_device(name: str) -> None:
+    params = [*good(1), _GradientElsewhere(torch.ones(3)), *good(1)]
+    optimizer = getattr(fastopt.optim, name)(params)
+    assert_refused(optimizer, params, RuntimeError, "one device", "cpu", "meta", "zero_grad")
+
+
 STATES: dict[str, Callable[[Tensor], Tensor]] = {
     "another shape": lambda state: torch.zeros(2),
     "a shape of as many elements": lambda state: torch.zeros(3, 1),

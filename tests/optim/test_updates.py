@@ -60,7 +60,7 @@ OWN: dict[str, list[dict[str, Any]]] = {
         {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
         {"momentum": 0.5, "alpha": 0.3, "weight_decay": 0.1},
         {"alpha": 0.0},
-        {"alpha": 0.3, "centered": True},
+        {"alpha": 0.3, "centered": True, "eps": 1.0},
         {"eps": 0.0},
         {"eps": 0.1, "maximize": True},
     ],
