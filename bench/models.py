@@ -37,7 +37,8 @@ SHAPES: dict[str, list[Shape]] = {
     "20x1m": 20 * [(1_000_000,)],
     "1000x1000": 1000 * [(1000,)],
     "1000x64": 1000 * [(64,)],
-    "mlp": [(784, 128), (128,), (128, 10), (10,)],
+    "mlp": [(64, 256), (256,), (256, 10), (10,)],
+    "mlp-784": [(784, 128), (128,), (128, 10), (10,)],
 }
 DRAWN = 1_000_003
 # Trained for real, so its shapes come from the model itself: see `TrainingLoop`.

@@ -141,7 +141,7 @@ class Steps:
         if np.array_equal(self.rows, np.arange(rows[0], rows[0] + len(rows))):
             self._all = slice(rows[0], rows[0] + len(rows))
         self._arrays = [tensor.numpy() for tensor in numbers.flat]
-        self._classes: list[tuple[int, Array]] | None = None
+        self._classes: list[tuple[int, int, Array]] | None = None
         self._expected: Array | None = None
 
     def in_place(self) -> bool:
@@ -161,12 +161,31 @@ class Steps:
         rows: group -> the gradient's sign and the values of the update's hyper_names;
         exposed: somebody may have set the numbers since the last step
         """
-        steps, carried = self._arrays[0], self._arrays[1:]
-        self.numbers.pull()
+        if self.numbers.shared:
+            self.numbers.pull()
+        self._count(active, exposed)
+        if self._classes is None:
+            self._classes = self._partition(active, launch)
+        n = self.update.n_scalars
+        for row, (group, first, kin) in enumerate(self._classes):
+            numbers = [array.item(first) for array in self._arrays]
+            sign, *hypers = [x if type(x) in (float, int) else number(x) for x in rows[group]]
+            values = self.update.scalars(*numbers, *hypers)
+            launch.scalars[row] = (sign * inverse_scale, *values[:n])
+            for array, value in zip(self._arrays[1:], values[n:], strict=True):
+                array[kin] = value
+        if active is not None:
+            self._classes = None
+        if self.numbers.shared:
+            self.numbers.push()
+
+    def _count(self, active: Array | None, exposed: bool) -> None:
+        """Add one to the active steps; forget who is alike where that may have changed."""
+        steps = self._arrays[0]
         if active is not None:
             self._classes, self._expected = None, None
             steps[self.rows[active]] += 1
-        elif not exposed and not self.shared and not self.numbers.shared:
+        elif not (exposed or self.shared or self.numbers.shared):
             steps[self._all] += 1
             self._expected = None
         else:
@@ -174,30 +193,17 @@ class Steps:
             if self._expected is None or (now != self._expected).any():
                 self._classes = None
             self._expected = steps[self._all] = now + 1
-        if self._classes is None:
-            self._classes = self._partition(active, launch)
-        n = self.update.n_scalars
-        for row, (group, kin) in enumerate(self._classes):
-            numbers = [array.item(kin[0]) for array in self._arrays]
-            sign, *hypers = rows[group]
-            hypers = [x if type(x) is float else number(x) for x in hypers]
-            values = self.update.scalars(*numbers, *hypers)
-            launch.scalars[row] = (sign * inverse_scale, *values[:n])
-            for array, value in zip(carried, values[n:], strict=True):
-                array[kin] = value
-        if active is not None:
-            self._classes = None
-        self.numbers.push()
 
-    def _partition(self, active: Array | None, launch: Any) -> list[tuple[int, Array]]:
+    def _partition(self, active: Array | None, launch: Any) -> list[tuple[int, int, Array]]:
         """Parameters alike in group, step and carried numbers share a row of scalars: for each row
-        its group and where the numbers of its parameters lie."""
+        its group, and where the numbers of the first and of all of its parameters lie."""
         here = np.arange(len(self.rows)) if active is None else np.flatnonzero(active)
         table = np.stack([self.groups[here], *(n[self.rows[here]] for n in self._arrays)], axis=1)
         if (table == table[0]).all():
             launch.index[here] = 0
-            return [(int(table[0, 0]), self.rows[here])]
+            return [(int(table[0, 0]), int(self.rows[here[0]]), self.rows[here])]
         kinds, inverse = np.unique(table, axis=0, return_inverse=True)
         inverse = inverse.reshape(-1)
         launch.index[here] = inverse
-        return [(int(kind[0]), self.rows[here[inverse == row]]) for row, kind in enumerate(kinds)]
+        alike = [self.rows[here[inverse == row]] for row in range(len(kinds))]
+        return [(int(kind[0]), int(kin[0]), kin) for kind, kin in zip(kinds, alike, strict=True)]
