@@ -114,7 +114,11 @@ def _rest(covered: list[Case]) -> list[Case]:
 
 SECTIONS: dict[str, list[Case]] = {
     "many-tensors": _many_tensors(),
-    "small-model": [Case("AdamW", "mlp", (Goal(FUSED, 2.0, stretch=3.0),), allocator=DEFAULT)],
+    # Two sizes, one goal: below and above the size from which the engine takes several threads.
+    "small-model": [
+        Case("AdamW", model, (Goal(FUSED, 2.0, stretch=3.0),), allocator=DEFAULT)
+        for model in ("mlp", "mlp-784")
+    ],
     "memory-bound": _memory_bound(),
     "default-allocator": [Case("AdamW", "gpt2", (Goal(LOOP, 6.0),), allocator=DEFAULT)],
     "other-optimizers": _other_optimizers(),
