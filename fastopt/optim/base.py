@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -11,28 +11,11 @@ from torch.autograd.graph import increment_version
 
 from fastopt.optim import eager
 from fastopt.optim.bucket import Bucket
+from fastopt.optim.hooks import hooked
 from fastopt.optim.plan import GroupKey, Odd, Plan, build
-from fastopt.optim.update import Update
-
-F = TypeVar("F", bound=Callable[..., Any])
+from fastopt.optim.update import Update, sign
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
-
-
-def _outside_dynamo(function: F) -> F:
-    """A function that torch.compile leaves to Python with all it calls: one clean graph break.
-
-    torch.compiler.disable does that too, but imports Dynamo, which takes the first step a second;
-    so the code is marked where torch lets us.
-    """
-    frames: Any = torch._C._dynamo.eval_frame
-    try:
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-        frames.set_code_exec_strategy(function.__code__, skip)
-    except AttributeError:
-        return cast("F", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -180,7 +163,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _all_params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
 
-    @_outside_dynamo
+    @hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's loss, if any."""
         loss = None
@@ -247,15 +230,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """One launch: stage, count, update, and tell autograd what was written."""
         if bucket.empty:
             return
-        rows: dict[int, list[Any]] = {}
-        for number in bucket.groups:
-            group = self.param_groups[number]
-            sign = -1.0 if group.get("maximize") else 1.0
-            rows[number] = [sign, *bucket.update.hypers(group)]
         if bucket.on_device:
-            bucket.run_on_device(rows, scale.grad_scale, scale.found_inf)
+            bucket.run_on_device(self.param_groups, scale.grad_scale, scale.found_inf)
         elif not scale.skip():
-            bucket.run(rows, scale.inverse(), self._exposed)
+            bucket.run(self.param_groups, scale.inverse(), self._exposed)
         else:
             return
         increment_version(bucket.touched(states=self._exposed))
@@ -274,11 +252,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 self.step_sparse(param, grad, group)
             return
-        sign = -1.0 if group.get("maximize") else 1.0
-        state = self._state_of(param, update)
-        numbers = state if update.counted else self._hidden[param]
+        state, numbers = self._state_of(param, update), self._numbers_of(param, update)
+        factor = sign(group) * scale.inverse()
         with torch.set_grad_enabled(bool(group.get("differentiable"))):
-            eager.step_param(update, param, grad, state, numbers, group, sign * scale.inverse())
+            eager.step_param(update, param, grad, state, numbers, group, factor)
 
     def _state_of(self, param: Tensor, update: Update) -> dict[str, Any]:
         """The state of a parameter; an update without any leaves no entry, as with torch."""
@@ -287,14 +264,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.__dict__["state"][param]
         return state
 
+    def _numbers_of(self, param: Tensor, update: Update) -> dict[str, Any]:
+        """Where a parameter's step is counted."""
+        if update.counted:
+            return self._state_of(param, update)
+        return self._hidden.setdefault(param, {})
+
     def _init_missing_state(
         self, param: Tensor, group: dict[str, Any], key: GroupKey
     ) -> list[tuple[dict[str, Any], str]]:
         """Make the states a parameter lacks; returns what was made, to be undone on an error."""
         made = []
         update = key.update
-        state = self._state_of(param, update)
-        numbers = state if update.counted else self._hidden.setdefault(param, {})
+        state, numbers = self._state_of(param, update), self._numbers_of(param, update)
         # Without a count in its state (SGD), a parameter begins where its buffer does.
         started = all(state.get(name) is not None for name in update.state_names)
         if "step" not in numbers or not (update.counted or started):

@@ -1,12 +1,13 @@
 """One launch: its tensors, their states and steps, and the checks that come before it.
 
-The checks are most of what a step costs in Python on many small tensors, so each is one pass of
-`map` over a list, and a gradient object that is known is not looked at again.
+The checks are most of what a step costs in Python on many small tensors, so each is one pass over
+a list in compiled code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from operator import is_, itemgetter
 from typing import Any
 
@@ -18,9 +19,7 @@ from fastopt.optim import layout
 from fastopt.optim.layout import Staged
 from fastopt.optim.metadata import Metadata
 from fastopt.optim.steps import DeviceSteps, Steps
-from fastopt.optim.update import Update
-
-_data_ptr: Callable[[Tensor], int] = Tensor.data_ptr
+from fastopt.optim.update import Update, sign
 
 
 def _check_state(name: str, state: Any, param: Tensor) -> None:
@@ -129,10 +128,6 @@ def _like(grad: Tensor, member: Member) -> bool:
     )
 
 
-def _reshaped(grad: Tensor | None, param: Tensor) -> bool:
-    return grad is not None and grad.shape != param.shape
-
-
 class Bucket:
     """The members of one launch and what is known of them since the last step."""
 
@@ -154,9 +149,9 @@ class Bucket:
         self.indirect = [
             k for k, m in enumerate(members) if m.grad_buffer is not None or m.param is not m.source
         ]
-        self.source_ptrs = list(map(_data_ptr, self.sources))
-        self.source_metadata = Metadata(self.sources)
-        self.launch.tensors[:, 0] = list(map(_data_ptr, self.targets))
+        self._walk = getattr(launch, "walk", None)
+        self.source_metadata = Metadata(self.sources, self._walk)
+        self.launch.tensors[:, 0] = [member.target.data_ptr() for member in members]
         self._take_states()
         # Of all gradients, and of the `active` ones where some are missing.
         self.grad_metadata: Metadata | None = None
@@ -170,11 +165,9 @@ class Bucket:
         self.state_tensors = [
             layout.local(tensor) for tensors in self.state_objects.values() for tensor in tensors
         ]
-        self.state_ptrs = list(map(_data_ptr, self.state_tensors))
-        self.state_metadata = Metadata(self.state_tensors)
-        for column in range(len(names)):
-            walked = [member.states[column] for member in self.members]
-            self.launch.tensors[:, 2 + column] = list(map(_data_ptr, walked))
+        self.state_metadata = Metadata(self.state_tensors, self._walk)
+        for row, member in enumerate(self.members):
+            self.launch.tensors[row, 2:] = [state.data_ptr() for state in member.states]
 
     @property
     def empty(self) -> bool:
@@ -186,31 +179,29 @@ class Bucket:
         """Whether the device counts the steps."""
         return isinstance(self.steps, DeviceSteps)
 
-    def run(self, rows: dict[int, list[Any]], inverse_scale: float, exposed: bool) -> None:
-        """Count a step on the host and launch.
-
-        rows: for each group the gradient's sign and the hyper-parameters of the update
-        """
+    def run(self, groups: list[dict[str, Any]], inverse_scale: float, exposed: bool) -> None:
+        """Count a step on the host and launch; groups are the optimizer's."""
         assert isinstance(self.steps, Steps)
         self._stage(Staged.read)
-        self.steps.advance(rows, inverse_scale, self.launch, self.active, exposed)
+        self.steps.advance(groups, inverse_scale, self.launch, self.active, exposed)
         self.launch.run(torch.get_num_threads())
         self._stage(Staged.write)
 
     def run_on_device(
         self,
-        rows: dict[int, list[Any]],
+        groups: list[dict[str, Any]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
         """Launch without the host knowing the steps: they are counted on the device."""
         assert isinstance(self.steps, DeviceSteps)
         self._stage(Staged.read)
+        chosen = [groups[number] for number in self.groups]
         self.launch.run_on_device(
             self.update.scalars,
             self.steps.addresses(self.active),
             np.searchsorted(self.groups, self.steps.groups),
-            list(rows.values()),
+            [[sign(group), *self.update.hypers(group)] for group in chosen],
             grad_scale,
             found_inf,
         )
@@ -235,8 +226,7 @@ class Bucket:
     def refresh(self, grads: list[Tensor | None], exposed: bool) -> bool:
         """Whether every tensor is where and what it was; takes in the gradients' addresses."""
         return (
-            list(map(_data_ptr, self.sources)) == self.source_ptrs
-            and self.source_metadata.same(self.sources)
+            self.source_metadata.unmoved(self.sources)
             and not (exposed and not self._states_in_place())
             and self._take_grads(grads)
         )
@@ -250,11 +240,7 @@ class Bucket:
                     return False
         except KeyError:
             return False
-        return (
-            self.steps.in_place()
-            and list(map(_data_ptr, self.state_tensors)) == self.state_ptrs
-            and self.state_metadata.same(self.state_tensors)
-        )
+        return self.steps.in_place() and self.state_metadata.unmoved(self.state_tensors)
 
     def _take_grads(self, all_grads: list[Tensor | None]) -> bool:
         grads = all_grads
@@ -264,21 +250,20 @@ class Bucket:
             grads = list(grads)
             with torch.no_grad():
                 for k in self.indirect:
-                    if _reshaped(grads[k], self.members[k].param):
+                    grad, member = grads[k], self.members[k]
+                    if grad is not None and grad.shape != member.param.shape:
                         return False
-                    grads[k] = self.members[k].grad(grads[k])
-        try:
-            ptrs = list(map(_data_ptr, grads))  # type: ignore[arg-type]
-        except (TypeError, RuntimeError):
-            return self._take_some_grads(grads)
+                    grads[k] = member.grad(grad)
         if self.grad_metadata is None:
-            self.grad_metadata = Metadata(grads)  # type: ignore[arg-type]
-        elif not self.grad_metadata.same(grads):  # type: ignore[arg-type]
-            return False
-        if self.active is not None:
+            self.grad_metadata = Metadata(grads, self._walk)  # type: ignore[arg-type]
+        if self.active is not None or not self.grad_metadata.take(grads):  # type: ignore[arg-type]
+            if any(map(is_, grads, repeat(None))):
+                return self._take_some_grads(grads)
+            if not self.grad_metadata.take(grads):  # type: ignore[arg-type]
+                return False
             self.active, self.some_metadata = None, None
             self.launch.select(None)
-        self.launch.tensors[:, 1] = ptrs
+        self.launch.tensors[:, 1] = self.grad_metadata.addresses
         return True
 
     def _take_some_grads(self, grads: list[Tensor | None]) -> bool:
@@ -289,9 +274,9 @@ class Bucket:
             chosen = [self.members[k] for k in np.flatnonzero(active)]
             if not all(map(_like, present, chosen)):
                 return False
-            self.active, self.some_metadata = active, Metadata(present)
+            self.active, self.some_metadata = active, Metadata(present, self._walk)
             self.launch.select(active)
-        elif self.some_metadata is None or not self.some_metadata.same(present):
+        elif self.some_metadata is None or not self.some_metadata.take(present):
             return False
-        self.launch.tensors[active, 1] = list(map(_data_ptr, present))
+        self.launch.tensors[active, 1] = self.some_metadata.addresses
         return True

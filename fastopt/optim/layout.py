@@ -125,14 +125,18 @@ class Staged(NamedTuple):
         self.source.copy_(self.buffer)
 
 
-def reference(param: Tensor) -> Tensor:
-    """A tensor laid out as the launch walks this parameter: itself where it is dense."""
+def check_overlap(param: Tensor) -> None:
+    """Refuse to write where one place in memory is several elements."""
     if torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             f"single memory location: a parameter of shape {tuple(param.shape)} has strides "
             f"{param.stride()}. Give the optimizer a clone, or the tensor it was expanded from."
         )
-    return (
-        param if is_dense(param) else torch.empty_like(param, memory_format=torch.contiguous_format)
-    )
+
+
+def reference(param: Tensor) -> Tensor:
+    """A tensor laid out as the launch walks this parameter: itself where it is dense."""
+    if is_dense(param):
+        return param
+    return torch.empty_like(param, memory_format=torch.contiguous_format)

@@ -37,7 +37,6 @@ class Odd(NamedTuple):
 
     param: Tensor
     group: int
-    position: int
     sparse: bool
 
 
@@ -104,7 +103,7 @@ def build(
     for param, grad, number, position in found:
         sparse = grad.layout is not torch.strided
         if sparse or keys[number].differentiable or not layout.has_memory(param):
-            plan.odd.append(Odd(param, number, position, sparse))
+            plan.odd.append(Odd(param, number, sparse))
         else:
             _check_param(param, keys[number])
             dense.append((param, grad, number, position))
@@ -165,7 +164,7 @@ def _check_param(param: Tensor, key: GroupKey) -> None:
     if param.grad is not None:
         layout.kind(layout.local(param.grad), "a gradient")
     backend.engine(target.device.type)
-    layout.reference(target)
+    layout.check_overlap(target)
     if key.capturable and target.device.type == "cpu":
         counted = ", ".join(["params", *(f"{name}s" for name in key.update.carried)])
         raise AssertionError(
@@ -224,7 +223,7 @@ def _make_steps(
     owners = []
     seen: set[int] = set()
     for kind, members in launches:
-        mine = [m.state if kind.update.counted else optimizer._hidden[m.param] for m in members]
+        mine = [optimizer._numbers_of(member.param, kind.update) for member in members]
         if not kind.update.counted:
             # To torch, each occurrence of a parameter begins where its buffer was not there yet.
             mine = [dict(owner) if id(owner) in seen else owner for owner in mine]

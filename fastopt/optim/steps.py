@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim.update import Update, number
+from fastopt.optim.update import Update, sign
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -141,6 +141,8 @@ class Steps:
         if np.array_equal(self.rows, np.arange(rows[0], rows[0] + len(rows))):
             self._all = slice(rows[0], rows[0] + len(rows))
         self._arrays = [tensor.numpy() for tensor in numbers.flat]
+        counts = self._arrays[0][self._all]
+        self._view = counts if isinstance(self._all, slice) else None
         self._classes: list[tuple[int, int, Array]] | None = None
         self._expected: Array | None = None
 
@@ -150,7 +152,7 @@ class Steps:
 
     def advance(
         self,
-        rows: Mapping[int, Sequence[Any]],
+        groups: Sequence[Mapping[str, Any]],
         inverse_scale: float,
         launch: Any,
         active: Array | None,
@@ -158,7 +160,7 @@ class Steps:
     ) -> None:
         """Count one step of the active parameters and fill in their rows of scalars, on the host.
 
-        rows: group -> the gradient's sign and the values of the update's hyper_names;
+        groups: the optimizer's parameter groups;
         exposed: somebody may have set the numbers since the last step
         """
         if self.numbers.shared:
@@ -169,9 +171,8 @@ class Steps:
         n = self.update.n_scalars
         for row, (group, first, kin) in enumerate(self._classes):
             numbers = [array.item(first) for array in self._arrays]
-            sign, *hypers = [x if type(x) in (float, int) else number(x) for x in rows[group]]
-            values = self.update.scalars(*numbers, *hypers)
-            launch.scalars[row] = (sign * inverse_scale, *values[:n])
+            values = self.update.scalars(*numbers, *self.update.floats(groups[group]))
+            launch.scalars[row] = (sign(groups[group]) * inverse_scale, *values[:n])
             for array, value in zip(self._arrays[1:], values[n:], strict=True):
                 array[kin] = value
         if active is not None:
@@ -186,7 +187,10 @@ class Steps:
             self._classes, self._expected = None, None
             steps[self.rows[active]] += 1
         elif not (exposed or self.shared or self.numbers.shared):
-            steps[self._all] += 1
+            if self._view is not None:
+                np.add(self._view, 1, out=self._view)
+            else:
+                steps[self._all] += 1
             self._expected = None
         else:
             now = steps[self._all]

@@ -17,6 +17,11 @@ def number(x: Any) -> float:
     return float(x.detach().item() if isinstance(x, Tensor) else x)
 
 
+def sign(group: Mapping[str, Any]) -> float:
+    """What a gradient counts as in a parameter group."""
+    return -1.0 if group.get("maximize") else 1.0
+
+
 class Update:
     """A rule bound to the states of a parameter and the hyper-parameters of its group.
 
@@ -88,7 +93,7 @@ class Update:
         """Hyper-parameters the scalars need, in order."""
         return tuple(self._scalars_arguments[1 + len(self.carried) :])
 
-    @property
+    @cached_property
     def n_scalars(self) -> int:
         """How many scalars the rule takes."""
         return int(self.rule.__code__.co_argcount) - 2 - len(self.state_names)
@@ -104,12 +109,16 @@ class Update:
                 f"has no {missing}: it has {sorted(k for k in group if k != 'params')}"
             ) from None
 
+    def floats(self, group: Mapping[str, Any]) -> list[float]:
+        """The values of `hyper_names`, those in tensors too."""
+        return [x if type(x) is float else number(x) for x in self.hypers(group)]
+
     def probe(self, group: Mapping[str, Any]) -> None:
         """Run both halves once on the host: TypeError where what they return does not fit.
 
         Raises KeyError where the group lacks a hyper-parameter.
         """
-        hypers = [np.float64(number(x)) for x in self.hypers(group)]
+        hypers = map(np.float64, self.floats(group))
         counted = np.ones(1 + len(self.carried))
         one_element = np.linspace(0.25, 0.75, self.rule.__code__.co_argcount)
         n_values = self.n_scalars + len(self.carried)

@@ -53,6 +53,15 @@ def lerp(x: float, y: float, weight: float) -> float:
     return x + weight * (y - x) if weight < 0.5 else y - (1.0 - weight) * (y - x)
 
 
+def uncompilable(rule: Callable[..., Any], compiler: str, error: Exception) -> TypeError:
+    """What to raise for a rule the compiler refuses."""
+    return TypeError(
+        f"{compiler} cannot compile the rule {rule.__module__}.{rule.__qualname__}: it may use "
+        "floats, + - * / and the functions of fastopt.optim.xp, and returns a tuple of the "
+        f"parameter and its states. {compiler} says: {error}"
+    )
+
+
 def rebind(rule: Callable[..., Any], xp: ModuleType) -> FunctionType:
     """The same function with `xp` in its globals replaced: one source for every compiler."""
     function = FunctionType(

@@ -94,23 +94,34 @@ def test_a_post_hook_may_read_and_change_parameters_and_states() -> None:
     assert all(param.abs().max() <= 0.5 for param in pair.our_params)
 
 
-def test_hooks_run_as_often_as_with_torch_where_a_subclass_calls_super() -> None:
-    counts = []
-    for package in (torch, fastopt):
+def test_hooks_run_once_a_step_where_a_subclass_calls_super() -> None:
+    """torch runs them twice, but only if a plain instance has been made before."""
 
-        class Sub(package.optim.AdamW):  # type: ignore[name-defined]
-            def step(self, closure: Any = None) -> Any:
-                return super().step(closure)
+    class Sub(fastopt.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
 
+    for cls in (Sub, fastopt.optim.AdamW, Sub):
         params = make_params()
         give_grads(params, 0)
-        optimizer = Sub(params)
-        seen: list[int] = []
-        optimizer.register_step_pre_hook(lambda *a, seen=seen: seen.append(1))
+        optimizer = cls(params)
+        seen: list[str] = []
+        optimizer.register_step_pre_hook(lambda *a, seen=seen: seen.append("pre"))
+        optimizer.register_step_post_hook(lambda *a, seen=seen: seen.append("post"))
         optimizer.step()
         optimizer.step()
-        counts.append(len(seen))
-    assert counts[0] == counts[1]
+        assert seen == ["pre", "post"] * 2
+
+
+def test_a_pre_hook_that_returns_something_else_is_refused() -> None:
+    params = make_params()
+    give_grads(params, 0)
+    before = [param.clone() for param in params]
+    optimizer = fastopt.optim.SGD(params)
+    optimizer.register_step_pre_hook(lambda *a: "arguments")
+    with pytest.raises(RuntimeError, match=r"tuple of \(new_args, new_kwargs\), but got"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
 
 
 @pytest.mark.parametrize("case", ["SGD-momentum", "AdamW"])

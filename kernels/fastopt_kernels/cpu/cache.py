@@ -14,6 +14,8 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -64,17 +66,18 @@ def _code_facts(code: CodeType) -> tuple[object, ...]:
     return code.co_code, constants, code.co_names, code.co_varnames, code.co_argcount
 
 
-def key(rule: FunctionType, *specialization: object) -> str:
+def key(function: FunctionType, *specialization: object) -> str:
     """What a kernel is kept under: a rule uses nothing but its arguments and `xp`, so its own code
-    says all of it."""
+    says all of it; whatever else a kernel uses is in the sources."""
     digest = hashlib.sha256(_ENVIRONMENT_HASH)
-    digest.update(repr((_code_facts(rule.__code__), specialization)).encode())
-    return f"{rule.__name__}_{digest.hexdigest()[:32]}"
+    digest.update(repr((_code_facts(function.__code__), specialization)).encode())
+    return f"{function.__name__}_{digest.hexdigest()[:32]}"
 
 
 # Symbols of the parallel bodies in this process. Numba names one by an address of the process that
 # compiled it, so two kernels from disk may share a name, and the first would serve for both.
 _bodies: set[str] = set()
+_lock = threading.Lock()
 
 
 def _path(key: str) -> Path:
@@ -108,6 +111,24 @@ def _claim(bodies: list[str]) -> bool:
         return False
     _bodies.update(bodies)
     return True
+
+
+def named(function, tag):
+    """Mangled names are made of this one and a count of the process: kernels of two processes must
+    not meet under one symbol in a third, where the first loaded would serve for both."""
+    function.__name__ = function.__qualname__ = f"{function.__name__}_{tag}"
+    return function
+
+
+def obtain(key: str, make: Callable[[str], compiler.CompileResult]) -> compiler.CompileResult:
+    """The kernel of that key: from disk, or made by make(key) and kept for later processes."""
+    with _lock:
+        compiled = load(key)
+        while compiled is None:
+            compiled = make(key)
+            if not save(key, compiled):
+                compiled = None
+    return compiled
 
 
 def save(key: str, compiled: compiler.CompileResult) -> bool:

@@ -25,7 +25,8 @@ from fastopt_kernels.chunks import chunk_table
 from fastopt_kernels.cpu import cache as disk
 from fastopt_kernels.cpu import memory
 from fastopt_kernels.cpu import xp as cpu_xp
-from fastopt_kernels.xp import rebind
+from fastopt_kernels.cpu.walk import take_addresses
+from fastopt_kernels.xp import rebind, uncompilable
 
 # Elements a chunk, by the size of the launch: small chunks divide a small launch evenly (22 against
 # 32 us at 100K elements on two threads), large ones keep the table small.
@@ -33,7 +34,6 @@ CHUNK = ((262_144, 2048), (1 << 62, 16384))
 # The OpenMP fork costs 2-5 us: below this many elements one thread is done sooner.
 SERIAL_BELOW = 32768
 
-_compile_lock = threading.Lock()
 _workqueue_lock = threading.Lock()
 _forked = False
 
@@ -47,13 +47,6 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _named(function, tag):
-    """Mangled names are made of this one and a count of the process: kernels of two processes must
-    not meet under one symbol in a third, where the first loaded would serve for both."""
-    function.__name__ = function.__qualname__ = f"{function.__name__}_{tag}"
-    return function
-
-
 def _make_chunk(rule, kinds, n_scalars, tag):
     """update_chunk(tensors, chunks, index, scalars, c): the loop over one chunk."""
     compute = memory.compute_type(kinds[0])
@@ -63,7 +56,7 @@ def _make_chunk(rule, kinds, n_scalars, tag):
     int64_row = memory.make_row(types.int64, len(kinds))
     int64_single = memory.make_row(types.int64, 1)
     scalar_row = memory.make_row(compute, n_scalars)
-    update = njit(_named(rebind(rule, cpu_xp), tag), **cpu_xp.JIT)
+    update = njit(disk.named(rebind(rule, cpu_xp), tag), **cpu_xp.JIT)
 
     def update_chunk(tensors, chunks, index, scalars, c):
         tensor, first, last = int64_triple(chunks, c)
@@ -73,7 +66,7 @@ def _make_chunk(rule, kinds, n_scalars, tag):
             x = load(addresses, i)
             store(addresses, i, update(x[0], row[0] * x[1], *(x[2:] + row[1:])))
 
-    return njit(_named(update_chunk, tag), **cpu_xp.JIT)
+    return njit(disk.named(update_chunk, tag), **cpu_xp.JIT)
 
 
 def _make_kernel(rule, kinds, n_scalars, parallel, tag):
@@ -85,7 +78,7 @@ def _make_kernel(rule, kinds, n_scalars, parallel, tag):
             update_chunk(tensors, chunks, index, scalars, c)
 
     signature = types.void(*[types.int64] * 5)
-    jitted = njit(signature, parallel=parallel, **cpu_xp.JIT)(_named(kernel, tag))
+    jitted = njit(signature, parallel=parallel, **cpu_xp.JIT)(disk.named(kernel, tag))
     return next(iter(jitted.overloads.values()))
 
 
@@ -94,21 +87,14 @@ def _compiled(
     rule: Callable[..., Any], kinds: tuple[str, ...], n_scalars: int, parallel: bool
 ) -> Any:
     """The compile result for a rule and specialization, from disk where it has been made before."""
-    with _compile_lock:
-        key = disk.key(rule, kinds, n_scalars, parallel)
-        compiled = disk.load(key)
-        while compiled is None:
-            try:
-                compiled = _make_kernel(rule, kinds, n_scalars, parallel, key)
-            except NumbaError as error:
-                raise TypeError(
-                    f"Numba cannot compile the rule {rule.__module__}.{rule.__qualname__}: it may "
-                    "use floats, + - * / and the functions of fastopt.optim.xp, and returns a "
-                    f"tuple of the parameter and its states. Numba says: {error}"
-                ) from error
-            if not disk.save(key, compiled):
-                compiled = None
-    return compiled
+
+    def make(tag: str) -> Any:
+        try:
+            return _make_kernel(rule, kinds, n_scalars, parallel, tag)
+        except NumbaError as error:
+            raise uncompilable(rule, "Numba", error) from error
+
+    return disk.obtain(disk.key(rule, kinds, n_scalars, parallel), make)
 
 
 class Launch:
@@ -118,6 +104,8 @@ class Launch:
     index:   (n,) int64, the row of scalars each tensor takes
     scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
     """
+
+    walk = staticmethod(take_addresses)
 
     def __init__(
         self,

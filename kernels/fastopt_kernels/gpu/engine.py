@@ -25,7 +25,7 @@ from triton.compiler import CompilationError
 from fastopt_kernels.chunks import chunk_table
 from fastopt_kernels.gpu import memory
 from fastopt_kernels.gpu import xp as gpu_xp
-from fastopt_kernels.xp import rebind
+from fastopt_kernels.xp import rebind, uncompilable
 
 # Elements a program updates. Small enough that 20 tensors of 1M fill 132 multiprocessors several
 # times over, large enough that the table stays under 0.2 % of the traffic of AdamW.
@@ -323,11 +323,7 @@ class Launch:
             with torch.cuda.device(self.device) if real else nullcontext():
                 yield
         except CompilationError as error:
-            raise TypeError(
-                f"Triton cannot compile the rule {self.rule.__module__}.{self.rule.__qualname__}: "
-                "it may use floats, + - * / and the functions of fastopt.optim.xp, and returns a "
-                f"tuple of the parameter and its states. Triton says: {error}"
-            ) from error
+            raise uncompilable(self.rule, "Triton", error) from error
 
     def _capturing(self) -> bool:
         return self.device.type != "cpu" and torch.cuda.is_current_stream_capturing()
