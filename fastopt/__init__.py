@@ -8,8 +8,8 @@ Importing this costs little: a backend (Numba on CPU, Triton on GPU) is imported
 on its device.
 """
 
-from fastopt import optim
+from fastopt import functional, nn, optim
 from fastopt.swap import swap
 
-__all__ = ["optim", "swap"]
+__all__ = ["functional", "nn", "optim", "swap"]
 __version__ = "0.1.0"

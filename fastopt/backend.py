@@ -6,31 +6,36 @@ import importlib
 from functools import cache
 from types import ModuleType
 
-_ENGINES = {"cpu": "fastopt_kernels.cpu.engine", "cuda": "fastopt_kernels.gpu.engine"}
+_KERNELS = {"cpu": "fastopt_kernels.cpu", "cuda": "fastopt_kernels.gpu"}
 _NEEDS = {"cpu": "numba", "cuda": "triton"}
 
 
 def supported_devices() -> tuple[str, ...]:
     """Device types that have compiled kernels."""
-    return tuple(_ENGINES)
+    return tuple(_KERNELS)
 
 
 @cache
-def engine(device_type: str) -> ModuleType:
-    """The engine of a device type ("cuda" is NVIDIA and AMD).
+def kernels(device_type: str, module: str) -> ModuleType:
+    """A module of kernels for a device type ("cuda" is NVIDIA and AMD): engine, softmax, ...
 
     Raises RuntimeError for a device without kernels, ImportError where its compiler is missing.
     """
-    if device_type not in _ENGINES:
+    if device_type not in _KERNELS:
         raise RuntimeError(
             f"fastopt has no kernels for device type {device_type!r}: it supports "
-            f"{', '.join(_ENGINES)}. Move the parameters there, or keep torch.optim for them."
+            f"{', '.join(_KERNELS)}. Move the tensors there, or keep torch's own for them."
         )
     try:
-        return importlib.import_module(_ENGINES[device_type])
+        return importlib.import_module(f"{_KERNELS[device_type]}.{module}")
     except ImportError as error:
         package = _NEEDS[device_type]
         raise ImportError(
-            f"fastopt steps {device_type} parameters with {package}, which did not import "
-            f"({error}). Install it: pip install {package}"
+            f"fastopt runs on {device_type} with {package}, which did not import ({error}). "
+            f"Install it: pip install {package}"
         ) from error
+
+
+def engine(device_type: str) -> ModuleType:
+    """The engine of the optimizers on a device type."""
+    return kernels(device_type, "engine")

@@ -9,42 +9,25 @@ the stores, and nothing would vectorize (35 against 13 ms at 33M elements).
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import njit, prange, types
 from numba.core.errors import NumbaError
-from numba.np.ufunc.parallel import _launch_threads
 
 from fastopt_kernels.chunks import chunk_table
 from fastopt_kernels.cpu import cache as disk
 from fastopt_kernels.cpu import memory
 from fastopt_kernels.cpu import xp as cpu_xp
+from fastopt_kernels.cpu.threads import run_parallel, worth_it
 from fastopt_kernels.cpu.walk import take_addresses
 from fastopt_kernels.xp import rebind, uncompilable
 
 # Elements a chunk, by the size of the launch: small chunks divide a small launch evenly (22 against
 # 32 us at 100K elements on two threads), large ones keep the table small.
 CHUNK = ((262_144, 2048), (1 << 62, 16384))
-# The OpenMP fork costs 2-5 us: below this many elements one thread is done sooner.
-SERIAL_BELOW = 32768
-
-_workqueue_lock = threading.Lock()
-_forked = False
-
-
-def _after_fork() -> None:
-    # GNU OpenMP does not survive a fork: a forked child (a DataLoader worker) steps on one thread.
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def _make_chunk(rule, kinds, n_scalars, tag):
@@ -134,11 +117,10 @@ class Launch:
         chunks = self._all_chunks
         if active is not None:
             chunks = np.ascontiguousarray(chunks[active[chunks[:, 0]]])
-        n_elements = int((chunks[:, 2] - chunks[:, 1]).sum())
         self._chunks = chunks
         tensors, index = self._addresses
         self._args = (tensors, chunks.ctypes.data, index, self._scalars_address, len(chunks))
-        self._small = n_elements < SERIAL_BELOW
+        self._n_elements = int((chunks[:, 2] - chunks[:, 1]).sum())
 
     def prepare(self, n_threads: int) -> None:
         """Compile what `run` will call, so that a failure comes before anything is written."""
@@ -151,34 +133,11 @@ class Launch:
             return
         entry, parallel = self._entry(n_threads)
         if parallel:
-            _run_parallel(entry, self._args, n_threads)
+            run_parallel(entry, self._args, n_threads)
         else:
             entry(*self._args)
 
     def _entry(self, n_threads: int) -> tuple[Any, bool]:
-        parallel = n_threads > 1 and not self._small and not _forked
+        parallel = worth_it(n_threads, self._n_elements)
         compiled = _compiled(self.rule, self.kinds, self.n_scalars, parallel)
         return compiled.entry_point, parallel
-
-
-def _run_parallel(entry: Any, args: tuple[int, ...], n_threads: int) -> None:
-    n_threads = min(n_threads, numba.config.NUMBA_NUM_THREADS)
-    before = numba.get_num_threads()
-    if before != n_threads:
-        numba.set_num_threads(n_threads)
-    try:
-        if _one_at_a_time():
-            with _workqueue_lock:
-                entry(*args)
-        else:
-            entry(*args)
-    finally:
-        if before != n_threads:
-            numba.set_num_threads(before)
-
-
-@cache
-def _one_at_a_time() -> bool:
-    """Numba's workqueue aborts the process when two threads enter it at once."""
-    _launch_threads()
-    return numba.threading_layer() == "workqueue"

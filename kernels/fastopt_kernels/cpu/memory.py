@@ -7,6 +7,7 @@ round-to-nearest-even on the bits, fp16 through the CPU's own conversions; both 
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -15,6 +16,7 @@ KINDS = ("fp32", "bf16", "fp16", "fp64")
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
+_IN_MEMORY_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64}
 _IN_MEMORY = {"fp32": _F32, "bf16": _I16, "fp16": ir.HalfType(), "fp64": _F64}
 
 
@@ -29,7 +31,10 @@ def _element(builder, kind, address, i):
 
 
 def _emit_load(builder, kind, address, i, compute):
-    x = builder.load(_element(builder, kind, address, i))
+    return _widen(builder, kind, builder.load(_element(builder, kind, address, i)), compute)
+
+
+def _widen(builder, kind, x, compute):
     if kind == "bf16":
         bits = builder.shl(builder.zext(x, _I32), ir.Constant(_I32, 16))
         x = builder.bitcast(bits, _F32)
@@ -42,25 +47,30 @@ def _emit_load(builder, kind, address, i, compute):
     return x
 
 
-def _bf16_bits(builder, x):
-    """Round to nearest, ties to even; a NaN stays one (its top payload bit is set)."""
+def _bf16_bits(builder, x, own_nan):
+    """Round to nearest, ties to even; a NaN stays one (its top payload bit is set).
+
+    own_nan: a NaN has no bits below those kept, so rounding leaves it alone
+    """
     bits = builder.bitcast(x, _I32)
     shifted = builder.lshr(bits, ir.Constant(_I32, 16))
     odd = builder.and_(shifted, ir.Constant(_I32, 1))
     bias = builder.add(ir.Constant(_I32, 0x7FFF), odd)
     rounded = builder.lshr(builder.add(bits, bias), ir.Constant(_I32, 16))
+    if own_nan:
+        return builder.trunc(rounded, _I16)
     quiet = builder.or_(shifted, ir.Constant(_I32, 0x40))
     is_nan = builder.fcmp_unordered("uno", x, x)
     return builder.trunc(builder.select(is_nan, quiet, rounded), _I16)
 
 
-def _emit_store(builder, kind, address, i, x, compute):
+def _emit_store(builder, kind, address, i, x, compute, own_nan=False):
     if kind != "fp64" and compute is types.float64:
         x = builder.fptrunc(x, _F32)
     elif kind == "fp64" and compute is types.float32:
         x = builder.fpext(x, _F64)
     if kind == "bf16":
-        x = _bf16_bits(builder, x)
+        x = _bf16_bits(builder, x, own_nan)
     elif kind == "fp16":
         x = builder.fptrunc(x, ir.HalfType())
     builder.store(x, _element(builder, kind, address, i))
@@ -127,3 +137,95 @@ def make_row(scalar: types.Type, width: int):
         return signature, codegen
 
     return row
+
+
+def make_loader(kind: str, compute: types.Float):
+    """load(address, i) -> element i of an array of this kind, in the compute type."""
+
+    @intrinsic
+    def load(typingctx, address, i):
+        def codegen(context, builder, signature, args):
+            return _emit_load(builder, kind, *args, compute)
+
+        return compute(address, i), codegen
+
+    return load
+
+
+def make_storer(kind: str, compute: types.Float, own_nan: bool = False):
+    """store(address, i, x): round x to this kind, once.
+
+    own_nan: a NaN, if any, came out of arithmetic on elements of this kind, so no bit of it is lost
+    """
+
+    @intrinsic
+    def store(typingctx, address, i, x):
+        def codegen(context, builder, signature, args):
+            address, i, x = args
+            _emit_store(builder, kind, address, i, x, compute, own_nan)
+            return context.get_dummy_value()
+
+        return types.void(address, i, compute), codegen
+
+    return store
+
+
+def make_order(kind: str, compute: types.Float):
+    """(load_order, unorder, lowest): elements as integers that compare as the elements do.
+
+    Maxima of floats vectorize only where there is no NaN; those of integers always do, and of as
+    many elements at a time as the register holds in memory's own width. A positive NaN is larger
+    than infinity; a negative one is passed over. lowest stands for -inf.
+    """
+    width = _IN_MEMORY_BITS[kind]
+    integer, numba_integer = ir.IntType(width), getattr(types, f"int{width}")
+    low_bits = (1 << (width - 1)) - 1
+
+    def order(builder, bits):
+        negative = builder.ashr(bits, ir.Constant(integer, width - 1))
+        return builder.xor(bits, builder.and_(negative, ir.Constant(integer, low_bits)))
+
+    @intrinsic
+    def load_order(typingctx, address, i):
+        def codegen(context, builder, signature, args):
+            address, i = args
+            base = builder.inttoptr(address, integer.as_pointer())
+            return order(builder, builder.load(builder.gep(base, [i])))
+
+        return numba_integer(address, i), codegen
+
+    @intrinsic
+    def unorder(typingctx, ordered):
+        def codegen(context, builder, signature, args):
+            bits = order(builder, args[0])
+            if kind != "bf16":
+                bits = builder.bitcast(bits, _IN_MEMORY[kind])
+            return _widen(builder, kind, bits, compute)
+
+        return compute(numba_integer), codegen
+
+    infinity = {"fp32": 0x7F800000, "bf16": 0x7F80, "fp16": 0x7C00, "fp64": 0x7FF << 52}[kind]
+    return load_order, unorder, getattr(np, f"int{width}")(-1 - infinity)
+
+
+@intrinsic
+def load_integer(typingctx, address, i):
+    """Element i of an int64 array."""
+
+    def codegen(context, builder, signature, args):
+        address, i = args
+        return builder.load(builder.gep(builder.inttoptr(address, _I64.as_pointer()), [i]))
+
+    return types.int64(address, i), codegen
+
+
+@intrinsic
+def store_integer(typingctx, address, i, x):
+    """Write element i of an int64 array."""
+
+    def codegen(context, builder, signature, args):
+        address, i, x = args
+        builder.store(x, builder.gep(builder.inttoptr(address, _I64.as_pointer()), [i]))
+        return context.get_dummy_value()
+
+    return types.void(address, i, types.int64), codegen

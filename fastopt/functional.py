@@ -1,0 +1,326 @@
+"""softmax, losses and norms with the signatures of torch.nn.functional, as fused kernels.
+
+Plain tensors on a device with kernels run through them. What a kernel cannot see into goes to
+torch's own function: tensor subclasses, functorch transforms (vmap, jvp, grad) and forward-mode AD;
+so their meaning is torch's. Under torch.compile, torch.export, fake tensors and dispatch modes the
+functions are the ops torch.ops.fastopt.*.
+
+All of them: float32, bfloat16, float16 and float64 on CPU and CUDA; any strides. Sums and
+statistics are kept in float32 (float64 for float64). A result is bitwise the same in every run and
+for any number of threads, and a row's does not depend on the other rows. NaN and infinity give what
+they give in torch. What torch refuses is refused with torch's exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastopt import backend
+from fastopt.ops import losses, norms
+from fastopt.ops import softmax as softmaxes
+from fastopt.ops.registry import compute_dtype
+
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_LOW = frozenset({torch.bfloat16, torch.float16})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_REFUSALS = frozenset({RuntimeError, TypeError, ValueError, IndexError, NotImplementedError})
+# What autocast runs in float32, by device.
+_AUTOCAST = {
+    "cuda": {"softmax", "log_softmax", "logsumexp", "cross_entropy", "layer_norm", "rms_norm"},
+    "cpu": {"cross_entropy"},
+}
+_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_n_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_overridden: Callable[..., bool] = torch.overrides.has_torch_function_variadic
+
+# How a call runs: the kernels at once, as ops of the dispatcher, or torch's own function.
+_DIRECT, _AS_OP, _BY_TORCH = range(3)
+
+
+def _route(*tensors: Tensor) -> int:
+    if torch.compiler.is_compiling():
+        return _AS_OP
+    if _transforms_active() or forward_ad._current_level >= 0:
+        return _BY_TORCH
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return _BY_TORCH if _overridden(tensor) else _AS_OP
+        if tensor.device.type not in _KNOWN_DEVICES:
+            return _AS_OP if tensor.device.type == "meta" else _refuse_device(tensor)
+    return _AS_OP if _n_dispatch_modes() else _DIRECT
+
+
+_KNOWN_DEVICES = frozenset(backend.supported_devices())
+
+
+def _refuse_device(tensor: Tensor) -> int:
+    backend.engine(tensor.device.type)
+    raise AssertionError("a device with an engine has kernels")
+
+
+def _by_torch(name: str, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """torch's own function; where it refuses, its exception, with what fastopt supports."""
+    try:
+        return function(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if type(error) not in _REFUSALS:
+            raise
+        came = ", ".join(_describe(arg) for arg in args if isinstance(arg, Tensor))
+        raise type(error)(
+            f"{error} (fastopt.functional.{name} got {came}; it supports float32, bfloat16, "
+            "float16 and float64 on CPU and CUDA)"
+        ) from error
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _autocast(name: str, tensor: Tensor) -> bool:
+    """Whether autocast wants this function in float32 here."""
+    device = tensor.device.type
+    return torch.is_autocast_enabled(device) and name in _AUTOCAST.get(device, ())
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _LOW else tensor
+
+
+def softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """y = exp(x - max) / sum exp(x - max) over `dim`, of the shape of `input`.
+
+    dtype: cast the input first. As torch.nn.functional.softmax, implicit `dim` and its warning
+    included. Milakov & Gimelshein 2018, algorithm 2.
+    """
+    return _softmax("softmax", F.softmax, False, input, dim, _stacklevel, dtype)
+
+
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """y = x - max - log sum exp(x - max) over `dim`, of the shape of `input`.
+
+    dtype: cast the input first. As torch.nn.functional.log_softmax.
+    """
+    return _softmax("log_softmax", F.log_softmax, True, input, dim, _stacklevel, dtype)
+
+
+def _softmax(
+    name: str,
+    theirs: Callable[..., Tensor],
+    log: bool,
+    input: Tensor,
+    dim: int | None,
+    stacklevel: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    if not isinstance(input, Tensor):
+        return _by_torch(name, theirs, input, dim, stacklevel + 2, dtype)
+    x = input
+    if dtype is None and _autocast(name, x):
+        x = _float(x)
+    elif dtype is not None and dtype in DTYPES and not x.is_complex():
+        x = x.to(dtype)
+    rank = x.dim() or 1
+    route = _route(x)
+    if route == _BY_TORCH or dim is None or not -rank <= dim < rank or x.dtype not in DTYPES:
+        return _by_torch(name, theirs, input, dim, stacklevel + 2, dtype)
+    dim = dim % rank
+    if route == _AS_OP:
+        result: Tensor = torch.ops.fastopt.softmax(x, dim, log)
+        return result
+    if torch.is_grad_enabled() and x.requires_grad:
+        return softmaxes.Softmax.apply(x, dim, log)  # type: ignore[no-any-return, no-untyped-call]
+    return softmaxes.run_softmax(x, dim, log)
+
+
+def logsumexp(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
+    """log sum exp(x) over the dimensions `dim`, without overflow. As torch.logsumexp."""
+    args = (input, dim, keepdim)
+    if not isinstance(input, Tensor):
+        return _by_torch("logsumexp", torch.logsumexp, *args)
+    x = _float(input) if _autocast("logsumexp", input) else input
+    rank = x.dim()
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    route = _route(x)
+    if (
+        route == _BY_TORCH
+        or rank == 0
+        or not dims
+        or x.dtype not in DTYPES
+        or not all(isinstance(d, int) and -rank <= d < rank for d in dims)
+        or len({d % rank for d in dims}) < len(dims)
+    ):
+        return _by_torch("logsumexp", torch.logsumexp, *args)
+    reduced = sorted(d % rank for d in dims)
+    if len(reduced) > 1:  # move them to the end and take them as one
+        kept = [d for d in range(rank) if d not in reduced]
+        x = x.permute(*kept, *reduced).flatten(len(kept))
+    at = reduced[0] if len(reduced) == 1 else x.dim() - 1
+    if route == _AS_OP:
+        result: Tensor = torch.ops.fastopt.logsumexp(x, at)[0]
+    elif torch.is_grad_enabled() and x.requires_grad:
+        result = softmaxes.LogSumExp.apply(x, at)  # type: ignore[no-untyped-call]
+    else:
+        result = softmaxes.run_logsumexp(x, at)[0]
+    if keepdim:
+        for d in reduced:
+            result = result.unsqueeze(d)
+    return result
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The cross entropy of logits, without ever writing their softmax.
+
+        class indices  (1 - s) w_t (logsumexp(x) - x_t) + s / C sum_c w_c (logsumexp(x) - x_c)
+        probabilities  sum_c w_c ((1 - s) q_c + s / C) (logsumexp(x) - x_c)
+
+    input: (C), (N, C) or (N, C, d1, ...); target: int64 without C, or probabilities of input's
+    shape and dtype; weight: (C). reduction "mean" divides by the weights of the targets that
+    count. As torch.nn.functional.cross_entropy; a target out of range is an IndexError on CPU and
+    a NaN on CUDA. Szegedy et al. 2016, section 7, for label smoothing.
+    """
+    args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    tensors = [input, target] if weight is None else [input, target, weight]
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return _by_torch("cross_entropy", F.cross_entropy, *args)
+    x = input
+    route = _route(*tensors)
+    if _autocast("cross_entropy", x):
+        x, weight = _float(x), None if weight is None else _float(weight)
+        target = _float(target)
+    if (
+        route == _BY_TORCH
+        or size_average is not None
+        or reduce is not None
+        or reduction not in losses.REDUCTIONS
+        or not 0.0 <= label_smoothing <= 1.0
+        or not _loss_fits(x, target, weight)
+    ):
+        return _by_torch("cross_entropy", F.cross_entropy, *args)
+    options = (losses.REDUCTIONS[reduction], ignore_index, float(label_smoothing))
+    if route == _AS_OP:
+        result: Tensor = torch.ops.fastopt.cross_entropy(x, target, weight, *options)[0]
+        return result
+    if torch.is_grad_enabled() and x.requires_grad:
+        return losses.CrossEntropy.apply(x, target, weight, *options)  # type: ignore[no-any-return, no-untyped-call]
+    return losses.run_cross_entropy(x, target, weight, *options)[0]
+
+
+def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
+    if x.dtype not in DTYPES or x.dim() == 0 or x.device != target.device:
+        return False
+    dim = 0 if x.dim() == 1 else 1
+    if x.shape[dim] == 0:
+        return False
+    if weight is not None and (
+        weight.shape != (x.shape[dim],)
+        or weight.dtype not in DTYPES
+        or weight.device != x.device
+        or weight.requires_grad
+    ):
+        return False
+    if target.shape == x.shape and target.is_floating_point():
+        return target.dtype == x.dtype and not target.requires_grad
+    return target.dtype == torch.int64 and target.shape == x.shape[:dim] + x.shape[dim + 1 :]
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = (x - mean) / sqrt(mean((x - mean)^2) + eps) weight + bias over the last dimensions.
+
+    normalized_shape: those dimensions, the shape of weight and bias too, which may be of another
+    dtype than the input; the result is of the input's. As torch.nn.functional.layer_norm.
+    Ba, Kiros & Hinton 2016, equation 4.
+    """
+    args = (input, normalized_shape, weight, bias, eps)
+    x, shape = input, tuple(normalized_shape)
+    if not isinstance(x, Tensor) or not _affine_fits(x, shape, weight, bias):
+        return _by_torch("layer_norm", F.layer_norm, *args)
+    route = _route(*(t for t in (x, weight, bias) if t is not None))
+    if route == _BY_TORCH:
+        return _by_torch("layer_norm", F.layer_norm, *args)
+    if _autocast("layer_norm", x):
+        x = _float(x)
+        weight, bias = (None if t is None else _float(t) for t in (weight, bias))
+    if route == _AS_OP:
+        result: Tensor = torch.ops.fastopt.layer_norm(x, weight, bias, len(shape), eps)[0]
+        return result
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
+        return norms.LayerNorm.apply(x, weight, bias, len(shape), eps)  # type: ignore[no-any-return, no-untyped-call]
+    return norms.run_layer_norm(x, weight, bias, len(shape), eps)[0]
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) weight over the last dimensions.
+
+    normalized_shape: those dimensions, the shape of weight too, which may be of another dtype than
+    the input; the result is of the input's. eps: the machine epsilon of the type it is computed in
+    unless given. As torch.nn.functional.rms_norm. Zhang & Sennrich 2019, equation 4.
+    """
+    args = (input, normalized_shape, weight, eps)
+    x, shape = input, tuple(normalized_shape)
+    if not isinstance(x, Tensor) or not _affine_fits(x, shape, weight, None):
+        return _by_torch("rms_norm", F.rms_norm, *args)
+    route = _route(x) if weight is None else _route(x, weight)
+    if route == _BY_TORCH:
+        return _by_torch("rms_norm", F.rms_norm, *args)
+    if _autocast("rms_norm", x):
+        x, weight = _float(x), None if weight is None else _float(weight)
+    if eps is None:
+        eps = torch.finfo(compute_dtype(x.dtype)).eps
+    if route == _AS_OP:
+        result: Tensor = torch.ops.fastopt.rms_norm(x, weight, len(shape), eps)[0]
+        return result
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight):
+        return norms.RMSNorm.apply(x, weight, len(shape), eps)  # type: ignore[no-any-return, no-untyped-call]
+    return norms.run_rms_norm(x, weight, len(shape), eps)[0]
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _affine_fits(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
+) -> bool:
+    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
+    if not shape or x.dtype not in DTYPES or x.shape[x.dim() - len(shape) :] != shape:
+        return False
+    for tensor in (weight, bias):
+        if tensor is not None and (
+            not isinstance(tensor, Tensor)
+            or tensor.shape != shape
+            or tensor.dtype not in DTYPES
+            or tensor.device != x.device
+        ):
+            return False
+    return x.dim() >= len(shape)

@@ -1,0 +1,59 @@
+"""How a kernel may walk a tensor: rows, or columns side by side, without a copy where it can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from torch import Tensor
+
+# x, (n_outer, n_cols, n_inner), (stride_outer, stride_col) in elements; inner has stride 1.
+Walk = tuple[Tensor, tuple[int, int, int], tuple[int, int]]
+
+
+def along(x: Tensor, dim: int) -> Walk:
+    """x as kernels that reduce over `dim` (not negative) see it; a copy where its strides do not
+    allow that."""
+    if x.dim() == 0:
+        return x, (1, 1, 1), (1, 1)
+    sizes = x.shape
+    n_outer, n_cols, n_inner = prod(sizes[:dim]), sizes[dim], prod(sizes[dim + 1 :])
+    shape = (n_outer, n_cols, n_inner)
+    if not x.is_contiguous():
+        strides = x.stride()
+        outer = _flattened(sizes[:dim], strides[:dim])
+        inner = _flattened(sizes[dim + 1 :], strides[dim + 1 :])
+        step = strides[dim]
+        if n_inner == 1 and outer is not None and (step == 1 or n_cols == 1):
+            return x, shape, (outer, 1)
+        if n_inner > 1 and outer is not None and inner == 1:
+            return x, shape, (outer, step)
+        x = x.contiguous()
+    return x, shape, (n_cols * n_inner, n_inner)
+
+
+def rows(x: Tensor, n_dims: int) -> tuple[Tensor, int, int, int]:
+    """(x or a copy, rows, columns, stride of a row): the last n_dims dimensions are one row."""
+    split = x.dim() - n_dims
+    n_rows, n_cols = prod(x.shape[:split]), prod(x.shape[split:])
+    if x.is_contiguous():
+        return x, n_rows, n_cols, n_cols
+    outer = _flattened(x.shape[:split], x.stride()[:split])
+    inner = _flattened(x.shape[split:], x.stride()[split:])
+    if outer is not None and inner == 1:
+        return x, n_rows, n_cols, outer
+    return x.contiguous(), n_rows, n_cols, n_cols
+
+
+def _flattened(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The stride of these dimensions as one, or None where they are not one."""
+    stride, expected = None, 0
+    for size, step in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != expected:
+            return None
+        expected = step * size
+    return 1 if stride is None else stride

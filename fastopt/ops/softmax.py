@@ -1,0 +1,153 @@
+"""softmax, log_softmax and logsumexp as ops: kernels, fakes and derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt import backend
+from fastopt.ops import layout
+from fastopt.ops.registry import by_torch, call, define
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def run_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
+    """y over one dimension, which is not negative; contiguous."""
+    y = _contiguous_like(x)
+    if x.numel():
+        x, shape, strides = layout.along(x, dim)
+        backend.kernels(x.device.type, "softmax").softmax(x, y, shape, strides, log)
+    return y
+
+
+def run_softmax_backward(dy: Tensor, y: Tensor, dim: int, log: bool) -> Tensor:
+    """dx from the result."""
+    dx = _contiguous_like(y)
+    if y.numel():
+        y, shape, _ = layout.along(y.contiguous(), dim)
+        kernels = backend.kernels(y.device.type, "softmax")
+        kernels.softmax_backward(dy.contiguous(), y, dx, shape, log)
+    return dx
+
+
+def keep_softmax(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
+    _, ctx.dim, ctx.log = inputs
+    ctx.save_for_backward(output)
+
+
+def softmax_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    """dx = y (dy - sum dy y), or dy - exp(y) sum dy; as torch operators where it is differentiated
+    again."""
+    (y,) = ctx.saved_tensors
+    if not torch.is_grad_enabled():
+        dx = call(run_softmax_backward, "softmax_backward", dy, y, ctx.dim, ctx.log)
+    elif ctx.log:
+        dx = dy - y.exp() * dy.sum(ctx.dim, keepdim=True)
+    else:
+        dx = y * (dy - (dy * y).sum(ctx.dim, keepdim=True))
+    return dx, None, None
+
+
+define(
+    "softmax(Tensor x, int dim, bool log) -> Tensor",
+    run_softmax,
+    lambda x, dim, log: _contiguous_like(x),
+    keep_softmax,
+    softmax_backward,
+)
+define(
+    "softmax_backward(Tensor dy, Tensor y, int dim, bool log) -> Tensor",
+    run_softmax_backward,
+    lambda dy, y, dim, log: _contiguous_like(y),
+)
+
+
+class Softmax(torch.autograd.Function):
+    """The op without the dispatcher, for plain tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, log: bool) -> Tensor:
+        y = run_softmax(x, dim, log)
+        ctx.dim, ctx.log = dim, log
+        ctx.save_for_backward(y)
+        return y
+
+    backward = staticmethod(softmax_backward)
+
+
+def run_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The result in x's dtype, and in float64 for the backward."""
+    shape = _without(x.shape, dim)
+    lse = torch.empty(shape, dtype=torch.float64, device=x.device)
+    if x.numel():
+        x, walk, strides = layout.along(x, dim)
+        backend.kernels(x.device.type, "softmax").logsumexp(x, lse, walk, strides)
+    else:
+        lse.fill_(-torch.inf)
+    return lse.to(x.dtype, copy=True), lse
+
+
+def _fake_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    shape = _without(x.shape, dim)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.float64)
+
+
+def _without(shape: torch.Size, dim: int) -> list[int]:
+    return [*shape[:dim], *shape[dim + 1 :]]
+
+
+def run_logsumexp_backward(dlse: Tensor, x: Tensor, lse: Tensor, dim: int) -> Tensor:
+    """dx = dlse exp(x - lse)."""
+    dx = _contiguous_like(x)
+    if x.numel():
+        x, shape, strides = layout.along(x, dim)
+        kernels = backend.kernels(x.device.type, "softmax")
+        kernels.logsumexp_backward(dlse.contiguous(), x, lse.contiguous(), dx, shape, strides)
+    return dx
+
+
+def keep_logsumexp(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.dim = inputs
+    ctx.save_for_backward(x, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def logsumexp_backward(ctx: Any, dlse: Tensor, _: Any) -> tuple[Tensor | None, None]:
+    x, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return by_torch(lambda x: torch.logsumexp(x, ctx.dim), [x], dlse)[0], None
+    return call(run_logsumexp_backward, "logsumexp_backward", dlse, x, lse, ctx.dim), None
+
+
+define(
+    "logsumexp(Tensor x, int dim) -> (Tensor, Tensor)",
+    run_logsumexp,
+    _fake_logsumexp,
+    keep_logsumexp,
+    logsumexp_backward,
+)
+define(
+    "logsumexp_backward(Tensor dlse, Tensor x, Tensor lse, int dim) -> Tensor",
+    run_logsumexp_backward,
+    lambda dlse, x, lse, dim: _contiguous_like(x),
+)
+
+
+class LogSumExp(torch.autograd.Function):
+    """The op without the dispatcher, for plain tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        result, lse = run_logsumexp(x, dim)
+        ctx.dim = dim
+        ctx.save_for_backward(x, lse)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dlse: Tensor) -> tuple[Tensor | None, None]:
+        return logsumexp_backward(ctx, dlse, None)

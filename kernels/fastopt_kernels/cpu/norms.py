@@ -1,0 +1,237 @@
+"""LayerNorm and RMSNorm for CPU: statistics in the compute type, a row at a time.
+
+    layer_norm  y = (x - mean) rstd weight + bias,  rstd = 1 / sqrt(mean((x - mean)^2) + eps)
+    rms_norm    y = x rstd weight,                  rstd = 1 / sqrt(mean(x^2) + eps)
+
+The gradients of weight and bias are summed over blocks of rows that follow from the shape alone,
+and the blocks in order: the same bits in every run and for any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import types
+from torch import Tensor
+
+from fastopt_kernels.cpu import memory, rows
+from fastopt_kernels.cpu.rows import double_bits
+from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
+
+_args = memory.make_row(types.int64, 14)
+# Blocks of rows whose weight gradients are summed apart: at most so many, of at least so many rows.
+BLOCKS, BLOCK_ROWS = 64, 16
+
+
+def _forward(tag, kind, weight_kind, bias_kind, centered):
+    codec = rows.Codec(kind, own_nan=weight_kind in (None, kind) and bias_kind in (None, kind))
+    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
+    put = rows.Codec(codec.wide).store
+    weight_of = memory.make_loader(weight_kind or "fp32", compute)
+    bias_of = memory.make_loader(bias_kind or "fp32", compute)
+    weighted, biased = weight_kind is not None, bias_kind is not None
+    zero, one = compute(0), compute(1)
+
+    def norm(args, task):
+        x, weight, bias, y, mean, rstd, n_rows, n_cols, stride, eps, _, _, _, n_task = _args(
+            args, 0
+        )
+        first = task * n_task
+        for row in range(first, min(first + n_task, n_rows)):
+            x_row = x + row * stride * itemsize
+            y_row = y + row * n_cols * itemsize
+            center = zero
+            if centered:
+                for j in range(n_cols):
+                    center = add(center, load(x_row, j))
+                center = center / compute(n_cols)
+                put(mean, row, center)
+            squares = zero
+            for j in range(n_cols):
+                deviation = load(x_row, j) - center
+                squares = add(squares, deviation * deviation)
+            variance = squares / compute(n_cols)
+            scale = one / math.sqrt(variance + compute(bits_to_double(eps)))
+            put(rstd, row, scale)
+            for j in range(n_cols):
+                result = (load(x_row, j) - center) * scale
+                if weighted:
+                    result = result * weight_of(weight, j)
+                if biased:
+                    result = result + bias_of(bias, j)
+                store(y_row, j, result)
+
+    return norm
+
+
+def _backward(tag, kind, weight_kind, centered, wants_dx, wants_dw, wants_db):
+    codec = rows.Codec(kind, own_nan=weight_kind in (None, kind))
+    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
+    wide = rows.Codec(codec.wide)
+    get, put = wide.load, wide.store
+    weight_of = memory.make_loader(weight_kind or "fp32", compute)
+    weighted, zero, one = weight_kind is not None, compute(0), compute(1)
+
+    def norm_backward(args, task):
+        dy, x, weight, mean, rstd, dx, dws, dbs, n_rows, n_cols, stride, n_task, _, _ = _args(
+            args, 0
+        )
+        dw, db = dws + task * n_cols * wide_size, dbs + task * n_cols * wide_size
+        for j in range(n_cols):
+            if wants_dw:
+                put(dw, j, zero)
+            if wants_db:
+                put(db, j, zero)
+        first = task * n_task
+        for row in range(first, min(first + n_task, n_rows)):
+            x_row = x + row * stride * itemsize
+            at = row * n_cols * itemsize
+            center = get(mean, row) if centered else zero
+            scale = get(rstd, row)
+            along, across = zero, zero
+            if wants_dx:
+                for j in range(n_cols):
+                    g = product(load(dy + at, j), weight_of(weight, j) if weighted else one)
+                    along = add(along, g * ((load(x_row, j) - center) * scale))
+                    if centered:
+                        across = add(across, g)
+            along, across = along / compute(n_cols), across / compute(n_cols)
+            for j in range(n_cols):
+                d, normal = load(dy + at, j), (load(x_row, j) - center) * scale
+                if wants_dx:  # dx = rstd (g - mean(g) - normal mean(g normal)), g = dy weight
+                    g = product(d, weight_of(weight, j) if weighted else one)
+                    store(dx + at, j, scale * (g - across - normal * along))
+                if wants_dw:
+                    put(dw, j, get(dw, j) + d * normal)
+                if wants_db:
+                    put(db, j, get(db, j) + d)
+
+    wide_size = wide.itemsize
+    return norm_backward
+
+
+def _sum_blocks(tag, kind, partial_kind):
+    get, store = rows.Codec(partial_kind).load, rows.Codec(kind).store
+    as_stored = memory.compute_type(kind)
+
+    def sum_blocks(args, task):
+        partials, out, n_blocks, n_cols, n_task, _, _, _, _, _, _, _, _, _ = _args(args, 0)
+        first = task * n_task
+        for j in range(first, min(first + n_task, n_cols)):
+            total = np.float64(0)
+            for block in range(n_blocks):
+                total = total + np.float64(get(partials, block * n_cols + j))
+            store(out, j, as_stored(total))
+
+    return sum_blocks
+
+
+def _kind(tensor: Tensor | None) -> str | None:
+    return None if tensor is None else rows.KINDS[tensor.dtype]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    n_rows: int,
+    n_cols: int,
+    stride_row: int,
+    eps: float,
+) -> None:
+    """Normalize every row of x into y; mean and rstd are kept for the backward."""
+    task = rows.task_of(_forward, _kind(x), _kind(weight), _kind(bias), True)
+    pointers = map(_address, (x, weight, bias, y, mean, rstd))
+    task.run_rows(n_rows, n_cols, *pointers, n_rows, n_cols, stride_row, double_bits(eps), 0, 0, 0)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    y: Tensor,
+    rstd: Tensor,
+    n_rows: int,
+    n_cols: int,
+    stride_row: int,
+    eps: float,
+) -> None:
+    """Scale every row of x to unit mean square into y; rstd is kept for the backward."""
+    task = rows.task_of(_forward, _kind(x), _kind(weight), None, False)
+    pointers = map(_address, (x, weight, None, y, None, rstd))
+    task.run_rows(n_rows, n_cols, *pointers, n_rows, n_cols, stride_row, double_bits(eps), 0, 0, 0)
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    n_rows: int,
+    n_cols: int,
+    stride_row: int,
+) -> None:
+    """Those of the three gradients that are wanted."""
+    _run_backward(dy, x, weight, mean, rstd, dx, dweight, dbias, n_rows, n_cols, stride_row)
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    n_rows: int,
+    n_cols: int,
+    stride_row: int,
+) -> None:
+    """Those of the two gradients that are wanted."""
+    _run_backward(dy, x, weight, None, rstd, dx, dweight, None, n_rows, n_cols, stride_row)
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    n_rows: int,
+    n_cols: int,
+    stride_row: int,
+) -> None:
+    wanted = (dx is not None, dweight is not None, dbias is not None)
+    task = rows.task_of(_backward, _kind(x), _kind(weight), mean is not None, *wanted)
+    if wanted[1] or wanted[2]:
+        n_task = max(BLOCK_ROWS, -(-n_rows // BLOCKS))
+    else:
+        n_task = max(1, rows.TASK // max(1, n_cols))
+    n_tasks = -(-n_rows // n_task)
+    partials = torch.empty(2, n_tasks, n_cols, dtype=rstd.dtype)
+    addresses = map(_address, (dy, x, weight, mean, rstd, dx, partials[0], partials[1]))
+    task.run(n_tasks, n_rows * n_cols, *addresses, n_rows, n_cols, stride_row, n_task, 0, 0)
+    for out, partial in ((dweight, partials[0]), (dbias, partials[1])):
+        if out is not None:
+            _sum_partials(partial, out, n_tasks, n_cols)
+
+
+def _sum_partials(partial: Tensor, out: Tensor, n_blocks: int, n_cols: int) -> None:
+    task = rows.task_of(_sum_blocks, rows.KINDS[out.dtype], rows.KINDS[partial.dtype])
+    n_task = 256
+    args = (partial.data_ptr(), out.data_ptr(), n_blocks, n_cols, n_task, *9 * (0,))
+    task.run(-(-n_cols // n_task), n_blocks * n_cols, *args)

@@ -1,0 +1,221 @@
+"""Softmax and what is near it, for CPU: rows stay in cache from the first pass to the last.
+
+    softmax      y = exp(x - max) / sum exp(x - max)
+    log_softmax  y = x - max - log sum exp(x - max)
+    logsumexp    max + log sum exp(x - max)
+
+A NaN anywhere makes its row NaN through the sum; so do a +inf and a row of -inf, as with torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import types
+from torch import Tensor
+
+from fastopt_kernels.cpu import columns, memory, rows
+from fastopt_kernels.cpu.vecmath import add, exp_of, larger
+
+Shape = tuple[int, int, int]
+Strides = tuple[int, int]
+
+_args = memory.make_row(types.int64, 6)
+_args8 = memory.make_row(types.int64, 8)
+
+
+def make_row_parts(tag, codec):
+    """peak(x, n), the largest element of a row, and exp_sum(x, n, peak), sum exp(x - peak)."""
+    load, load_order, unorder, lowest = codec.load, codec.load_order, codec.unorder, codec.lowest
+    (exp, unit), zero = exp_of(codec.compute), codec.compute(0)
+
+    @rows.inlined(tag)
+    def peak(x, n):
+        top = lowest
+        for j in range(n):
+            top = larger(load_order(x, j), top)
+        return unorder(top)
+
+    @rows.inlined(tag)
+    def exp_sum(x, n, peak):
+        total = zero
+        for j in range(n):
+            total = add(total, exp(load(x, j) - peak))
+        return total / unit
+
+    return peak, exp_sum
+
+
+def _softmax(tag, kind):
+    codec, scratch = rows.Codec(kind), rows.Codec(rows.wide(kind))
+    load, store, itemsize = codec.load, codec.store, codec.itemsize
+    keep, kept = scratch.store, scratch.load
+    peak, _ = make_row_parts(tag, codec)
+    (exp, _), zero, one = exp_of(codec.compute), codec.compute(0), codec.compute(1)
+    # The exponentials wait in the output where it is wide enough.
+    in_place = kind == rows.wide(kind)
+
+    def softmax(args, task):
+        x, y, n_rows, n_cols, stride, n_task = _args(args, 0)
+        first = task * n_task
+        buffer = np.empty(1 if in_place else n_cols, np.float32)
+        for row in range(first, min(first + n_task, n_rows)):
+            x_row = x + row * stride * itemsize
+            y_row = y + row * n_cols * itemsize
+            e_row = y_row if in_place else buffer.ctypes.data
+            top = peak(x_row, n_cols)
+            total = zero
+            for j in range(n_cols):
+                e = exp(load(x_row, j) - top)
+                keep(e_row, j, e)
+                total = add(total, e)
+            scale = one / total
+            for j in range(n_cols):
+                store(y_row, j, kept(e_row, j) * scale)
+
+    return softmax
+
+
+def _log_softmax(tag, kind):
+    codec = rows.Codec(kind)
+    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
+    peak, exp_sum = make_row_parts(tag, codec)
+
+    def log_softmax(args, task):
+        x, y, n_rows, n_cols, stride, n_task = _args(args, 0)
+        first = task * n_task
+        for row in range(first, min(first + n_task, n_rows)):
+            x_row = x + row * stride * itemsize
+            y_row = y + row * n_cols * itemsize
+            top = peak(x_row, n_cols)
+            log_total = compute(math.log(exp_sum(x_row, n_cols, top)))
+            for j in range(n_cols):
+                store(y_row, j, (load(x_row, j) - top) - log_total)
+
+    return log_softmax
+
+
+def _softmax_backward(tag, kind, log):
+    codec = rows.Codec(kind)
+    load, store, itemsize = codec.load, codec.store, codec.itemsize
+    (exp, unit), zero = exp_of(codec.compute), codec.compute(0)
+
+    def softmax_backward(args, task):
+        dy, y, dx, n_rows, n_cols, n_task = _args(args, 0)
+        first = task * n_task
+        for row in range(first, min(first + n_task, n_rows)):
+            at = row * n_cols * itemsize
+            total = zero
+            for j in range(n_cols):
+                total = add(total, load(dy + at, j) * load(y + at, j))
+            for j in range(n_cols):  # dx = y (dy - sum dy y)
+                store(dx + at, j, load(y + at, j) * (load(dy + at, j) - total))
+
+    def log_softmax_backward(args, task):
+        dy, y, dx, n_rows, n_cols, n_task = _args(args, 0)
+        first = task * n_task
+        for row in range(first, min(first + n_task, n_rows)):
+            at = row * n_cols * itemsize
+            total = zero
+            for j in range(n_cols):
+                total = add(total, load(dy + at, j))
+            total = total / unit
+            for j in range(n_cols):  # dx = dy - exp(y) sum dy
+                store(dx + at, j, load(dy + at, j) - exp(load(y + at, j)) * total)
+
+    return log_softmax_backward if log else softmax_backward
+
+
+def _logsumexp(tag, kind):
+    codec = rows.Codec(kind)
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    put, zero = rows.Codec("fp64").store, compute(0)
+    peak, exp_sum = make_row_parts(tag, codec)
+
+    def logsumexp(args, task):
+        x, lse, n_rows, n_cols, stride, n_task = _args(args, 0)
+        first = task * n_task
+        for row in range(first, min(first + n_task, n_rows)):
+            x_row = x + row * stride * itemsize
+            top = peak(x_row, n_cols)
+            result = np.float64(top) + math.log(np.float64(exp_sum(x_row, n_cols, top)))
+            if top - top != zero:  # infinite: its own logsumexp, unless there is a NaN
+                for j in range(n_cols):
+                    element = load(x_row, j)
+                    top = element if element != element else top
+                result = np.float64(top)
+            put(lse, row, result)
+
+    return logsumexp
+
+
+def _logsumexp_backward(tag, kind):
+    codec = rows.Codec(kind)
+    load, store, itemsize = codec.load, codec.store, codec.itemsize
+    get, compute = rows.Codec("fp64").load, codec.compute
+    exp, unit = exp_of(codec.compute)
+
+    def logsumexp_backward(args, task):
+        dlse, x, lse, dx, n_rows, n_cols, stride, n_task = _args8(args, 0)
+        first = task * n_task
+        for row in range(first, min(first + n_task, n_rows)):
+            x_row = x + row * stride * itemsize
+            dx_row = dx + row * n_cols * itemsize
+            upstream, log_total = load(dlse, row), get(lse, row)
+            high, low = compute(log_total), compute(log_total - compute(log_total))
+            for j in range(n_cols):  # dx = dlse exp(x - lse)
+                store(dx_row, j, exp((load(x_row, j) - high) - low) / unit * upstream)
+
+    return logsumexp_backward
+
+
+def softmax(x: Tensor, y: Tensor, shape: Shape, strides: Strides, log: bool) -> None:
+    """Softmax, or its logarithm, over the middle dimension of x into y."""
+    n_outer, n_cols, n_inner = shape
+    kind, pointers = rows.KINDS[x.dtype], (x.data_ptr(), y.data_ptr())
+    if n_inner == 1:
+        task = rows.task_of(_log_softmax if log else _softmax, kind)
+        task.run_rows(n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
+    else:
+        task = rows.task_of(columns.softmax, kind, log)
+        columns.run(task, shape, *pointers, n_cols, n_inner, *strides)
+
+
+def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, shape: Shape, log: bool) -> None:
+    """The derivative of softmax, or of its logarithm, from its result y."""
+    n_outer, n_cols, n_inner = shape
+    kind, pointers = rows.KINDS[y.dtype], (dy.data_ptr(), y.data_ptr(), dx.data_ptr())
+    if n_inner == 1:
+        task = rows.task_of(_softmax_backward, kind, log)
+        task.run_rows(n_outer, n_cols, *pointers, n_outer, n_cols)
+    else:
+        task = rows.task_of(columns.softmax_backward, kind, log)
+        columns.run(task, shape, *pointers, n_cols, n_inner)
+
+
+def logsumexp(x: Tensor, lse: Tensor, shape: Shape, strides: Strides) -> None:
+    """log sum exp(x) over the middle dimension into lse, which is float64."""
+    n_outer, n_cols, n_inner = shape
+    kind, pointers = rows.KINDS[x.dtype], (x.data_ptr(), lse.data_ptr())
+    if n_inner == 1:
+        task = rows.task_of(_logsumexp, kind)
+        task.run_rows(n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
+    else:
+        task = rows.task_of(columns.logsumexp, kind)
+        columns.run(task, shape, *pointers, n_cols, n_inner, *strides)
+
+
+def logsumexp_backward(
+    dlse: Tensor, x: Tensor, lse: Tensor, dx: Tensor, shape: Shape, strides: Strides
+) -> None:
+    """The derivative of logsumexp; dlse is of x's dtype."""
+    n_outer, n_cols, n_inner = shape
+    pointers = (dlse.data_ptr(), x.data_ptr(), lse.data_ptr(), dx.data_ptr())
+    kind = rows.KINDS[x.dtype]
+    if n_inner == 1:
+        task = rows.task_of(_logsumexp_backward, kind)
+        task.run_rows(n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
+    else:
+        task = rows.task_of(columns.logsumexp_backward, kind)
+        columns.run(task, shape, *pointers, n_cols, n_inner, *strides)
