@@ -1,4 +1,4 @@
-"""CPU tensors through the GPU engine, for a process that runs Triton's interpreter.
+"""CPU tensors through the GPU kernels, for a process that runs Triton's interpreter.
 
 The interpreter is chosen by TRITON_INTERPRET=1 in the environment before triton is imported, for a
 whole process; what fastopt itself keeps away from a CPU (steps counted on the device) is let in.
@@ -22,11 +22,11 @@ def is_interpreted() -> bool:
 
 
 def route_cpu_to_triton() -> None:
-    """From here on CPU parameters of this process are stepped by the GPU engine."""
+    """From here on this process runs what is on the CPU by the GPU kernels."""
     if not is_interpreted():
         raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
-    backend._ENGINES["cpu"] = backend._ENGINES["cuda"]
-    backend.engine.cache_clear()
+    backend._KERNELS["cpu"] = backend._KERNELS["cuda"]
+    backend.kernels.cache_clear()
     check = plan._check_param
 
     def counts_on_device(device: torch.device, key: GroupKey) -> bool:

@@ -99,7 +99,7 @@ class Subject:
 
 
 @cache
-def _copy_bytes_per_second(device: Device) -> float:
+def copy_bytes_per_second(device: Device) -> float:
     """A device copy, bytes read plus bytes written: the median of bursts of five."""
     n = COPY_BYTES if device.device.type != "cpu" else 2**20
     if device.device.type != "cpu":
@@ -125,7 +125,7 @@ def _copy_bytes_per_second(device: Device) -> float:
 
 
 def _copy_row(device: Device) -> dict[str, Any]:
-    return {"copy_gbps": _copy_bytes_per_second(device) / 1e9}
+    return {"copy_gbps": copy_bytes_per_second(device) / 1e9}
 
 
 def _tensors(model: str, dtype: torch.dtype, scale: float, device: Device) -> list[Tensor]:
@@ -137,7 +137,7 @@ def _tensors(model: str, dtype: torch.dtype, scale: float, device: Device) -> li
     return [x.view(s).clone() for x, s in zip(flat.split(sizes), shapes, strict=True)]
 
 
-def _copies(device: Device, n_bytes: int) -> int:
+def copies_beyond_cache(device: Device, n_bytes: int) -> int:
     if device.device.type == "cpu":
         return 2
     cache_bytes = getattr(
@@ -194,7 +194,17 @@ def _measured(
 
 
 def _with_shares(device: Device, n_bytes: int, n: int, found: dict[str, Any]) -> dict[str, Any]:
-    copy = _copy_bytes_per_second(device)
+    return {
+        "elements": n,
+        "bytes": n_bytes,
+        "copy_gbps": copy_bytes_per_second(device) / 1e9,
+        **with_shares(copy_bytes_per_second(device), n_bytes, found),
+    }
+
+
+def with_shares(copy: float, n_bytes: int, found: dict[str, Any]) -> dict[str, Any]:
+    """The times of each provider with its rate as a share of a copy's, and how many times as fast
+    fastopt is."""
     for times in found.values():
         if "ms" in times:
             times["gbps"] = n_bytes / times["ms"] / 1e6
@@ -203,20 +213,14 @@ def _with_shares(device: Device, n_bytes: int, n: int, found: dict[str, Any]) ->
                 times["kernel_share"] = n_bytes / times["kernel_ms"] * 1e3 / copy
     ours = found[FASTOPT]["ms"]
     ratios = {name: t["ms"] / ours for name, t in found.items() if name != FASTOPT and "ms" in t}
-    return {
-        "elements": n,
-        "bytes": n_bytes,
-        "copy_gbps": copy / 1e9,
-        "providers": found,
-        "times_as_fast_as": ratios,
-    }
+    return {"providers": found, "times_as_fast_as": ratios}
 
 
 def _times(
     device: Device, model: str, dtype: torch.dtype, makers: dict[str, Any], rounds: int
 ) -> dict[str, Any]:
     n = sum(map(math.prod, ALL_SHAPES[model]))
-    copies = _copies(device, 4 * n * dtype.itemsize)
+    copies = copies_beyond_cache(device, 4 * n * dtype.itemsize)
     gradients = [_tensors(model, dtype, 1e-2, device) for _ in range(copies)]
     subjects: dict[str, Subject] = {}
     found: dict[str, Any] = {}
@@ -227,16 +231,16 @@ def _times(
             if name == FASTOPT:
                 raise
             found[name] = {"unavailable": f"{type(error).__name__}: {error}"[:200]}
-    for name, times in _interleaved(device, subjects, copies, rounds).items():
+    for name, times in interleaved(device, subjects, copies, rounds).items():
         found[name] = times
     for name, subject in subjects.items():
-        found[name] |= _launches(device, subject)
+        found[name] |= launches(device, subject)
     subjects.clear()
     gc.collect()
     return found
 
 
-def _interleaved(
+def interleaved(
     device: Device, subjects: dict[str, Subject], copies: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
     bursts: dict[str, int] = {}
@@ -286,7 +290,7 @@ def _spread(seconds: Sequence[float]) -> float:
     return (high - low) / median
 
 
-def _launches(device: Device, subject: Subject) -> dict[str, Any]:
+def launches(device: Device, subject: Subject) -> dict[str, Any]:
     try:
         found = device.launches(subject.alone)
     except Exception as error:

@@ -13,12 +13,14 @@ from bench.gpu_rows import FAIL, NO_TIME, NOT_HERE, PASS, Record
 
 JSON_NAME, MARKDOWN_NAME = "gpu_report.json", "gpu_report.md"
 FASTOPT, FUSED, FOREACH = "fastopt", "torch fused", "torch foreach"
-CHECKS = ("engine", "optim", "device")
+CHECKS = ("engine", "optim", "device", "functions")
 TITLES = {
     "engine": "Each rule's kernel against torch.optim in float64",
     "optim": "Whole optimizers against torch.optim in float64",
     "device": "Graphs, streams, launches, synchronizations",
+    "functions": "Row functions against torch in float64",
     "speed": "Speed",
+    "function_speed": "Speed of the row functions",
     "tuning": "Other sizes of block, chunk and program: AdamW, 33M elements",
 }
 
@@ -57,6 +59,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"- {row['section']}: {row['row']}: {_line(row['detail'])}" for row in absent]
         lines += [""]
     lines += _speed([row for row in rows if row["section"] == "speed"])
+    lines += _function_speed([row for row in rows if row["section"] == "function_speed"])
     lines += _tuning([row for row in rows if row["section"] == "tuning"])
     for section in CHECKS:
         here = [row for row in rows if row["section"] == section]
@@ -113,6 +116,54 @@ def _speed(rows: Sequence[Record]) -> list[str]:
         if "unavailable" in times
     }
     return [*lines, "", *sorted(missing), ""]
+
+
+FUNCTION_COLUMNS = (
+    "case", "pass", "fastopt ms", "GB/s", "of copy", "kernels of copy", "alone ms", "host ms",
+    "launches",
+)  # fmt: skip
+
+
+def _function_speed(rows: Sequence[Record]) -> list[str]:
+    """A line for each case and pass, two columns for each provider beside fastopt."""
+    measured = [row for row in rows if "passes" in row.get("data", {})]
+    if not measured:
+        return []
+    found = [
+        (row["row"], which, data)
+        for row in measured
+        for which, data in row["data"]["passes"].items()
+    ]
+    others = dict.fromkeys(name for *_, data in found for name in data["times_as_fast_as"])
+    columns = [*FUNCTION_COLUMNS, *(c for name in others for c in (f"{name} of copy", f"x {name}"))]
+    lines = [_function_cells(name, which, data, list(others)) for name, which, data in found]
+    missing = {
+        f"- {name}: {_line(times['unavailable'], 160)}"
+        for *_, data in found
+        for name, times in data["providers"].items()
+        if "unavailable" in times
+    }
+    title = f"## {TITLES['function_speed']}"
+    return [title, "", *_table(columns, lines), "", *sorted(missing), ""]
+
+
+def _function_cells(row: str, which: str, data: Record, others: Sequence[str]) -> list[str]:
+    ours = data["providers"][FASTOPT]
+    cells = [
+        row,
+        which,
+        _number(ours["ms"], 4),
+        _number(ours["gbps"], 0),
+        _percent(ours["share"]),
+        _percent(ours.get("kernel_share")),
+        _number(ours["alone_ms"], 3),
+        _number(ours["host_ms"], 3),
+        str(ours.get("kernels", "")),
+    ]
+    for name in others:
+        cells.append(_percent(data["providers"].get(name, {}).get("share")))
+        cells.append(_number(data["times_as_fast_as"].get(name), 2))
+    return cells
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -175,8 +226,22 @@ def short(report: dict[str, Any]) -> str:
         for cells in table:
             chosen = (cells[k].rjust(w) for k, w in zip(columns, widths, strict=True))
             lines.append("  ".join(chosen))
+    lines += _short_functions([row for row in rows if row["section"] == "function_speed"])
     for row in [row for row in rows if row["status"] in (FAIL, NO_TIME)][:25]:
         lines.append(f"{row['status'].upper()} {row['section']}: {row['row']}: "
                      f"{_line(row['detail'], 160)}")  # fmt: skip
     lines.append(", ".join(f"{n} {status}" for status, n in counts(rows).items()))
     return "\n".join(lines)
+
+
+def _short_functions(rows: Sequence[Record]) -> list[str]:
+    """Each case's passes: milliseconds, share of a copy, times as fast as the others."""
+    lines = []
+    for row in rows:
+        for which, data in row.get("data", {}).get("passes", {}).items():
+            ours = data["providers"][FASTOPT]
+            ratios = ", ".join(f"{x:.2f} x {name}" for name, x in data["times_as_fast_as"].items())
+            lines.append(
+                f"{row['row']}, {which}: {ours['ms']:.4f} ms, {_percent(ours['share'])}; {ratios}"
+            )
+    return lines

@@ -17,7 +17,7 @@ from bench.gpu_device import Cuda, Device, Interpreted
 from bench.gpu_interpret import is_interpreted, route_cpu_to_triton
 from bench.gpu_rows import Log, Row, run_rows
 
-SECTIONS = ("engine", "optim", "device", "speed", "tuning")
+SECTIONS = ("engine", "optim", "device", "functions", "speed", "function_speed", "tuning")
 
 
 def rows_of(section: str, device: Device, quick: bool, compiled: bool) -> Iterable[Row]:
@@ -35,6 +35,14 @@ def rows_of(section: str, device: Device, quick: bool, compiled: bool) -> Iterab
         from bench import gpu_check_device
 
         return gpu_check_device.rows(device, quick)
+    if section == "functions":
+        from bench import gpu_check_functions
+
+        return gpu_check_functions.rows(device, quick)
+    if section == "function_speed":
+        from bench import gpu_speed_functions
+
+        return gpu_speed_functions.rows(device, quick, compiled)
     if section == "speed":
         from bench import gpu_speed
 

@@ -131,7 +131,7 @@ def candidates(
     """A step of each kernel that moves what this optimizer moves, over streams of their own."""
     written = 1 + STATES[optimizer]
     streams = [make_stream(n_elements, dtype) for _ in range(1 + written)]
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    _take_torchs_threads()
     return {
         f"{name} kernel": lambda kernel=kernel: kernel(*streams)
         for name, kernel in KERNELS[written].items()
@@ -140,6 +140,11 @@ def candidates(
 
 def copies(n_elements: int) -> dict[str, Callable[[], None]]:
     """A plain float32 copy, by our kernel and by torch's: 8 bytes an element."""
+    _take_torchs_threads()
     x, y = (make_stream(n_elements, torch.float32) for _ in range(2))
     source, target = torch.from_numpy(x), torch.from_numpy(y)
     return {"copy kernel": lambda: _copy(x, y), "torch copy_": lambda: target.copy_(source)}
+
+
+def _take_torchs_threads() -> None:
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))

@@ -7,12 +7,8 @@ Prints JSON objects, one a line: the copy bandwidth, then each case; all else go
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import statistics
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,6 +21,7 @@ from bench.allocator import ALLOCATORS, WARM, is_warm
 from bench.cases import LIMIT, TORCH_BEST, Case, Workload
 from bench.models import REAL
 from bench.providers import FASTOPT, LOOP, TORCH, NoStepError, traffic
+from bench.sections import emit, records_file
 from bench.timing import Ratio, Subject, Timing
 
 Record = dict[str, Any]
@@ -44,7 +41,7 @@ def measure(case: Case, providers: tuple[str, ...], seconds: float) -> Record:
     difference = _warm_and_compare(subjects, skipped, TOLERANCE[case.dtype])
     kernels = {}
     if case.model != REAL:
-        kernels = _warm(limit.candidates(case.optimizer, n_elements, dtype))
+        kernels = warm(limit.candidates(case.optimizer, n_elements, dtype))
     timings = timing.interleave({**subjects, **kernels}, seconds)
     n_bytes = traffic(case.optimizer, dtype) * n_elements
     return {
@@ -54,14 +51,14 @@ def measure(case: Case, providers: tuple[str, ...], seconds: float) -> Record:
         "bytes": n_bytes,
         "rounds": len(timings[FASTOPT].rounds),
         "difference": difference,
-        "times": {name: _time(t, n_bytes) for name, t in timings.items()},
+        "times": {name: t.record(n_bytes) for name, t in timings.items()},
         "skipped": skipped,
         "kernels": list(kernels),
         "ratios": _ratios(timings, kernels.keys()),
     }
 
 
-def _warm(steps: dict[str, Callable[[], None]]) -> dict[str, Subject]:
+def warm(steps: dict[str, Callable[[], None]]) -> dict[str, Subject]:
     subjects = {name: Subject(step) for name, step in steps.items()}
     for subject in subjects.values():
         subject.warm()
@@ -70,7 +67,7 @@ def _warm(steps: dict[str, Callable[[], None]]) -> dict[str, Subject]:
 
 def copy_gb_per_s() -> float:
     """The faster of two plain float32 copies, from memory to memory."""
-    timings = timing.interleave(_warm(limit.copies(COPY_ELEMENTS)), QUICK_SECONDS)
+    timings = timing.interleave(warm(limit.copies(COPY_ELEMENTS)), QUICK_SECONDS)
     return 8 * COPY_ELEMENTS / min(t.median for t in timings.values()) / 1e9
 
 
@@ -131,17 +128,6 @@ def _distance(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
         return sum(float((a - b).abs().sum()) for a, b in zip(some, others, strict=True))
 
 
-def _time(taken: Timing, n_bytes: int) -> Record:
-    low, median, high = statistics.quantiles(taken.rounds, method="inclusive")
-    return {
-        "ms": 1e3 * median,
-        "low_ms": 1e3 * low,
-        "high_ms": 1e3 * high,
-        "gb_per_s": n_bytes / median / 1e9,
-        "page_faults": taken.page_faults,
-    }
-
-
 def _ratios(timings: dict[str, Timing], kernels: Iterable[str]) -> Record:
     """fastopt against each of the others, against torch's best and the limit of the machine."""
 
@@ -169,25 +155,15 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = _arguments()
-    # Compilers and peers print to stdout: the records leave by a descriptor of their own.
-    records = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    records = records_file()
     if options.allocator == WARM and not is_warm():
         print("the memory allocator of this process does not keep freed memory", file=sys.stderr)
         return 1
     providers = cases.providers(options.peers)
     seconds = QUICK_SECONDS if options.quick else SECONDS
     print(json.dumps({"copy_gb_per_s": copy_gb_per_s()}), file=records)
-    for case in cases.SECTIONS[options.section]:
-        if case.allocator != options.allocator:
-            continue
-        try:
-            record = measure(case, providers, seconds)
-        except Exception as error:
-            traceback.print_exc()
-            record = {**_facts(case), "error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(record), file=records)
-        gc.collect()
+    here = [c for c in cases.SECTIONS[options.section] if c.allocator == options.allocator]
+    emit(records, here, lambda case: measure(case, providers, seconds), _facts)
     return 0
 
 

@@ -64,7 +64,7 @@ class Provider:
 
 
 def _fastopt(optimizer: str, params: Params) -> Step:
-    optim = _import("fastopt.optim")
+    optim = import_peer("fastopt.optim")
     return _make(optim, optimizer, params)
 
 
@@ -91,28 +91,28 @@ def _deepspeed(optimizer: str, params: Params) -> Step:
     options = dict(HYPERPARAMETERS[optimizer])
     if optimizer in ("Adam", "AdamW"):
         # Its states are float32 whatever the parameters, unless it is told otherwise.
-        cls = _import("deepspeed.ops.adam").DeepSpeedCPUAdam
+        cls = import_peer("deepspeed.ops.adam").DeepSpeedCPUAdam
         options |= {"adamw_mode": optimizer == "AdamW", "fp32_optimizer_states": False}
     elif optimizer == "Adagrad":
-        cls = _import("deepspeed.ops.adagrad").DeepSpeedCPUAdagrad
+        cls = import_peer("deepspeed.ops.adagrad").DeepSpeedCPUAdagrad
     else:
         raise NoStepError(f"DeepSpeed has no {optimizer} on a CPU")
     return cls(params, **options).step
 
 
 def _optimi(optimizer: str, params: Params) -> Step:
-    return _make(_import("optimi"), optimizer, params)
+    return _make(import_peer("optimi"), optimizer, params)
 
 
 def _bitsandbytes(optimizer: str, params: Params) -> Step:
-    return _make(_import("bitsandbytes.optim"), optimizer, params, suffix="32bit")
+    return _make(import_peer("bitsandbytes.optim"), optimizer, params, suffix="32bit")
 
 
 def _torchao(optimizer: str, params: Params) -> Step:
-    return _make(_import("torchao.optim"), optimizer, params, suffix="8bit")
+    return _make(import_peer("torchao.optim"), optimizer, params, suffix="8bit")
 
 
-def _import(name: str) -> ModuleType:
+def import_peer(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a peer that is broken is as absent as one not installed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +75,12 @@ def _goal_row(record: Record, goal: Record) -> Row:
     cells = (
         record["case"],
         record["allocator"],
-        _ms(ours["ms"]),
+        ms(ours["ms"]),
         against if provider == against else f"{against}: {provider}",
-        _ms(times[provider]["ms"]),
-        _spread(ratio),
+        ms(times[provider]["ms"]),
+        spread(ratio),
         target,
-        _yes(goal["met"]),
+        yes(goal["met"]),
         f"{ours['gb_per_s']:.1f}",
         f"{share['median']:.2f}" if share else "",
     )
@@ -91,12 +91,12 @@ def _first_step_row(record: Record) -> Row:
     cells = (
         record["case"],
         DEFAULT,
-        _ms(1e3 * record["fastopt_s"]),
+        ms(1e3 * record["fastopt_s"]),
         LOOP,
-        _ms(1e3 * record["torch_s"]),
+        ms(1e3 * record["torch_s"]),
         f"{record['beyond_s']:+.2f} s",
         f"at most {record['at_most_s']:g} s",
-        _yes(record["met"]),
+        yes(record["met"]),
     )
     return Row(cells + ("",) * (len(COLUMNS) - len(cells)), record["met"])
 
@@ -111,7 +111,7 @@ def summary(records: Iterable[Record]) -> str | None:
     plural = "s" * (len(measured) != 1)
     return (
         f"Never slower than torch's best: over {len(measured)} case{plural} the smallest ratio is "
-        f"{_spread(ratio)}, in {worst['case']} (allocator {worst['allocator']}) against "
+        f"{spread(ratio)}, in {worst['case']} (allocator {worst['allocator']}) against "
         f"{ratio['provider']}."
     )
 
@@ -133,14 +133,27 @@ def conditions(report: Record) -> str:
 
 
 def print_report(console: Console, report: Record) -> None:
+    left = ("case", "allocator", "against", "met")
+    print_table(console, COLUMNS, rows(report["cases"]), left)
+    print_lines(console, _remarks(report))
+
+
+def print_table(
+    console: Console, columns: Sequence[str], rows: Iterable[Row], left: Collection[str]
+) -> None:
+    """left: the columns of words; what is not met stands out."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in COLUMNS:
-        left = name in ("case", "allocator", "against", "met")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "case")
-    for row in rows(report["cases"]):
+    for name in columns:
+        table.add_column(
+            name, justify="left" if name in left else "right", no_wrap=name != columns[0]
+        )
+    for row in rows:
         table.add_row(*row.cells, style=None if row.met else "bold red")
     console.print(table)
-    for line in _remarks(report):
+
+
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -158,10 +171,10 @@ def markdown(report: Record) -> str:
     header = ("case", "allocator", "tensors", "elements", *providers, "page faults a step")
     parts = [
         "# Optimizer steps on a CPU",
-        _markdown_table(COLUMNS, (row.cells for row in rows(records))),
+        markdown_table(COLUMNS, (row.cells for row in rows(records))),
         *_remarks(report),
         "## Every provider, ms a step",
-        _markdown_table(header, (_time_cells(record, providers) for record in measured)),
+        markdown_table(header, (_time_cells(record, providers) for record in measured)),
         "A dash: the provider has no such step, or it was left out; the JSON file says why. Page "
         "faults: fastopt's, then those of the provider that has most.",
         "## What the columns mean",
@@ -183,12 +196,12 @@ def _time_cells(record: Record, providers: list[str]) -> tuple[str, ...]:
         record["allocator"],
         f"{record['tensors']:,}",
         f"{record['elements']:,}",
-        *[_ms(times[name]["ms"]) if name in times else "-" for name in providers],
+        *[ms(times[name]["ms"]) if name in times else "-" for name in providers],
         f"{faults[FASTOPT]:,}; {faults[most]:,} ({most})",
     )
 
 
-def _markdown_table(header: Iterable[str], lines: Iterable[tuple[str, ...]]) -> str:
+def markdown_table(header: Iterable[str], lines: Iterable[tuple[str, ...]]) -> str:
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -196,14 +209,14 @@ def _markdown_table(header: Iterable[str], lines: Iterable[tuple[str, ...]]) -> 
     return "\n".join([line(header), line("---" for _ in header), *map(line, lines)])
 
 
-def _spread(ratio: Record) -> str:
+def spread(ratio: Record) -> str:
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
 
 
-def _ms(ms: float) -> str:
+def ms(x: float) -> str:
     """Three digits that count."""
-    return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
+    return f"{x:.4f}" if x < 0.1 else f"{x:.3f}" if x < 10 else f"{x:.1f}"
 
 
-def _yes(met: bool) -> str:
+def yes(met: bool) -> str:
     return "yes" if met else "no"

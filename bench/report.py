@@ -12,9 +12,7 @@ could not be measured; a goal that is missed is marked in the table.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,14 +23,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench import cases, first_step, machine, render
-from bench.allocator import DEFAULT, environment
-from fastopt.cli.files import write_whole
+from bench.allocator import DEFAULT
+from bench.sections import make_console, write
+from bench.sections import run as measured
 
+MEASURE = "bench.measure"
 FIRST_STEP = "first-step"
 SECTIONS = (*cases.SECTIONS, FIRST_STEP)
-
-# Wide enough for the table where there is no terminal to fit it to.
-LOG_WIDTH = 140
 
 Record = dict[str, Any]
 
@@ -47,18 +44,6 @@ def _processes(sections: list[str]) -> list[tuple[str, str, list[cases.Case]]]:
     return found
 
 
-def _records(section: str, allocator: str, flags: list[str]) -> Iterator[Record]:
-    """The records of one process as they come."""
-    command = [sys.executable, "-m", "bench.measure", section, "--allocator", allocator, *flags]
-    with subprocess.Popen(
-        command, env=environment(allocator), stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        yield from map(json.loads, process.stdout)
-    if process.returncode != 0:
-        raise RuntimeError(f"the process exited with status {process.returncode}")
-
-
 def judged(record: Record, case: cases.Case) -> Record:
     """The record with what it had to reach and whether it did."""
     if "error" in record:
@@ -68,21 +53,6 @@ def judged(record: Record, case: cases.Case) -> Record:
         ratio = record["ratios"][goal.against]["median"]
         goals.append({**asdict(goal), "met": ratio >= goal.at_least})
     return {**record, "goals": goals}
-
-
-def _run_section(
-    section: str, allocator: str, here: list[cases.Case], flags: list[str]
-) -> Iterator[Record]:
-    """One record for each case, in order; those the process did not live to measure are errors."""
-    missing = list(here)
-    reason = "the process ended early"
-    try:
-        for record in _records(section, allocator, flags):
-            yield judged(record, missing.pop(0)) if "case" in record else record
-    except RuntimeError as error:
-        reason = str(error)
-    for case in missing:
-        yield {"case": case.name, "allocator": case.allocator, "error": reason}
 
 
 def _first_step(quick: bool) -> Iterator[Record]:
@@ -111,7 +81,7 @@ def run(sections: list[str], quick: bool, peers: bool, console: Console) -> Reco
             progress.update(task, advance=1, description=record["case"], refresh=True)
 
         for section, allocator, here in processes:
-            for record in _run_section(section, allocator, here, flags):
+            for record in measured(MEASURE, section, allocator, here, flags, judged):
                 if "copy_gb_per_s" in record:
                     copies.append(record["copy_gb_per_s"])
                 else:
@@ -152,9 +122,7 @@ def main() -> int:
     if options.out:
         # Before the work: a folder that cannot be made is known at once.
         options.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)
+    console = make_console()
     try:
         report = run(list(options.only), options.quick, options.peers, console)
     except KeyboardInterrupt:
@@ -162,10 +130,7 @@ def main() -> int:
         return 130
     render.print_report(console, report)
     if options.out:
-        text = json.dumps(report, indent=1) + "\n"
-        write_whole(options.out / "cpu_optim.json", text.encode())
-        write_whole(options.out / "cpu_optim.md", render.markdown(report).encode())
-        console.print(f"Written: {options.out / 'cpu_optim.json'} and cpu_optim.md")
+        write(options.out, "cpu_optim", report, render.markdown(report), console)
     return int(any("error" in record for record in report["cases"]))
 
 

@@ -74,6 +74,17 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.rounds)
 
+    def record(self, n_bytes: int) -> dict[str, Any]:
+        """Median and quartiles as plain values, with the rate at which n_bytes a step moved."""
+        low, median, high = statistics.quantiles(self.rounds, method="inclusive")
+        return {
+            "ms": 1e3 * median,
+            "low_ms": 1e3 * low,
+            "high_ms": 1e3 * high,
+            "gb_per_s": n_bytes / median / 1e9,
+            "page_faults": self.page_faults,
+        }
+
 
 @dataclass(frozen=True)
 class Ratio:

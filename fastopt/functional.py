@@ -50,18 +50,20 @@ def _route(*tensors: Tensor) -> int:
         return _BY_TORCH
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
-            return _BY_TORCH if _overridden(tensor) else _AS_OP
-        if tensor.device.type not in _KNOWN_DEVICES:
-            return _AS_OP if tensor.device.type == "meta" else _refuse_device(tensor)
+            return _AS_OP
+        if not (tensor.is_cpu or tensor.is_cuda):
+            if not tensor.is_meta:
+                backend.kernels(tensor.device.type, "softmax")  # refuses
+            return _AS_OP
     return _AS_OP if _n_dispatch_modes() else _DIRECT
 
 
-_KNOWN_DEVICES = frozenset(backend.supported_devices())
-
-
-def _refuse_device(tensor: Tensor) -> int:
-    backend.engine(tensor.device.type)
-    raise AssertionError("a device with an engine has kernels")
+def _handed_over(*tensors: Any) -> bool:
+    """Whether these are no tensors, or of a class that takes torch's functions over."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN and (not isinstance(tensor, Tensor) or _overridden(tensor)):
+            return True
+    return False
 
 
 def _by_torch(name: str, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -84,8 +86,8 @@ def _describe(tensor: Tensor) -> str:
 
 def _autocast(name: str, tensor: Tensor) -> bool:
     """Whether autocast wants this function in float32 here."""
-    device = tensor.device.type
-    return torch.is_autocast_enabled(device) and name in _AUTOCAST.get(device, ())
+    device = "cpu" if tensor.is_cpu else "cuda"
+    return torch.is_autocast_enabled(device) and name in _AUTOCAST[device]
 
 
 def _float(tensor: Tensor) -> Tensor:
@@ -122,8 +124,9 @@ def _softmax(
     stacklevel: int,
     dtype: torch.dtype | None,
 ) -> Tensor:
+    stacklevel += 3  # the functions between the caller and torch's, which warns of dim=None
     if not isinstance(input, Tensor):
-        return _by_torch(name, theirs, input, dim, stacklevel + 2, dtype)
+        return _by_torch(name, theirs, input, dim, stacklevel, dtype)
     x = input
     if dtype is None and _autocast(name, x):
         x = _float(x)
@@ -132,7 +135,7 @@ def _softmax(
     rank = x.dim() or 1
     route = _route(x)
     if route == _BY_TORCH or dim is None or not -rank <= dim < rank or x.dtype not in DTYPES:
-        return _by_torch(name, theirs, input, dim, stacklevel + 2, dtype)
+        return _by_torch(name, theirs, input, dim, stacklevel, dtype)
     dim = dim % rank
     if route == _AS_OP:
         result: Tensor = torch.ops.fastopt.softmax(x, dim, log)
@@ -145,7 +148,7 @@ def _softmax(
 def logsumexp(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
     """log sum exp(x) over the dimensions `dim`, without overflow. As torch.logsumexp."""
     args = (input, dim, keepdim)
-    if not isinstance(input, Tensor):
+    if _handed_over(input):
         return _by_torch("logsumexp", torch.logsumexp, *args)
     x = _float(input) if _autocast("logsumexp", input) else input
     rank = x.dim()
@@ -198,11 +201,10 @@ def cross_entropy(
     a NaN on CUDA. Szegedy et al. 2016, section 7, for label smoothing.
     """
     args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    tensors = [input, target] if weight is None else [input, target, weight]
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+    if _handed_over(input, target) or (weight is not None and _handed_over(weight)):
         return _by_torch("cross_entropy", F.cross_entropy, *args)
     x = input
-    route = _route(*tensors)
+    route = _route(x, target) if weight is None else _route(x, target, weight)
     if _autocast("cross_entropy", x):
         x, weight = _float(x), None if weight is None else _float(weight)
         target = _float(target)
@@ -258,7 +260,12 @@ def layer_norm(
     """
     args = (input, normalized_shape, weight, bias, eps)
     x, shape = input, tuple(normalized_shape)
-    if not isinstance(x, Tensor) or not _affine_fits(x, shape, weight, bias):
+    if (
+        _handed_over(x)
+        or (weight is not None and _handed_over(weight))
+        or (bias is not None and _handed_over(bias))
+        or not _affine_fits(x, shape, weight, bias)
+    ):
         return _by_torch("layer_norm", F.layer_norm, *args)
     route = _route(*(t for t in (x, weight, bias) if t is not None))
     if route == _BY_TORCH:
@@ -269,9 +276,13 @@ def layer_norm(
     if route == _AS_OP:
         result: Tensor = torch.ops.fastopt.layer_norm(x, weight, bias, len(shape), eps)[0]
         return result
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
         return norms.LayerNorm.apply(x, weight, bias, len(shape), eps)  # type: ignore[no-any-return, no-untyped-call]
-    return norms.run_layer_norm(x, weight, bias, len(shape), eps)[0]
+    return norms.layer_norm(x, weight, bias, None, None, len(shape), eps)
 
 
 def rms_norm(
@@ -288,7 +299,11 @@ def rms_norm(
     """
     args = (input, normalized_shape, weight, eps)
     x, shape = input, tuple(normalized_shape)
-    if not isinstance(x, Tensor) or not _affine_fits(x, shape, weight, None):
+    if (
+        _handed_over(x)
+        or (weight is not None and _handed_over(weight))
+        or not _affine_fits(x, shape, weight, None)
+    ):
         return _by_torch("rms_norm", F.rms_norm, *args)
     route = _route(x) if weight is None else _route(x, weight)
     if route == _BY_TORCH:
@@ -300,13 +315,11 @@ def rms_norm(
     if route == _AS_OP:
         result: Tensor = torch.ops.fastopt.rms_norm(x, weight, len(shape), eps)[0]
         return result
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad)
+    ):
         return norms.RMSNorm.apply(x, weight, len(shape), eps)  # type: ignore[no-any-return, no-untyped-call]
-    return norms.run_rms_norm(x, weight, len(shape), eps)[0]
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return norms.rms_norm(x, weight, None, len(shape), eps)
 
 
 def _affine_fits(
@@ -317,10 +330,7 @@ def _affine_fits(
         return False
     for tensor in (weight, bias):
         if tensor is not None and (
-            not isinstance(tensor, Tensor)
-            or tensor.shape != shape
-            or tensor.dtype not in DTYPES
-            or tensor.device != x.device
+            tensor.shape != shape or tensor.dtype not in DTYPES or tensor.device != x.device
         ):
             return False
     return x.dim() >= len(shape)

@@ -14,14 +14,14 @@ class Softmax(torch.nn.Softmax):
     """fastopt.functional.softmax over `dim`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.softmax(input, self.dim, _stacklevel=5)
+        return functional.softmax(input, self.dim, _stacklevel=6)
 
 
 class LogSoftmax(torch.nn.LogSoftmax):
     """fastopt.functional.log_softmax over `dim`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.log_softmax(input, self.dim, _stacklevel=5)
+        return functional.log_softmax(input, self.dim, _stacklevel=6)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -2,67 +2,145 @@
 
 from __future__ import annotations
 
-from types import CellType, FunctionType
-from typing import Any, TypeVar
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
-from fastopt import optim
-
-_OPTIMIZERS: dict[type, type[optim.FusedOptimizer]] = {
-    getattr(torch.optim, name): getattr(optim, name)
-    for name in optim.__all__
-    if hasattr(torch.optim, name)
-}
+from fastopt import backend, nn
+from fastopt.adopt import OPTIMIZERS, adopt
+from fastopt.optim import FusedOptimizer
 
 T = TypeVar("T")
 
+_MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__
+}
+_THEIRS = {ours: theirs for theirs, ours in _MODULES.items()}
+_OURS = tuple(_THEIRS)
+# Modules of torch near those fastopt has: a report says that they stay.
+_NEAR = (
+    "torch.nn.modules.normalization",
+    "torch.nn.modules.batchnorm",
+    "torch.nn.modules.instancenorm",
+    "torch.nn.modules.loss",
+    "torch.nn.modules.adaptive",
+)
+_NEAR_NAMES = frozenset({"Softmin", "Softmax2d", "MultiheadAttention"})
+
+_logger = logging.getLogger("fastopt")
+
+
+@dataclass
+class SwapReport:
+    """What of a model runs through fastopt's modules.
+
+    replaced: name of a module -> its class; kept: name -> why it is still torch's
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"modules replaced: {len(self.replaced)}, kept: {len(self.kept)}"]
+        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.replaced.items()]
+        lines += [f"  {name or '(the model)'}: kept, {why}" for name, why in self.kept.items()]
+        return "\n".join(lines)
+
 
 def swap(x: T) -> T:
-    """Turn a torch.optim optimizer into fastopt's class of that name, in place, and return it.
+    """Turn an optimizer or the modules of a model into fastopt's of those names, in place.
 
-    Its parameter groups, states and hooks stay, and so does what holds it: a learning rate
-    scheduler, a GradScaler. An optimizer that is ours already is returned as it is.
+    An optimizer of torch.optim keeps its parameter groups, states and hooks, and so does what holds
+    it: a learning rate scheduler, a GradScaler. In a model, every torch.nn.Softmax, LogSoftmax,
+    CrossEntropyLoss, LayerNorm and RMSNorm takes fastopt.nn's class: parameters, buffers, hooks and
+    state_dict keys stay what they are, and `swap_report(model)` says what was replaced, and what
+    not and why (it is logged as "fastopt", INFO). Calls of torch's functions are not modules: use
+    fastopt.functional. What is ours already stays as it is. Returns x.
 
-    Raises TypeError for an object that is not exactly of a class fastopt has, RuntimeError where
-    something fastopt does not know has wrapped the instance's step.
+    Raises TypeError for an object fastopt has no match for, RuntimeError where something fastopt
+    does not know has wrapped the step of the optimizer.
     """
-    if isinstance(x, optim.FusedOptimizer):
-        return x
-    ours = _OPTIMIZERS.get(type(x))
-    if ours is None:
-        known = ", ".join(sorted(f"torch.optim.{theirs.__name__}" for theirs in _OPTIMIZERS))
+    if isinstance(x, torch.nn.Module):
+        for _, module, ours in _replaceable(x):
+            module.__class__ = ours
+        _logger.info("swap: %s", swap_report(x))
+    elif type(x) in OPTIMIZERS:
+        adopt(x)  # type: ignore[arg-type]
+    elif not isinstance(x, FusedOptimizer):
+        known = ", ".join(sorted(f"torch.optim.{theirs.__name__}" for theirs in OPTIMIZERS))
         raise TypeError(
             f"fastopt.swap has no match for {type(x).__module__}.{type(x).__qualname__}; it takes "
-            f"exactly {known}. For a subclass, derive yours from fastopt.optim's class instead."
+            f"any torch.nn.Module, and exactly {known}. For a subclass, derive yours from "
+            "fastopt.optim's class instead."
         )
-    wrapped = x.__dict__.get("step")
-    cell = _cell_of_step(wrapped, type(x)) if wrapped is not None else None
-    x.__class__ = ours  # type: ignore[assignment]
-    x._patch_step_function()  # type: ignore[attr-defined]
-    if cell is not None:
-        cell.cell_contents = ours.step
-    x._forget(exposed=True)  # type: ignore[attr-defined]
     return x
 
 
-def _cell_of_step(wrapper: Any, theirs: type) -> CellType:
-    """Where a wrapper of `step` on the instance (a scheduler's) keeps the step it calls.
+def unswap(model: T) -> T:
+    """Turn fastopt's modules in a model back into torch's, in place, and return the model.
 
-    Changing the class alone would keep running torch's; dropping the wrapper would make the
-    scheduler warn that nobody stepped.
+    Raises TypeError for what is not a module. (An optimizer goes back through its state_dict, which
+    torch.optim's class loads.)
     """
-    function = getattr(wrapper, "__func__", wrapper)
-    cells = function.__closure__ or () if isinstance(function, FunctionType) else ()
-    for cell in cells:
-        if cell.cell_contents is theirs.step:  # type: ignore[attr-defined]
-            return cell
-        if isinstance(cell.cell_contents, FunctionType) and cell.cell_contents.__closure__:
-            try:
-                return _cell_of_step(cell.cell_contents, theirs)
-            except RuntimeError:
-                continue
-    raise RuntimeError(
-        f"the optimizer's step is wrapped on the instance by {function!r}, which fastopt cannot "
-        "point at its own step. Swap the optimizer before wrapping it."
-    )
+    _check_module("unswap", model)
+    for module in model.modules():  # type: ignore[attr-defined]
+        if type(module) in _THEIRS:
+            module.__class__ = _THEIRS[type(module)]
+    return model
+
+
+def swap_report(model: torch.nn.Module) -> SwapReport:
+    """What of a model is fastopt's, and which modules near those are not, and why.
+
+    Raises TypeError for what is not a module.
+    """
+    _check_module("swap_report", model)
+    report = SwapReport()
+    for name, module in model.named_modules():
+        if isinstance(module, _OURS):
+            report.replaced[name] = type(module).__name__
+        elif reason := _reason_to_keep(module):
+            report.kept[name] = reason
+        elif type(module) in _MODULES:
+            report.kept[name] = f"a torch.nn.{type(module).__name__}: fastopt.swap takes it"
+    return report
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"fastopt.{function} takes a torch.nn.Module, got {type(model).__module__}."
+            f"{type(model).__qualname__}. Give it the model; an optimizer goes back through its "
+            "state_dict, which torch.optim's class of its name loads."
+        )
+
+
+def _replaceable(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, torch.nn.Module, type[torch.nn.Module]]]:
+    for name, module in model.named_modules():
+        if type(module) in _MODULES and not _reason_to_keep(module):
+            yield name, module, _MODULES[type(module)]
+
+
+def _reason_to_keep(module: torch.nn.Module) -> str | None:
+    """Why a module that does what one of ours does, or nearly, must stay torch's."""
+    cls = type(module)
+    if isinstance(module, _OURS):
+        return None
+    if cls not in _MODULES:
+        base = next((theirs for theirs in _MODULES if isinstance(module, theirs)), None)
+        if base is not None:
+            return f"{cls.__qualname__} is a subclass of torch.nn.{base.__name__} with its own ways"
+        if cls.__module__ in _NEAR or cls.__name__ in _NEAR_NAMES:
+            return f"fastopt has no {cls.__name__}"
+        return None
+    if "forward" in module.__dict__:
+        return "its forward has been replaced on the instance"
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.device.type not in (*backend.supported_devices(), "meta"):
+            return f"fastopt has no kernels for device type {tensor.device.type!r}"
+    return None

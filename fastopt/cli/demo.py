@@ -1,10 +1,11 @@
-"""Train two small models with torch's AdamW and fastopt's, and compare loss curves and step times.
+"""Train two small models with torch and with fastopt, and compare loss curves and step times.
 
 A convolutional network learns scikit-learn's scanned digits, a character-level transformer
-learns Python's own library sources; nothing is downloaded. Each is trained three times, with
-torch.optim.AdamW as it is by default, with its fused=True, and with fastopt.optim.AdamW: same
-seed, same batches, same initial weights. The three take every step in turn, so that a change in
-the machine's speed meets all of them alike.
+learns Python's own library sources; nothing is downloaded. Each is trained with
+torch.optim.AdamW as it is by default, with its fused=True, and with fastopt.optim.AdamW; the
+transformer once more with its norms and the loss swapped for fastopt's too (fastopt.swap).
+Same seed, same batches, same initial weights. All runs of a model take every step in turn, so
+that a change in the machine's speed meets them alike.
 
 The exit status is 1 if a run did not learn or the loss curves differ by more than rounding.
 """
@@ -109,7 +110,7 @@ def _train(tasks: list[Task]) -> list[Comparison]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .race import PROVIDERS, race
+    from .race import providers_for, race
 
     console = Console(stderr=True)
     progress = Progress(
@@ -123,21 +124,18 @@ def _train(tasks: list[Task]) -> list[Comparison]:
         # A thread that redraws would run inside the timed steps.
         auto_refresh=False,
     )
+    providers = [providers_for(task) for task in tasks]
     bars = [
-        progress.add_task(
-            f"{task.name}, {len(PROVIDERS)} optimizers", False, len(task.batches), loss=""
-        )
-        for task in tasks
+        progress.add_task(f"{task.name}, {len(runs)} runs", False, len(task.batches), loss="")
+        for task, runs in zip(tasks, providers, strict=True)
     ]
     comparisons = []
     with progress:
-        for task, bar in zip(tasks, bars, strict=True):
+        for task, runs, bar in zip(tasks, providers, bars, strict=True):
             if progress.disable:
-                console.print(
-                    f"{task.title}: {len(task.batches)} steps, {len(PROVIDERS)} optimizers"
-                )
+                console.print(f"{task.title}: {len(runs)} runs of {len(task.batches)} steps")
             progress.start_task(bar)
-            comparisons.append(race(task, on_step=_advance(progress, bar)))
+            comparisons.append(race(task, runs, _advance(progress, bar)))
     return comparisons
 
 
@@ -159,11 +157,12 @@ def _advance(progress: Progress, bar: TaskID) -> Callable[[float], None]:
 def _print_conditions(
     console: Console, comparisons: list[Comparison], conditions: Conditions
 ) -> None:
-    """The machine, and what the medians leave out: the first step, which compiles kernels."""
-    first = ", ".join(
-        f"{run.provider} {1e3 * run.optimizer_s[0]:.0f} ms" for run in comparisons[0].runs
-    )
-    console.print(f"First step(), with kernels to compile or load: {first}.", highlight=False)
+    """The machine, and what the medians leave out: the first steps, which compile kernels."""
+    first, last = comparisons[0].runs, comparisons[-1].runs
+    step = ", ".join(f"{run.provider} {1e3 * run.optimizer_s[0]:.0f} ms" for run in first)
+    whole = ", ".join(f"{run.provider} {1e3 * run.step_s[0]:.0f} ms" for run in last)
+    console.print(f"First step(), with kernels to compile or load: {step}.", highlight=False)
+    console.print(f"First whole step of the {comparisons[-1].task.name}: {whole}.", highlight=False)
     console.print(f"{conditions}.", style="dim", highlight=False)
 
 

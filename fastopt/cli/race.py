@@ -1,4 +1,4 @@
-"""Trains one task with several optimizers, interleaved step by step, and compares the runs.
+"""Trains one task in several ways, interleaved step by step, and compares the runs.
 
 A machine's speed drifts while it runs. So the copies of the model take step i one after the
 other, in an order that changes every time, and a ratio of two of them is from the same minutes.
@@ -12,11 +12,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+import fastopt
 
 from .tasks import Batch, Task, cross_entropy
 
@@ -34,15 +37,18 @@ MAX_FINAL_LOSS = 0.9
 
 @dataclass(frozen=True)
 class Provider:
-    """An optimizer under comparison: make(parameters, lr) returns it, all else at its defaults."""
+    """What is under comparison.
+
+    make    make(parameters, lr) returns the optimizer, all else at its defaults
+    adopt   what the model and the loss go through first, in place
+    """
 
     name: str
     make: Callable[[Iterable[Tensor], float], Optimizer]
+    adopt: Callable[[nn.Module], nn.Module] = lambda module: module
 
 
 def _fastopt_adamw(params: Iterable[Tensor], lr: float) -> Optimizer:
-    import fastopt.optim
-
     return fastopt.optim.AdamW(params, lr=lr)
 
 
@@ -51,12 +57,20 @@ TORCH_FUSED = Provider(
     "torch fused", lambda params, lr: torch.optim.AdamW(params, lr=lr, fused=True)
 )
 FASTOPT = Provider("fastopt", _fastopt_adamw)
-PROVIDERS = (TORCH, TORCH_FUSED, FASTOPT)
+FASTOPT_SWAP = Provider("fastopt swap", _fastopt_adamw, lambda module: fastopt.swap(module))
+PROVIDERS = (TORCH, TORCH_FUSED, FASTOPT, FASTOPT_SWAP)
+
+
+def providers_for(task: Task) -> tuple[Provider, ...]:
+    """PROVIDERS, but no FASTOPT_SWAP where the model has nothing that it replaces: its run would
+    be FASTOPT's."""
+    swapped = fastopt.swap_report(fastopt.swap(copy.deepcopy(task.model)))
+    return tuple(p for p in PROVIDERS if p is not FASTOPT_SWAP or swapped.replaced)
 
 
 @dataclass
 class Run:
-    """What one optimizer did: one entry a step, times in seconds.
+    """What one provider did: one entry a step, times in seconds.
 
     optimizer_s    around optimizer.step()
     step_s         around zero_grad, forward, backward and optimizer.step()
@@ -99,10 +113,11 @@ class Comparison:
 
 
 class _Racer:
-    """One provider's own copy of the model, its optimizer and its record."""
+    """One provider's own copy of the model, its loss, its optimizer and its record."""
 
     def __init__(self, task: Task, provider: Provider) -> None:
-        self.model = copy.deepcopy(task.model)
+        self.model = provider.adopt(copy.deepcopy(task.model))
+        self.loss = partial(cross_entropy, loss=provider.adopt(nn.CrossEntropyLoss()))
         self.optimizer = provider.make(self.model.parameters(), task.lr)
         self.run = Run(provider.name)
 
@@ -110,7 +125,7 @@ class _Racer:
         inputs, targets = batch
         start = perf_counter()
         self.optimizer.zero_grad()
-        loss = cross_entropy(self.model(inputs), targets)
+        loss = self.loss(self.model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it in part
         before_optimizer = perf_counter()
         self.optimizer.step()
@@ -136,18 +151,22 @@ def race(
             racer.step(batch)
         on_step(racers[-1].run.losses[-1])
     for racer in racers:
-        racer.run.held_out_loss, racer.run.held_out_accuracy = evaluate(racer.model, task.held_out)
+        racer.run.held_out_loss, racer.run.held_out_accuracy = evaluate(
+            racer.model, racer.loss, task.held_out
+        )
     return Comparison(task, [racer.run for racer in racers])
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batches: Sequence[Batch]
+) -> tuple[float, float]:
     """Mean loss and the share of right predictions over batches of equal size."""
     model.eval()
     losses, accuracies = [], []
     for inputs, targets in batches:
         logits = model(inputs)
-        losses.append(cross_entropy(logits, targets).item())
+        losses.append(loss(logits, targets).item())
         accuracies.append((logits.argmax(-1) == targets).double().mean().item())
     return statistics.fmean(losses), statistics.fmean(accuracies)
 

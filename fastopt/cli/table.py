@@ -8,7 +8,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .race import FASTOPT, FINAL_STEPS, TORCH, TORCH_FUSED, WARMUP_STEPS, Comparison, Run
+from .race import (
+    FASTOPT,
+    FASTOPT_SWAP,
+    FINAL_STEPS,
+    TORCH,
+    TORCH_FUSED,
+    WARMUP_STEPS,
+    Comparison,
+    Run,
+)
 
 HEADERS = (
     "final\nloss",
@@ -25,12 +34,13 @@ CAPTION = (
     f"final loss: mean of the last {FINAL_STEPS} training steps. largest gap: between this loss "
     f"curve and torch default's, at any step. step(): optimizer.step() alone; whole: forward, "
     f"backward, zero_grad and step(). Both are medians without the first {WARMUP_STEPS} steps, "
-    f"which are warm-up. vs: how many times as fast."
+    f"which are warm-up. vs: how many times as fast. fastopt: the optimizer alone; fastopt swap: "
+    f"the model's norms and the loss too."
 )
 
 
 def print_table(console: Console, comparisons: Sequence[Comparison]) -> None:
-    """A table for each task, a row for each optimizer."""
+    """A table for each task, a row for each run."""
     # At 80 columns the table just fits without padding.
     padding = (0, 1) if console.width >= 100 else (0, 0)
     for comparison in comparisons:
@@ -39,7 +49,8 @@ def print_table(console: Console, comparisons: Sequence[Comparison]) -> None:
         for header in HEADERS:
             table.add_column(header, justify="right", no_wrap=True)
         for run in comparison.runs:
-            style = "bold green" if run.provider == FASTOPT.name else None
+            ours = run.provider in (FASTOPT.name, FASTOPT_SWAP.name)
+            style = "bold green" if ours else None
             table.add_row(run.provider, *_cells(run, comparison), style=style)
         console.print(f"\n[bold]{comparison.task.title}[/] ({_size(comparison)})", highlight=False)
         console.print(table)

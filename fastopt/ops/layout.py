@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 # x, (n_outer, n_cols, n_inner), (stride_outer, stride_col) in elements; inner has stride 1.
@@ -12,11 +13,14 @@ Walk = tuple[Tensor, tuple[int, int, int], tuple[int, int]]
 
 
 def along(x: Tensor, dim: int) -> Walk:
-    """x as kernels that reduce over `dim` (not negative) see it; a copy where its strides do not
-    allow that."""
-    if x.dim() == 0:
-        return x, (1, 1, 1), (1, 1)
+    """x, which is not empty, as kernels that reduce over `dim` (not negative) see it; a copy where
+    its strides do not allow that."""
     sizes = x.shape
+    if not sizes:
+        return x, (1, 1, 1), (1, 1)
+    if dim == len(sizes) - 1 and x.is_contiguous():
+        n_cols = sizes[dim]
+        return x, (x.numel() // n_cols, n_cols, 1), (n_cols, 1)
     n_outer, n_cols, n_inner = prod(sizes[:dim]), sizes[dim], prod(sizes[dim + 1 :])
     shape = (n_outer, n_cols, n_inner)
     if not x.is_contiguous():
@@ -32,10 +36,19 @@ def along(x: Tensor, dim: int) -> Walk:
     return x, shape, (n_cols * n_inner, n_inner)
 
 
+def output(x: Tensor) -> Tensor:
+    """An empty tensor like x, contiguous."""
+    if x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def rows(x: Tensor, n_dims: int) -> tuple[Tensor, int, int, int]:
-    """(x or a copy, rows, columns, stride of a row): the last n_dims dimensions are one row."""
+    """(x or a copy, rows, columns, stride of a row) of an x that is not empty: the last n_dims
+    dimensions are one row."""
     split = x.dim() - n_dims
-    n_rows, n_cols = prod(x.shape[:split]), prod(x.shape[split:])
+    n_cols = x.shape[-1] if n_dims == 1 else prod(x.shape[split:])
+    n_rows = x.numel() // n_cols
     if x.is_contiguous():
         return x, n_rows, n_cols, n_cols
     outer = _flattened(x.shape[:split], x.stride()[:split])

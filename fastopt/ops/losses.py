@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import by_torch, call, compute_dtype, define
+from fastopt.ops.registry import by_torch, call, compute_dtype, define, differentiated
 
 NONE, MEAN, SUM = 0, 1, 2
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
@@ -33,39 +33,27 @@ def run_cross_entropy(
     reduction: int,
     ignore_index: int,
     smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, logsumexp of each row in float64, what the sum was divided by)."""
-    dim = _dim(x)
-    compute = compute_dtype(x.dtype)
-    sizes = [*x.shape[:dim], *x.shape[dim + 1 :]]
-    loss = torch.empty(sizes, dtype=compute, device=x.device)
-    lse = torch.empty(sizes, dtype=torch.float64, device=x.device)
+) -> tuple[Tensor, Tensor]:
+    """(loss, stats): the logsumexp of each row in float64, and last what the sum was divided by."""
+    logits, shape, strides = layout.along(x, _dim(x))
     kernels = backend.kernels(x.device.type, "losses")
-    weight = _weight(weight, x)
-    logits, shape, strides = layout.along(x, dim)
-    by_index = not target.is_floating_point()
-    target = target.contiguous()
-    if by_index:
-        outside = kernels.cross_entropy(
-            logits, target, weight, loss, lse, shape, strides, ignore_index, smoothing
-        )
+    walk = (target.contiguous(), _weight(weight, x), shape, strides, reduction)
+    if target.is_floating_point():
+        loss, stats = kernels.cross_entropy_probs(logits, *walk, smoothing)
+    else:
+        loss, stats, outside = kernels.cross_entropy(logits, *walk, ignore_index, smoothing)
         if outside is not None:
             raise IndexError(
                 f"Target {outside} is out of bounds: targets are in [0, {shape[1]}) for "
                 f"{shape[1]} classes, or ignore_index={ignore_index}."
             )
-    else:
-        kernels.cross_entropy_probs(logits, target, weight, loss, lse, shape, strides, smoothing)
-    if reduction == NONE:
-        return loss.to(x.dtype), lse, loss.new_ones(1)
-    if by_index:
-        total, divisor = kernels.totals(loss, target, weight, ignore_index).unbind()
-    else:
-        total = kernels.totals(loss, None, None, ignore_index)[0]
-        divisor = total.new_tensor(float(loss.numel()))
-    if reduction == SUM:
-        return total.to(x.dtype), lse, loss.new_ones(1)
-    return (total / divisor).to(x.dtype), lse, divisor.reshape(1).to(compute)
+    return loss.view(_positions(x)) if reduction == NONE else loss, stats
+
+
+def _positions(x: Tensor) -> list[int]:
+    """The shape of x without its classes."""
+    dim = _dim(x)
+    return [*x.shape[:dim], *x.shape[dim + 1 :]]
 
 
 def _fake_cross_entropy(
@@ -75,12 +63,11 @@ def _fake_cross_entropy(
     reduction: int,
     ignore_index: int,
     smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dim = _dim(x)
-    sizes = [*x.shape[:dim], *x.shape[dim + 1 :]]
+) -> tuple[Tensor, Tensor]:
+    sizes = _positions(x)
     loss = x.new_empty(sizes if reduction == NONE else [])
-    divisor = x.new_empty(1, dtype=compute_dtype(x.dtype))
-    return loss, x.new_empty(sizes, dtype=torch.float64), divisor
+    n_rows = x.numel() // x.shape[_dim(x)]
+    return loss, x.new_empty(n_rows + 1, dtype=torch.float64)
 
 
 def run_cross_entropy_backward(
@@ -88,19 +75,18 @@ def run_cross_entropy_backward(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
-    divisor: Tensor,
+    stats: Tensor,
     ignore_index: int,
     smoothing: float,
 ) -> Tensor:
     """dx, contiguous."""
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = layout.output(x)
     if not x.numel():
         return dx
     kernels = backend.kernels(x.device.type, "losses")
-    upstream = (dloss.to(divisor.dtype) / divisor).reshape(-1).contiguous()
     logits, shape, strides = layout.along(x, _dim(x))
-    args = (logits, target.contiguous(), _weight(weight, x), lse, upstream, dx, shape, strides)
+    targets = (target.contiguous(), _weight(weight, x))
+    args = (logits, *targets, stats, dloss.contiguous(), dx, shape, strides)
     if target.is_floating_point():
         kernels.cross_entropy_probs_backward(*args, smoothing)
     else:
@@ -110,15 +96,15 @@ def run_cross_entropy_backward(
 
 def keep_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, target, weight, *ctx.options = inputs
-    ctx.save_for_backward(x, target, weight, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, target, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def cross_entropy_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     """The derivative by x; by probabilities and weights only where torch's own function runs."""
-    x, target, weight, lse, divisor = ctx.saved_tensors
+    x, target, weight, stats = ctx.saved_tensors
     reduction, ignore_index, smoothing = ctx.options
-    if not torch.is_grad_enabled():
+    if not differentiated():
         dx = call(
             run_cross_entropy_backward,
             "cross_entropy_backward",
@@ -126,8 +112,7 @@ def cross_entropy_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
             x,
             target,
             weight,
-            lse,
-            divisor,
+            stats,
             ignore_index,
             smoothing,
         )
@@ -142,17 +127,17 @@ def cross_entropy_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
 
 define(
     "cross_entropy(Tensor x, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, "
-    "float smoothing) -> (Tensor, Tensor, Tensor)",
+    "float smoothing) -> (Tensor, Tensor)",
     run_cross_entropy,
     _fake_cross_entropy,
     keep_cross_entropy,
     cross_entropy_backward,
 )
 define(
-    "cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor lse, "
-    "Tensor divisor, SymInt ignore_index, float smoothing) -> Tensor",
+    "cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor stats, "
+    "SymInt ignore_index, float smoothing) -> Tensor",
     run_cross_entropy_backward,
-    lambda dloss, x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lambda dloss, x, *_: layout.output(x),
 )
 
 
@@ -163,9 +148,9 @@ class CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, *options: Any
     ) -> Tensor:
-        loss, lse, divisor = run_cross_entropy(x, target, weight, *options)
+        loss, stats = run_cross_entropy(x, target, weight, *options)
         ctx.options = options
-        ctx.save_for_backward(x, target, weight, lse, divisor)
+        ctx.save_for_backward(x, target, weight, stats)
         return loss
 
     backward = staticmethod(cross_entropy_backward)

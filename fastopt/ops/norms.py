@@ -10,48 +10,67 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import by_torch, call, compute_dtype, define
+from fastopt.ops.registry import by_torch, call, compute_dtype, define, differentiated
 
 
 def _flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-def _output(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _statistic(x: Tensor, n_dims: int) -> Tensor:
     """One number a row, in the compute type."""
-    return x.new_empty(x.shape[: x.dim() - n_dims], dtype=compute_dtype(x.dtype))
+    n_rows = x.shape[: x.dim() - n_dims].numel()
+    return torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    n_dims: int,
+    eps: float,
+) -> Tensor:
+    """y; the last n_dims dimensions are one row. mean and rstd are filled in where given."""
+    y = layout.output(x)
+    if x.numel():
+        x, *geometry = layout.rows(x, n_dims)
+        kernels = backend.kernels(x.device.type, "norms")
+        kernels.layer_norm(x, _flat(weight), _flat(bias), y, mean, rstd, *geometry, eps)
+    return y
 
 
 def run_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n_dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd); the last n_dims dimensions are one row."""
-    y, mean, rstd = _output(x), _statistic(x, n_dims), _statistic(x, n_dims)
+    """(y, mean, rstd)."""
+    mean, rstd = _statistic(x, n_dims), _statistic(x, n_dims)
+    return layer_norm(x, weight, bias, mean, rstd, n_dims, eps), mean, rstd
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, rstd: Tensor | None, n_dims: int, eps: float
+) -> Tensor:
+    """y; the last n_dims dimensions are one row. rstd is filled in where given."""
+    y = layout.output(x)
     if x.numel():
         x, *geometry = layout.rows(x, n_dims)
-        kernels = backend.kernels(x.device.type, "norms")
-        kernels.layer_norm(x, _flat(weight), _flat(bias), y, mean, rstd, *geometry, eps)
-    return y, mean, rstd
+        backend.kernels(x.device.type, "norms").rms_norm(x, _flat(weight), y, rstd, *geometry, eps)
+    return y
 
 
 def run_rms_norm(
     x: Tensor, weight: Tensor | None, n_dims: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(y, rstd); the last n_dims dimensions are one row."""
-    y, rstd = _output(x), _statistic(x, n_dims)
-    if x.numel():
-        x, *geometry = layout.rows(x, n_dims)
-        backend.kernels(x.device.type, "norms").rms_norm(x, _flat(weight), y, rstd, *geometry, eps)
-    return y, rstd
+    """(y, rstd)."""
+    rstd = _statistic(x, n_dims)
+    return rms_norm(x, weight, rstd, n_dims, eps), rstd
 
 
 def _outputs(wanted: list[bool], *likes: Tensor | None) -> list[Tensor | None]:
     pairs = zip(wanted, likes, strict=True)
-    return [_output(x) if wants and x is not None else None for wants, x in pairs]
+    return [layout.output(x) if wants and x is not None else None for wants, x in pairs]
 
 
 def run_layer_norm_backward(
@@ -107,7 +126,7 @@ def keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def layer_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    if torch.is_grad_enabled():
+    if differentiated():
         shape, eps = x.shape[x.dim() - ctx.n_dims :], ctx.eps
 
         def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -142,7 +161,7 @@ def keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, rstd = ctx.saved_tensors
-    if torch.is_grad_enabled():
+    if differentiated():
         shape, eps = x.shape[x.dim() - ctx.n_dims :], ctx.eps
 
         def norm(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -165,7 +184,11 @@ define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, int n_dims, float eps) "
     "-> (Tensor, Tensor, Tensor)",
     run_layer_norm,
-    lambda x, weight, bias, n_dims, eps: (_output(x), _statistic(x, n_dims), _statistic(x, n_dims)),
+    lambda x, weight, bias, n_dims, eps: (
+        layout.output(x),
+        _statistic(x, n_dims),
+        _statistic(x, n_dims),
+    ),
     keep_layer_norm,
     layer_norm_backward,
 )
@@ -180,7 +203,7 @@ define(
 define(
     "rms_norm(Tensor x, Tensor? weight, int n_dims, float eps) -> (Tensor, Tensor)",
     run_rms_norm,
-    lambda x, weight, n_dims, eps: (_output(x), _statistic(x, n_dims)),
+    lambda x, weight, n_dims, eps: (layout.output(x), _statistic(x, n_dims)),
     keep_rms_norm,
     rms_norm_backward,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _library: Any = torch.library.Library("fastopt", "DEF")  # type: ignore[no-untyped-call]
 
@@ -38,6 +39,16 @@ def define(
         )
 
     torch.library.register_autograd(qualified, backward or refuse, setup_context=keep, lib=_library)
+
+
+def differentiated() -> bool:
+    """Whether what a backward does is itself differentiated, or mapped over: then torch's operators
+    must do it."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def call(run: Callable[..., Any], name: str, *args: Any) -> Any:

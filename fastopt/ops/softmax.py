@@ -9,16 +9,12 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import by_torch, call, define
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+from fastopt.ops.registry import by_torch, call, define, differentiated
 
 
 def run_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
     """y over one dimension, which is not negative; contiguous."""
-    y = _contiguous_like(x)
+    y = layout.output(x)
     if x.numel():
         x, shape, strides = layout.along(x, dim)
         backend.kernels(x.device.type, "softmax").softmax(x, y, shape, strides, log)
@@ -27,7 +23,7 @@ def run_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
 
 def run_softmax_backward(dy: Tensor, y: Tensor, dim: int, log: bool) -> Tensor:
     """dx from the result."""
-    dx = _contiguous_like(y)
+    dx = layout.output(y)
     if y.numel():
         y, shape, _ = layout.along(y.contiguous(), dim)
         kernels = backend.kernels(y.device.type, "softmax")
@@ -44,7 +40,7 @@ def softmax_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     """dx = y (dy - sum dy y), or dy - exp(y) sum dy; as torch operators where it is differentiated
     again."""
     (y,) = ctx.saved_tensors
-    if not torch.is_grad_enabled():
+    if not differentiated():
         dx = call(run_softmax_backward, "softmax_backward", dy, y, ctx.dim, ctx.log)
     elif ctx.log:
         dx = dy - y.exp() * dy.sum(ctx.dim, keepdim=True)
@@ -56,14 +52,14 @@ def softmax_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
 define(
     "softmax(Tensor x, int dim, bool log) -> Tensor",
     run_softmax,
-    lambda x, dim, log: _contiguous_like(x),
+    lambda x, dim, log: layout.output(x),
     keep_softmax,
     softmax_backward,
 )
 define(
     "softmax_backward(Tensor dy, Tensor y, int dim, bool log) -> Tensor",
     run_softmax_backward,
-    lambda dy, y, dim, log: _contiguous_like(y),
+    lambda dy, y, dim, log: layout.output(y),
 )
 
 
@@ -103,7 +99,7 @@ def _without(shape: torch.Size, dim: int) -> list[int]:
 
 def run_logsumexp_backward(dlse: Tensor, x: Tensor, lse: Tensor, dim: int) -> Tensor:
     """dx = dlse exp(x - lse)."""
-    dx = _contiguous_like(x)
+    dx = layout.output(x)
     if x.numel():
         x, shape, strides = layout.along(x, dim)
         kernels = backend.kernels(x.device.type, "softmax")
@@ -119,7 +115,7 @@ def keep_logsumexp(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, T
 
 def logsumexp_backward(ctx: Any, dlse: Tensor, _: Any) -> tuple[Tensor | None, None]:
     x, lse = ctx.saved_tensors
-    if torch.is_grad_enabled():
+    if differentiated():
         return by_torch(lambda x: torch.logsumexp(x, ctx.dim), [x], dlse)[0], None
     return call(run_logsumexp_backward, "logsumexp_backward", dlse, x, lse, ctx.dim), None
 
@@ -134,7 +130,7 @@ define(
 define(
     "logsumexp_backward(Tensor dlse, Tensor x, Tensor lse, int dim) -> Tensor",
     run_logsumexp_backward,
-    lambda dlse, x, lse, dim: _contiguous_like(x),
+    lambda dlse, x, lse, dim: layout.output(x),
 )
 
 

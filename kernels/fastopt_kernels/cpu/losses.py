@@ -23,46 +23,50 @@ from fastopt_kernels.cpu.rows import double_bits
 from fastopt_kernels.cpu.softmax import Shape, Strides, make_row_parts
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, exp_of
 
-_args = memory.make_row(types.int64, 12)
-# Rows whose losses are summed by one task.
-SUMMED = 4096
+_args = memory.make_row(types.int64, 14)
+_args12 = memory.make_row(types.int64, 12)
+# How losses are reduced.
+NONE, MEAN, SUM = range(3)
 
 
 def _loss(tag, kind, weighted, smooth):
     codec, statistic = rows.Codec(kind), rows.Codec(rows.wide(kind))
-    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
-    get, put, put_lse = statistic.load, statistic.store, rows.Codec("fp64").store
+    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
+    get, put_double = statistic.load, rows.Codec("fp64").store
     peak, exp_sum = make_row_parts(tag, codec)
     zero, one = compute(0), compute(1)
 
     def cross_entropy(args, task):
-        x, target, weight, loss, lse, bad, n_rows, n_cols, stride, ignore, s, n_task = _args(
-            args, 0
+        x, target, weight, out, stats, sums, bad, n_rows, n_cols, stride, ignore, s, _, n_task = (
+            _args(args, 0)
         )
         spread = compute(bits_to_double(s))
+        sum_of_losses, sum_of_weights = np.float64(0), np.float64(0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             top = peak(x_row, n_cols)
             log_total = np.float64(top) + math.log(np.float64(exp_sum(x_row, n_cols, top)))
-            put_lse(lse, row, log_total)
+            put_double(stats, row, log_total)
             high, low = compute(log_total), compute(log_total - compute(log_total))
-            put(loss, row, zero)
-            t = load_integer(target, row)
-            if t == ignore:
-                continue
-            if t < 0 or t >= n_cols:
+            t, result = load_integer(target, row), zero
+            if t != ignore and (t < 0 or t >= n_cols):
                 store_integer(bad, 0, 1)
-                continue
-            w = get(weight, t) if weighted else one
-            result = (one - spread) * w * ((high - load(x_row, t)) + low)
-            if smooth:
-                total = zero
-                for j in range(n_cols):
-                    term = (high - load(x_row, j)) + low
-                    total = add(total, get(weight, j) * term if weighted else term)
-                result = result + spread / compute(n_cols) * total
-            put(loss, row, result)
+            elif t != ignore:
+                w = get(weight, t) if weighted else one
+                result = (one - spread) * w * ((high - load(x_row, t)) + low)
+                if smooth:
+                    total = zero
+                    for j in range(n_cols):
+                        term = (high - load(x_row, j)) + low
+                        total = add(total, get(weight, j) * term if weighted else term)
+                    result = result + spread / compute(n_cols) * total
+                sum_of_weights = sum_of_weights + np.float64(w)
+            sum_of_losses = sum_of_losses + np.float64(result)
+            if out != 0:
+                store(out, row, result)
+        put_double(sums, 2 * task, sum_of_losses)
+        put_double(sums, 2 * task + 1, sum_of_weights)
 
     return cross_entropy
 
@@ -70,16 +74,27 @@ def _loss(tag, kind, weighted, smooth):
 def _loss_backward(tag, kind, weighted, smooth):
     codec, statistic = rows.Codec(kind), rows.Codec(rows.wide(kind))
     load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    get, get_lse = statistic.load, rows.Codec("fp64").load
+    get, get_double = statistic.load, rows.Codec("fp64").load
     (exp, unit), zero, one = exp_of(compute), compute(0), compute(1)
 
     def cross_entropy_backward(args, task):
-        x, target, weight, lse, dloss, dx, each, n_rows, n_cols, stride, ignore_s, n_task = _args(
-            args, 0
-        )
+        (
+            x,
+            target,
+            weight,
+            stats,
+            dloss,
+            dx,
+            each,
+            n_rows,
+            n_cols,
+            stride,
+            options,
+            n_task,
+        ) = _args12(args, 0)
         ignore, spread = (
-            load_integer(ignore_s, 0),
-            compute(bits_to_double(load_integer(ignore_s, 1))),
+            load_integer(options, 0),
+            compute(bits_to_double(load_integer(options, 1))),
         )
         share = spread / compute(n_cols)
         weights = compute(n_cols)
@@ -96,7 +111,8 @@ def _loss_backward(tag, kind, weighted, smooth):
                 for j in range(n_cols):
                     store(dx_row, j, zero)
                 continue
-            upstream, log_total = get(dloss, row * each), get_lse(lse, row)
+            upstream = load(dloss, row * each) / compute(get_double(stats, n_rows))
+            log_total = get_double(stats, row)
             high, low = compute(log_total), compute(log_total - compute(log_total))
             hard = (one - spread) * (get(weight, t) if weighted else one)
             # dx_c = dloss ((hard + s / C sum w) p_c - hard [c = t] - s / C w_c)
@@ -117,51 +133,56 @@ def _loss_backward(tag, kind, weighted, smooth):
     return cross_entropy_backward
 
 
-def _totals(tag, kind, weighted, by_index):
-    get, put = rows.Codec(kind).load, rows.Codec("fp64").store
-    zero, one = np.float64(0), np.float64(1)
+def _reduced(tag, kind, mean):
+    store, compute = rows.Codec(kind).store, memory.compute_type(kind)
+    get, put = rows.Codec("fp64").load, rows.Codec("fp64").store
 
-    def totals(args, task):
-        loss, target, weight, sums, n_rows, ignore, _, _, _, _, _, _ = _args(args, 0)
-        total, weights = zero, zero
-        for row in range(task * SUMMED, min((task + 1) * SUMMED, n_rows)):
-            if by_index:
-                t = load_integer(target, row)
-                if t == ignore:
-                    continue
-                weights = weights + (np.float64(get(weight, t)) if weighted else one)
-            total = total + np.float64(get(loss, row))
-        put(sums, 2 * task, total)
-        put(sums, 2 * task + 1, weights)
+    def reduce_sums(args, task):
+        sums, n_sums, out, divisor, _, _, _, _, _, _, _, _, _, _ = _args(args, 0)
+        total, weights = np.float64(0), np.float64(0)
+        for i in range(n_sums):
+            total = total + get(sums, 2 * i)
+            weights = weights + get(sums, 2 * i + 1)
+        by = weights if mean else np.float64(1)
+        store(out, 0, compute(total / by))
+        put(divisor, 0, by)
 
-    return totals
+    return reduce_sums
 
 
 def _probs_loss(tag, kind, weighted):
     codec, statistic = rows.Codec(kind), rows.Codec(rows.wide(kind))
-    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
-    get, put, put_lse = statistic.load, statistic.store, rows.Codec("fp64").store
+    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
+    get, put_double = statistic.load, rows.Codec("fp64").store
     peak, exp_sum = make_row_parts(tag, codec)
     zero, one = compute(0), compute(1)
 
     def cross_entropy_probs(args, task):
-        x, probs, weight, loss, lse, n_rows, n_cols, stride, s, _, _, n_task = _args(args, 0)
+        x, probs, weight, out, stats, sums, _, n_rows, n_cols, stride, _, s, _, n_task = _args(
+            args, 0
+        )
         spread = compute(bits_to_double(s))
         share = spread / compute(n_cols)
+        sum_of_losses, n_summed = np.float64(0), np.float64(0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             probs_row = probs + row * n_cols * itemsize
             top = peak(x_row, n_cols)
             log_total = np.float64(top) + math.log(np.float64(exp_sum(x_row, n_cols, top)))
-            put_lse(lse, row, log_total)
+            put_double(stats, row, log_total)
             high, low = compute(log_total), compute(log_total - compute(log_total))
             total = zero
             for j in range(n_cols):
                 q = (one - spread) * load(probs_row, j) + share
                 term = q * ((high - load(x_row, j)) + low)
                 total = add(total, get(weight, j) * term if weighted else term)
-            put(loss, row, total)
+            sum_of_losses = sum_of_losses + np.float64(total)
+            n_summed = n_summed + np.float64(1)
+            if out != 0:
+                store(out, row, total)
+        put_double(sums, 2 * task, sum_of_losses)
+        put_double(sums, 2 * task + 1, n_summed)
 
     return cross_entropy_probs
 
@@ -169,18 +190,21 @@ def _probs_loss(tag, kind, weighted):
 def _probs_loss_backward(tag, kind, weighted):
     codec, statistic = rows.Codec(kind), rows.Codec(rows.wide(kind))
     load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    get, get_lse = statistic.load, rows.Codec("fp64").load
+    get, get_double = statistic.load, rows.Codec("fp64").load
     (exp, unit), zero, one = exp_of(compute), compute(0), compute(1)
 
     def cross_entropy_probs_backward(args, task):
-        x, probs, weight, lse, dloss, dx, each, n_rows, n_cols, stride, s, n_task = _args(args, 0)
+        x, probs, weight, stats, dloss, dx, each, n_rows, n_cols, stride, s, n_task = _args12(
+            args, 0
+        )
         spread = compute(bits_to_double(s))
         share = spread / compute(n_cols)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             at = row * n_cols * itemsize
-            upstream, log_total = get(dloss, row * each), get_lse(lse, row)
+            upstream = load(dloss, row * each) / compute(get_double(stats, n_rows))
+            log_total = get_double(stats, row)
             high, low = compute(log_total), compute(log_total - compute(log_total))
             total = zero
             for j in range(n_cols):
@@ -223,99 +247,120 @@ def cross_entropy(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    loss: Tensor,
-    lse: Tensor,
     shape: Shape,
     strides: Strides,
+    reduction: int,
     ignore_index: int,
     smoothing: float,
-) -> int | None:
-    """The loss of each row; returns the first target that is out of range, or None."""
+) -> tuple[Tensor, Tensor, int | None]:
+    """(loss, stats, the first target that is out of range or None).
+
+    loss: one a row, or a number; stats: the logsumexp of each row, and what the sum was divided by
+    """
     x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
     task = rows.task_of(_loss, rows.KINDS[x.dtype], weight is not None, smoothing != 0.0)
     bad = array("q", (0,))
-    pointers = (x.data_ptr(), target.data_ptr(), _address(weight), loss.data_ptr(), lse.data_ptr())
-    numbers = (n_rows, n_cols, stride, ignore_index, double_bits(smoothing))
-    task.run_rows(n_rows, n_cols, *pointers, bad.buffer_info()[0], *numbers)
+    numbers = (
+        bad.buffer_info()[0],
+        n_rows,
+        n_cols,
+        stride,
+        ignore_index,
+        double_bits(smoothing),
+        0,
+    )
+    loss, stats = _run_loss(task, x, target, weight, numbers, reduction)
     if not bad[0]:
-        return None
+        return loss, stats, None
     outside = (target != ignore_index) & ((target < 0) | (target >= n_cols))
-    return int(target[outside][0])
-
-
-def cross_entropy_backward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    dloss: Tensor,
-    dx: Tensor,
-    shape: Shape,
-    strides: Strides,
-    ignore_index: int,
-    smoothing: float,
-) -> None:
-    """The derivative by x; dloss has one number a row, or one for all."""
-    x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
-    task = rows.task_of(_loss_backward, rows.KINDS[x.dtype], weight is not None, smoothing != 0.0)
-    out = _like_rows(dx, shape)
-    pointers = (x, target, weight, lse, dloss, out)
-    options = array("q", (ignore_index, double_bits(smoothing)))
-    numbers = (int(dloss.numel() > 1), n_rows, n_cols, stride, options.buffer_info()[0])
-    task.run_rows(n_rows, n_cols, *map(_address, pointers), *numbers)
-    _from_rows(out, dx, shape)
-
-
-def totals(loss: Tensor, target: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """(2,) float64: the sum of the losses, and of the weights of the targets that count."""
-    n_rows = loss.numel()
-    n_tasks = -(-n_rows // SUMMED)
-    sums = torch.empty(n_tasks, 2, dtype=torch.float64)
-    kind = rows.KINDS[loss.dtype]
-    task = rows.task_of(_totals, kind, weight is not None, target is not None)
-    pointers = map(_address, (loss, target, weight, sums))
-    task.run(n_tasks, n_rows, *pointers, n_rows, ignore_index, *6 * (0,))
-    return sums[0] if n_tasks == 1 else sums.sum(0)
+    return loss, stats, int(target[outside][0])
 
 
 def cross_entropy_probs(
     x: Tensor,
     probs: Tensor,
     weight: Tensor | None,
-    loss: Tensor,
-    lse: Tensor,
     shape: Shape,
     strides: Strides,
+    reduction: int,
     smoothing: float,
-) -> None:
-    """The loss of each row against probabilities, which are contiguous and of x's dtype."""
+) -> tuple[Tensor, Tensor]:
+    """(loss, stats) against probabilities, which are contiguous and of x's dtype."""
     _, n_cols, n_inner = shape
     x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
     probs, *_ = _as_rows(probs, shape, (n_cols * n_inner, n_inner))
     task = rows.task_of(_probs_loss, rows.KINDS[x.dtype], weight is not None)
-    pointers = map(_address, (x, probs, weight, loss, lse))
-    numbers = (n_rows, n_cols, stride, double_bits(smoothing), 0, 0)
+    numbers = (0, n_rows, n_cols, stride, 0, double_bits(smoothing), 0)
+    return _run_loss(task, x, probs, weight, numbers, reduction)
+
+
+def _run_loss(
+    task: rows.Task,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    numbers: tuple[int, ...],
+    reduction: int,
+) -> tuple[Tensor, Tensor]:
+    _, n_rows, n_cols, *_ = numbers
+    stats = torch.empty(n_rows + 1, dtype=torch.float64)
+    loss = torch.empty(n_rows if reduction == NONE else (), dtype=x.dtype)
+    n_sums = rows.n_tasks(n_rows, n_cols)
+    sums = array("d", bytes(16 * n_sums))
+    where = sums.buffer_info()[0]
+    out = loss.data_ptr() if reduction == NONE else 0
+    pointers = (x.data_ptr(), target.data_ptr(), _address(weight), out, stats.data_ptr(), where)
     task.run_rows(n_rows, n_cols, *pointers, *numbers)
+    if reduction == NONE:
+        stats[n_rows] = 1.0
+    else:
+        last = rows.task_of(_reduced, rows.KINDS[x.dtype], reduction == MEAN)
+        pointers = (where, n_sums, loss.data_ptr(), stats.data_ptr() + 8 * n_rows)
+        last.run(1, 0, *pointers, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    return loss, stats
+
+
+def cross_entropy_backward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    dloss: Tensor,
+    dx: Tensor,
+    shape: Shape,
+    strides: Strides,
+    ignore_index: int,
+    smoothing: float,
+) -> None:
+    """The derivative by x; dloss, contiguous and of x's dtype, is one a row or one for all."""
+    x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
+    task = rows.task_of(_loss_backward, rows.KINDS[x.dtype], weight is not None, smoothing != 0.0)
+    out = _like_rows(dx, shape)
+    pointers = (x, target, weight, stats, dloss, out)
+    options = array("q", (ignore_index, double_bits(smoothing)))
+    numbers = (int(dloss.numel() > 1), n_rows, n_cols, stride, options.buffer_info()[0])
+    task.run_rows(n_rows, n_cols, *map(_address, pointers), *numbers)
+    _from_rows(out, dx, shape)
 
 
 def cross_entropy_probs_backward(
     x: Tensor,
     probs: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    stats: Tensor,
     dloss: Tensor,
     dx: Tensor,
     shape: Shape,
     strides: Strides,
     smoothing: float,
 ) -> None:
-    """The derivative by x; dloss has one number a row, or one for all."""
+    """The derivative by x; dloss, contiguous and of x's dtype, is one a row or one for all."""
     _, n_cols, n_inner = shape
     x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
     probs, *_ = _as_rows(probs, shape, (n_cols * n_inner, n_inner))
     task = rows.task_of(_probs_loss_backward, rows.KINDS[x.dtype], weight is not None)
     out = _like_rows(dx, shape)
-    pointers = map(_address, (x, probs, weight, lse, dloss, out))
+    pointers = map(_address, (x, probs, weight, stats, dloss, out))
     numbers = (int(dloss.numel() > 1), n_rows, n_cols, stride, double_bits(smoothing))
     task.run_rows(n_rows, n_cols, *pointers, *numbers)
     _from_rows(out, dx, shape)

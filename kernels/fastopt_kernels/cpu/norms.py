@@ -47,14 +47,16 @@ def _forward(tag, kind, weight_kind, bias_kind, centered):
                 for j in range(n_cols):
                     center = add(center, load(x_row, j))
                 center = center / compute(n_cols)
-                put(mean, row, center)
+                if mean != 0:
+                    put(mean, row, center)
             squares = zero
             for j in range(n_cols):
                 deviation = load(x_row, j) - center
                 squares = add(squares, deviation * deviation)
             variance = squares / compute(n_cols)
             scale = one / math.sqrt(variance + compute(bits_to_double(eps)))
-            put(rstd, row, scale)
+            if rstd != 0:
+                put(rstd, row, scale)
             for j in range(n_cols):
                 result = (load(x_row, j) - center) * scale
                 if weighted:
@@ -141,14 +143,14 @@ def layer_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     n_rows: int,
     n_cols: int,
     stride_row: int,
     eps: float,
 ) -> None:
-    """Normalize every row of x into y; mean and rstd are kept for the backward."""
+    """Normalize every row of x into y; mean and rstd are what the backward needs, if any."""
     task = rows.task_of(_forward, _kind(x), _kind(weight), _kind(bias), True)
     pointers = map(_address, (x, weight, bias, y, mean, rstd))
     task.run_rows(n_rows, n_cols, *pointers, n_rows, n_cols, stride_row, double_bits(eps), 0, 0, 0)
@@ -158,13 +160,13 @@ def rms_norm(
     x: Tensor,
     weight: Tensor | None,
     y: Tensor,
-    rstd: Tensor,
+    rstd: Tensor | None,
     n_rows: int,
     n_cols: int,
     stride_row: int,
     eps: float,
 ) -> None:
-    """Scale every row of x to unit mean square into y; rstd is kept for the backward."""
+    """Scale every row of x to unit mean square into y; rstd is what the backward needs, if any."""
     task = rows.task_of(_forward, _kind(x), _kind(weight), None, False)
     pointers = map(_address, (x, weight, None, y, None, rstd))
     task.run_rows(n_rows, n_cols, *pointers, n_rows, n_cols, stride_row, double_bits(eps), 0, 0, 0)

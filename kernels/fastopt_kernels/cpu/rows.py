@@ -102,21 +102,27 @@ class Task:
         self._compiled = disk.obtain(disk.key(build, *specialization), make)
         name = self._compiled.fndesc.llvm_cfunc_wrapper_name
         self._address = self._compiled.library.get_pointer_to_function(name)
+        self._one_thread = _loop(False)
 
     def run(self, n_tasks: int, n_elements: int, *args: int) -> None:
         """Task numbers 0 to n_tasks - 1; n_elements says whether several threads are worth it."""
         packed = array("q", args)
-        values = (self._address, packed.buffer_info()[0], n_tasks)
+        where = packed.buffer_info()[0]
         n_threads = torch.get_num_threads()
         if n_tasks > 1 and threads.worth_it(n_threads, n_elements):
-            threads.run_parallel(_loop(True), values, n_threads)
+            threads.run_parallel(_loop(True), (self._address, where, n_tasks), n_threads)
         else:
-            _loop(False)(*values)
+            self._one_thread(self._address, where, n_tasks)
 
     def run_rows(self, n_rows: int, n_cols: int, *args: int) -> None:
         """Tasks of some rows each; how many is the last argument of each task."""
         n_task = max(1, TASK // max(1, n_cols))
         self.run(-(-n_rows // n_task), n_rows * n_cols, *args, n_task)
+
+
+def n_tasks(n_rows: int, n_cols: int) -> int:
+    """How many tasks `run_rows` makes of so many rows."""
+    return -(-n_rows // max(1, TASK // max(1, n_cols)))
 
 
 @lru_cache(maxsize=256)
