@@ -24,14 +24,14 @@ LABELS = {
     TORCH.name: "torch AdamW (default)",
     TORCH_FUSED.name: "torch AdamW (fused=True)",
     FASTOPT.name: "fastopt AdamW",
-    FASTOPT_SWAP.name: "fastopt AdamW (model, loss swapped)",
+    FASTOPT_SWAP.name: "fastopt AdamW (and model)",
 }
 OURS = (FASTOPT.name, FASTOPT_SWAP.name)
 # (line width, dashes): wide, narrower, thin dashes and others between them, so that curves that
 # coincide all show.
 CURVES: dict[str, tuple[float, LineStyleType]] = {
-    TORCH.name: (7.0, "-"),
-    TORCH_FUSED.name: (3.2, "-"),
+    TORCH.name: (8.0, "-"),
+    TORCH_FUSED.name: (4.4, "-"),
     FASTOPT.name: (1.6, (0, (4, 2.5))),
     FASTOPT_SWAP.name: (1.6, (2.5, (2.5, 4))),
 }

@@ -34,7 +34,8 @@ def run_cross_entropy(
     ignore_index: int,
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, stats): the logsumexp of each row in float64, and last what the sum was divided by."""
+    """(loss, stats): the maximum and log sum exp(x - max) of each row, and last what the sum was
+    divided by, in float64."""
     logits, shape, strides = layout.along(x, _dim(x))
     kernels = backend.kernels(x.device.type, "losses")
     walk = (target.contiguous(), _weight(weight, x), shape, strides, reduction)
@@ -67,7 +68,7 @@ def _fake_cross_entropy(
     sizes = _positions(x)
     loss = x.new_empty(sizes if reduction == NONE else [])
     n_rows = x.numel() // x.shape[_dim(x)]
-    return loss, x.new_empty(n_rows + 1, dtype=torch.float64)
+    return loss, x.new_empty(2 * n_rows + 1, dtype=torch.float64)
 
 
 def run_cross_entropy_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ def _flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-def _statistic(x: Tensor, n_dims: int) -> Tensor:
-    """One number a row, in the compute type."""
-    n_rows = x.shape[: x.dim() - n_dims].numel()
-    return torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device)
+def _statistic(x: Tensor, n_dims: int, dtype: torch.dtype | None = None) -> Tensor:
+    """One number a row, in the compute type unless said otherwise."""
+    n_rows = prod(x.shape[: x.dim() - n_dims])
+    return torch.empty(n_rows, dtype=dtype or compute_dtype(x.dtype), device=x.device)
 
 
 def layer_norm(
@@ -45,7 +46,7 @@ def run_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n_dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd)."""
-    mean, rstd = _statistic(x, n_dims), _statistic(x, n_dims)
+    mean, rstd = _statistic(x, n_dims, torch.float64), _statistic(x, n_dims)
     return layer_norm(x, weight, bias, mean, rstd, n_dims, eps), mean, rstd
 
 
@@ -186,7 +187,7 @@ define(
     run_layer_norm,
     lambda x, weight, bias, n_dims, eps: (
         layout.output(x),
-        _statistic(x, n_dims),
+        _statistic(x, n_dims, torch.float64),
         _statistic(x, n_dims),
     ),
     keep_layer_norm,

@@ -77,33 +77,33 @@ class Softmax(torch.autograd.Function):
 
 
 def run_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The result in x's dtype, and in float64 for the backward."""
-    shape = _without(x.shape, dim)
-    lse = torch.empty(shape, dtype=torch.float64, device=x.device)
+    """(result in x's dtype, stats for the backward: the maximum and log sum exp(x - max))."""
+    out = torch.empty(_without(x.shape, dim), dtype=x.dtype, device=x.device)
+    stats = torch.empty((out.numel(), 2), dtype=torch.float64, device=x.device)
     if x.numel():
-        x, walk, strides = layout.along(x, dim)
-        backend.kernels(x.device.type, "softmax").logsumexp(x, lse, walk, strides)
+        x, shape, strides = layout.along(x, dim)
+        backend.kernels(x.device.type, "softmax").logsumexp(x, out, stats, shape, strides)
     else:
-        lse.fill_(-torch.inf)
-    return lse.to(x.dtype, copy=True), lse
+        out.fill_(-torch.inf)
+    return out, stats
 
 
 def _fake_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    shape = _without(x.shape, dim)
-    return x.new_empty(shape), x.new_empty(shape, dtype=torch.float64)
+    out = x.new_empty(_without(x.shape, dim))
+    return out, x.new_empty((out.numel(), 2), dtype=torch.float64)
 
 
 def _without(shape: torch.Size, dim: int) -> list[int]:
     return [*shape[:dim], *shape[dim + 1 :]]
 
 
-def run_logsumexp_backward(dlse: Tensor, x: Tensor, lse: Tensor, dim: int) -> Tensor:
+def run_logsumexp_backward(dlse: Tensor, x: Tensor, stats: Tensor, dim: int) -> Tensor:
     """dx = dlse exp(x - lse)."""
     dx = layout.output(x)
     if x.numel():
         x, shape, strides = layout.along(x, dim)
         kernels = backend.kernels(x.device.type, "softmax")
-        kernels.logsumexp_backward(dlse.contiguous(), x, lse.contiguous(), dx, shape, strides)
+        kernels.logsumexp_backward(dlse.contiguous(), x, stats, dx, shape, strides)
     return dx
 
 
@@ -114,10 +114,10 @@ def keep_logsumexp(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, T
 
 
 def logsumexp_backward(ctx: Any, dlse: Tensor, _: Any) -> tuple[Tensor | None, None]:
-    x, lse = ctx.saved_tensors
+    x, stats = ctx.saved_tensors
     if differentiated():
         return by_torch(lambda x: torch.logsumexp(x, ctx.dim), [x], dlse)[0], None
-    return call(run_logsumexp_backward, "logsumexp_backward", dlse, x, lse, ctx.dim), None
+    return call(run_logsumexp_backward, "logsumexp_backward", dlse, x, stats, ctx.dim), None
 
 
 define(
@@ -128,9 +128,9 @@ define(
     logsumexp_backward,
 )
 define(
-    "logsumexp_backward(Tensor dlse, Tensor x, Tensor lse, int dim) -> Tensor",
+    "logsumexp_backward(Tensor dlse, Tensor x, Tensor stats, int dim) -> Tensor",
     run_logsumexp_backward,
-    lambda dlse, x, lse, dim: layout.output(x),
+    lambda dlse, x, stats, dim: layout.output(x),
 )
 
 
@@ -139,9 +139,9 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        result, lse = run_logsumexp(x, dim)
+        result, stats = run_logsumexp(x, dim)
         ctx.dim = dim
-        ctx.save_for_backward(x, lse)
+        ctx.save_for_backward(x, stats)
         return result
 
     @staticmethod

@@ -161,13 +161,13 @@ def softmax_backward(tag, kind, log):
 def logsumexp(tag, kind):
     """The task of logsumexp."""
     codec = rows.Codec(kind)
-    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
     get, put = rows.Codec(codec.wide).load, rows.Codec("fp64").store
     peaks, exp_sums = make_tile_parts(tag, codec)
     zero = compute(0)
 
     def logsumexp_columns(args, task):
-        x, lse, n_cols, n_inner, stride_outer, step, _, _ = _args(args, 0)
+        x, out, stats, n_cols, n_inner, stride_outer, step, _ = _args(args, 0)
         n_tiles = (n_inner + WIDTH - 1) // WIDTH
         outer, left = task // n_tiles, (task % n_tiles) * WIDTH
         width = min(WIDTH, n_inner - left)
@@ -179,13 +179,16 @@ def logsumexp(tag, kind):
         exp_sums(x_tile, n_cols, step, width, top, total, part, 0, 0)
         for i in range(width):
             peak = get(top, i)
-            result = np.float64(peak) + math.log(np.float64(get(total, i)))
+            log_total = math.log(np.float64(get(total, i)))
             if peak - peak != zero:  # infinite: its own logsumexp, unless there is a NaN
+                log_total = np.float64(0)
                 for c in range(n_cols):
                     element = load(x_tile + c * step * itemsize, i)
                     peak = element if element != element else peak
-                result = np.float64(peak)
-            put(lse, outer * n_inner + left + i, result)
+            at = outer * n_inner + left + i
+            put(stats, 2 * at, np.float64(peak))
+            put(stats, 2 * at + 1, log_total)
+            store(out, at, compute(np.float64(peak) + log_total))
 
     return logsumexp_columns
 
@@ -195,11 +198,11 @@ def logsumexp_backward(tag, kind):
     codec = rows.Codec(kind)
     load, store, itemsize = codec.load, codec.store, codec.itemsize
     get, put = rows.Codec(codec.wide).load, rows.Codec(codec.wide).store
-    log_total, compute = rows.Codec("fp64").load, codec.compute
+    of_stats, compute = rows.Codec("fp64").load, codec.compute
     exp, unit = exp_of(codec.compute)
 
     def logsumexp_backward_columns(args, task):
-        dlse, x, lse, dx, n_cols, n_inner, stride_outer, step = _args(args, 0)
+        dlse, x, stats, dx, n_cols, n_inner, stride_outer, step = _args(args, 0)
         n_tiles = (n_inner + WIDTH - 1) // WIDTH
         outer, left = task // n_tiles, (task % n_tiles) * WIDTH
         width = min(WIDTH, n_inner - left)
@@ -210,9 +213,8 @@ def logsumexp_backward(tag, kind):
         high = buffer.ctypes.data
         low = high + 8 * WIDTH
         for i in range(width):
-            whole = log_total(lse, at + i)
-            put(high, i, compute(whole))
-            put(low, i, compute(whole - compute(whole)))
+            put(high, i, compute(of_stats(stats, 2 * (at + i))))
+            put(low, i, compute(of_stats(stats, 2 * (at + i) + 1)))
         for c in range(n_cols):
             x_line = x_tile + c * step * itemsize
             dx_line = dx_tile + c * n_inner * itemsize

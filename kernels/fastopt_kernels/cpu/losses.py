@@ -3,7 +3,8 @@
     class indices  loss = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
     probabilities  loss = sum_c w_c q_c (lse - x_c),  q_c = (1 - s) probs_c + s / C
 
-lse is kept in float64: its rounding would be an error in every probability of the backward.
+The maximum and log sum exp(x - max) are kept apart: the rounding of their sum would be an error in
+the loss and in every probability of the backward.
 Classes that are not the last dimension are moved there by a copy first.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastopt_kernels.cpu import memory, rows
 from fastopt_kernels.cpu.memory import load_integer, store_integer
-from fastopt_kernels.cpu.rows import double_bits
+from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.softmax import Shape, Strides, make_row_parts
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, exp_of
 
@@ -30,7 +31,7 @@ NONE, MEAN, SUM = range(3)
 
 
 def _loss(tag, kind, weighted, smooth):
-    codec, statistic = rows.Codec(kind), rows.Codec(rows.wide(kind))
+    codec, statistic = rows.Codec(kind, own_nan=not weighted), rows.Codec(rows.wide(kind))
     load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
     get, put_double = statistic.load, rows.Codec("fp64").store
     peak, exp_sum = make_row_parts(tag, codec)
@@ -46,21 +47,28 @@ def _loss(tag, kind, weighted, smooth):
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             top = peak(x_row, n_cols)
-            log_total = np.float64(top) + math.log(np.float64(exp_sum(x_row, n_cols, top)))
-            put_double(stats, row, log_total)
-            high, low = compute(log_total), compute(log_total - compute(log_total))
+            log_sum = math.log(exp_sum(x_row, n_cols, top))
+            put_double(stats, 2 * row, np.float64(top))
+            put_double(stats, 2 * row + 1, log_sum)
+            log_total = compute(log_sum)
             t, result = load_integer(target, row), zero
             if t != ignore and (t < 0 or t >= n_cols):
                 store_integer(bad, 0, 1)
             elif t != ignore:
                 w = get(weight, t) if weighted else one
-                result = (one - spread) * w * ((high - load(x_row, t)) + low)
+                result = (one - spread) * w * ((top - load(x_row, t)) + log_total)
                 if smooth:
-                    total = zero
-                    for j in range(n_cols):
-                        term = (high - load(x_row, j)) + low
-                        total = add(total, get(weight, j) * term if weighted else term)
-                    result = result + spread / compute(n_cols) * total
+                    total = np.float64(0)
+                    start = 0
+                    while start < n_cols:
+                        stop = block_end(start, n_cols)
+                        part = zero
+                        for j in range(start, stop):
+                            term = (top - load(x_row, j)) + log_total
+                            part = add(part, get(weight, j) * term if weighted else term)
+                        total += np.float64(part)
+                        start = stop
+                    result = result + spread / compute(n_cols) * compute(total)
                 sum_of_weights = sum_of_weights + np.float64(w)
             sum_of_losses = sum_of_losses + np.float64(result)
             if out != 0:
@@ -72,7 +80,7 @@ def _loss(tag, kind, weighted, smooth):
 
 
 def _loss_backward(tag, kind, weighted, smooth):
-    codec, statistic = rows.Codec(kind), rows.Codec(rows.wide(kind))
+    codec, statistic = rows.Codec(kind, own_nan=not weighted), rows.Codec(rows.wide(kind))
     load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
     get, get_double = statistic.load, rows.Codec("fp64").load
     (exp, unit), zero, one = exp_of(compute), compute(0), compute(1)
@@ -111,20 +119,20 @@ def _loss_backward(tag, kind, weighted, smooth):
                 for j in range(n_cols):
                     store(dx_row, j, zero)
                 continue
-            upstream = load(dloss, row * each) / compute(get_double(stats, n_rows))
-            log_total = get_double(stats, row)
-            high, low = compute(log_total), compute(log_total - compute(log_total))
+            upstream = load(dloss, row * each) / compute(get_double(stats, 2 * n_rows))
+            top = compute(get_double(stats, 2 * row))
+            log_total = compute(get_double(stats, 2 * row + 1))
             hard = (one - spread) * (get(weight, t) if weighted else one)
             # dx_c = dloss ((hard + s / C sum w) p_c - hard [c = t] - s / C w_c)
             scale = upstream * (hard + share * weights if smooth else hard)
             for j in range(n_cols):
-                p = exp((load(x_row, j) - high) - low) / unit
+                p = exp((load(x_row, j) - top) - log_total) / unit
                 if smooth:
                     even = share * get(weight, j) if weighted else share
                     store(dx_row, j, p * scale - upstream * even)
                 else:
                     store(dx_row, j, p * scale)
-            p = exp((load(x_row, t) - high) - low) / unit
+            p = exp((load(x_row, t) - top) - log_total) / unit
             even = zero
             if smooth:
                 even = share * get(weight, t) if weighted else share
@@ -151,7 +159,7 @@ def _reduced(tag, kind, mean):
 
 
 def _probs_loss(tag, kind, weighted):
-    codec, statistic = rows.Codec(kind), rows.Codec(rows.wide(kind))
+    codec, statistic = rows.Codec(kind, own_nan=not weighted), rows.Codec(rows.wide(kind))
     load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
     get, put_double = statistic.load, rows.Codec("fp64").store
     peak, exp_sum = make_row_parts(tag, codec)
@@ -169,14 +177,22 @@ def _probs_loss(tag, kind, weighted):
             x_row = x + row * stride * itemsize
             probs_row = probs + row * n_cols * itemsize
             top = peak(x_row, n_cols)
-            log_total = np.float64(top) + math.log(np.float64(exp_sum(x_row, n_cols, top)))
-            put_double(stats, row, log_total)
-            high, low = compute(log_total), compute(log_total - compute(log_total))
-            total = zero
-            for j in range(n_cols):
-                q = (one - spread) * load(probs_row, j) + share
-                term = q * ((high - load(x_row, j)) + low)
-                total = add(total, get(weight, j) * term if weighted else term)
+            log_sum = math.log(exp_sum(x_row, n_cols, top))
+            put_double(stats, 2 * row, np.float64(top))
+            put_double(stats, 2 * row + 1, log_sum)
+            log_total = compute(log_sum)
+            whole = np.float64(0)
+            start = 0
+            while start < n_cols:
+                stop = block_end(start, n_cols)
+                part = zero
+                for j in range(start, stop):
+                    q = (one - spread) * load(probs_row, j) + share
+                    term = q * ((top - load(x_row, j)) + log_total)
+                    part = add(part, get(weight, j) * term if weighted else term)
+                whole += np.float64(part)
+                start = stop
+            total = compute(whole)
             sum_of_losses = sum_of_losses + np.float64(total)
             n_summed = n_summed + np.float64(1)
             if out != 0:
@@ -188,7 +204,7 @@ def _probs_loss(tag, kind, weighted):
 
 
 def _probs_loss_backward(tag, kind, weighted):
-    codec, statistic = rows.Codec(kind), rows.Codec(rows.wide(kind))
+    codec, statistic = rows.Codec(kind, own_nan=not weighted), rows.Codec(rows.wide(kind))
     load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
     get, get_double = statistic.load, rows.Codec("fp64").load
     (exp, unit), zero, one = exp_of(compute), compute(0), compute(1)
@@ -203,15 +219,22 @@ def _probs_loss_backward(tag, kind, weighted):
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             at = row * n_cols * itemsize
-            upstream = load(dloss, row * each) / compute(get_double(stats, n_rows))
-            log_total = get_double(stats, row)
-            high, low = compute(log_total), compute(log_total - compute(log_total))
-            total = zero
-            for j in range(n_cols):
-                q = (one - spread) * load(probs + at, j) + share
-                total = add(total, get(weight, j) * q if weighted else q)
+            upstream = load(dloss, row * each) / compute(get_double(stats, 2 * n_rows))
+            top = compute(get_double(stats, 2 * row))
+            log_total = compute(get_double(stats, 2 * row + 1))
+            whole = np.float64(0)
+            start = 0
+            while start < n_cols:
+                stop = block_end(start, n_cols)
+                part = zero
+                for j in range(start, stop):
+                    q = (one - spread) * load(probs + at, j) + share
+                    part = add(part, get(weight, j) * q if weighted else q)
+                whole += np.float64(part)
+                start = stop
+            total = compute(whole)
             for j in range(n_cols):  # dx_c = dloss (p_c sum w q - w_c q_c)
-                p = exp((load(x_row, j) - high) - low) / unit
+                p = exp((load(x_row, j) - top) - log_total) / unit
                 q = (one - spread) * load(probs + at, j) + share
                 wq = get(weight, j) * q if weighted else q
                 store(dx + at, j, upstream * (p * total - wq))
@@ -255,7 +278,8 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, int | None]:
     """(loss, stats, the first target that is out of range or None).
 
-    loss: one a row, or a number; stats: the logsumexp of each row, and what the sum was divided by
+    loss: one a row, or a number; stats: the maximum and log sum exp(x - max) of each row, and last
+    what the sum was divided by
     """
     x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
     task = rows.task_of(_loss, rows.KINDS[x.dtype], weight is not None, smoothing != 0.0)
@@ -303,19 +327,19 @@ def _run_loss(
     reduction: int,
 ) -> tuple[Tensor, Tensor]:
     _, n_rows, n_cols, *_ = numbers
-    stats = torch.empty(n_rows + 1, dtype=torch.float64)
+    stats = torch.empty(2 * n_rows + 1, dtype=torch.float64)
     loss = torch.empty(n_rows if reduction == NONE else (), dtype=x.dtype)
-    n_sums = rows.n_tasks(n_rows, n_cols)
+    n_sums = -(-n_rows // rows.rows_of(n_cols))
     sums = array("d", bytes(16 * n_sums))
     where = sums.buffer_info()[0]
     out = loss.data_ptr() if reduction == NONE else 0
     pointers = (x.data_ptr(), target.data_ptr(), _address(weight), out, stats.data_ptr(), where)
     task.run_rows(n_rows, n_cols, *pointers, *numbers)
     if reduction == NONE:
-        stats[n_rows] = 1.0
+        stats[2 * n_rows] = 1.0
     else:
         last = rows.task_of(_reduced, rows.KINDS[x.dtype], reduction == MEAN)
-        pointers = (where, n_sums, loss.data_ptr(), stats.data_ptr() + 8 * n_rows)
+        pointers = (where, n_sums, loss.data_ptr(), stats.data_ptr() + 16 * n_rows)
         last.run(1, 0, *pointers, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     return loss, stats
 

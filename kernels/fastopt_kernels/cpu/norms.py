@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm for CPU: statistics in the compute type, a row at a time.
+"""LayerNorm and RMSNorm for CPU: statistics summed towards float64, a row at a time.
 
     layer_norm  y = (x - mean) rstd weight + bias,  rstd = 1 / sqrt(mean((x - mean)^2) + eps)
     rms_norm    y = x rstd weight,                  rstd = 1 / sqrt(mean(x^2) + eps)
@@ -17,7 +17,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu import memory, rows
-from fastopt_kernels.cpu.rows import double_bits
+from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
 
 _args = memory.make_row(types.int64, 14)
@@ -25,14 +25,56 @@ _args = memory.make_row(types.int64, 14)
 BLOCKS, BLOCK_ROWS = 64, 16
 
 
+def _make_deviation(tag, load, compute, centered):
+    """deviation(x, j, high, low), x_j minus the mean in two parts: rounded to one, a mean of 1e4
+    would be as far off as 1e-3 of a standard deviation of 1."""
+
+    @rows.inlined(tag)
+    def deviation(x, j, high, low):
+        if centered:
+            return (load(x, j) - high) - low
+        return load(x, j)
+
+    return deviation
+
+
 def _forward(tag, kind, weight_kind, bias_kind, centered):
     codec = rows.Codec(kind, own_nan=weight_kind in (None, kind) and bias_kind in (None, kind))
     load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    put = rows.Codec(codec.wide).store
+    put, put_double = rows.Codec(codec.wide).store, rows.Codec("fp64").store
     weight_of = memory.make_loader(weight_kind or "fp32", compute)
     bias_of = memory.make_loader(bias_kind or "fp32", compute)
-    weighted, biased = weight_kind is not None, bias_kind is not None
-    zero, one = compute(0), compute(1)
+    weighted, biased, zero = weight_kind is not None, bias_kind is not None, compute(0)
+    deviation = _make_deviation(tag, load, compute, centered)
+
+    @rows.inlined(tag)
+    def row_sum(x, n):
+        total = np.float64(0)
+        start = 0
+        while start < n:
+            stop = block_end(start, n)
+            part = zero
+            for j in range(start, stop):
+                part = add(part, load(x, j))
+            total += np.float64(part)
+            start = stop
+        return total
+
+    @rows.inlined(tag)
+    def moments(x, n, center):
+        first, second = np.float64(0), np.float64(0)
+        start = 0
+        while start < n:
+            stop = block_end(start, n)
+            part, squares = zero, zero
+            for j in range(start, stop):
+                d = deviation(x, j, center, zero)
+                part = add(part, d) if centered else part
+                squares = add(squares, d * d)
+            first += np.float64(part)
+            second += np.float64(squares)
+            start = stop
+        return first / n, second / n
 
     def norm(args, task):
         x, weight, bias, y, mean, rstd, n_rows, n_cols, stride, eps, _, _, _, n_task = _args(
@@ -42,23 +84,17 @@ def _forward(tag, kind, weight_kind, bias_kind, centered):
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             y_row = y + row * n_cols * itemsize
-            center = zero
-            if centered:
-                for j in range(n_cols):
-                    center = add(center, load(x_row, j))
-                center = center / compute(n_cols)
-                if mean != 0:
-                    put(mean, row, center)
-            squares = zero
-            for j in range(n_cols):
-                deviation = load(x_row, j) - center
-                squares = add(squares, deviation * deviation)
-            variance = squares / compute(n_cols)
-            scale = one / math.sqrt(variance + compute(bits_to_double(eps)))
+            high = compute(row_sum(x_row, n_cols) / n_cols) if centered else zero
+            left, squares = moments(x_row, n_cols, high)
+            low = compute(left)
+            variance = squares - left * left
+            scale = compute(1.0 / math.sqrt(variance + bits_to_double(eps)))
+            if mean != 0:
+                put_double(mean, row, np.float64(high) + left)
             if rstd != 0:
                 put(rstd, row, scale)
             for j in range(n_cols):
-                result = (load(x_row, j) - center) * scale
+                result = deviation(x_row, j, high, low) * scale
                 if weighted:
                     result = result * weight_of(weight, j)
                 if biased:
@@ -69,12 +105,33 @@ def _forward(tag, kind, weight_kind, bias_kind, centered):
 
 
 def _backward(tag, kind, weight_kind, centered, wants_dx, wants_dw, wants_db):
-    codec = rows.Codec(kind, own_nan=weight_kind in (None, kind))
+    codec, wide = rows.Codec(kind, own_nan=weight_kind in (None, kind)), rows.Codec(rows.wide(kind))
     load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    wide = rows.Codec(codec.wide)
-    get, put = wide.load, wide.store
+    get, put, get_double = wide.load, wide.store, rows.Codec("fp64").load
     weight_of = memory.make_loader(weight_kind or "fp32", compute)
-    weighted, zero, one = weight_kind is not None, compute(0), compute(1)
+    weighted, zero, one, wide_size = weight_kind is not None, compute(0), compute(1), wide.itemsize
+    deviation = _make_deviation(tag, load, compute, centered)
+
+    @rows.inlined(tag)
+    def upstream(dy, weight, j):
+        """g = dy weight, the gradient of the normalized row."""
+        return product(load(dy, j), weight_of(weight, j) if weighted else one)
+
+    @rows.inlined(tag)
+    def means(dy, x, weight, n, high, low, scale):
+        along, across = np.float64(0), np.float64(0)
+        start = 0
+        while start < n:
+            stop = block_end(start, n)
+            part, plain = zero, zero
+            for j in range(start, stop):
+                g = upstream(dy, weight, j)
+                part = add(part, g * (deviation(x, j, high, low) * scale))
+                plain = add(plain, g) if centered else plain
+            along += np.float64(part)
+            across += np.float64(plain)
+            start = stop
+        return compute(along / n), compute(across / n)
 
     def norm_backward(args, task):
         dy, x, weight, mean, rstd, dx, dws, dbs, n_rows, n_cols, stride, n_task, _, _ = _args(
@@ -88,29 +145,24 @@ def _backward(tag, kind, weight_kind, centered, wants_dx, wants_dw, wants_db):
                 put(db, j, zero)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
-            x_row = x + row * stride * itemsize
-            at = row * n_cols * itemsize
-            center = get(mean, row) if centered else zero
-            scale = get(rstd, row)
+            x_row, dy_row = x + row * stride * itemsize, dy + row * n_cols * itemsize
+            dx_row, scale = dx + row * n_cols * itemsize, get(rstd, row)
+            center = get_double(mean, row) if centered else np.float64(0)
+            high = compute(center)
+            low = compute(center - np.float64(high))
             along, across = zero, zero
             if wants_dx:
-                for j in range(n_cols):
-                    g = product(load(dy + at, j), weight_of(weight, j) if weighted else one)
-                    along = add(along, g * ((load(x_row, j) - center) * scale))
-                    if centered:
-                        across = add(across, g)
-            along, across = along / compute(n_cols), across / compute(n_cols)
+                along, across = means(dy_row, x_row, weight, n_cols, high, low, scale)
             for j in range(n_cols):
-                d, normal = load(dy + at, j), (load(x_row, j) - center) * scale
-                if wants_dx:  # dx = rstd (g - mean(g) - normal mean(g normal)), g = dy weight
-                    g = product(d, weight_of(weight, j) if weighted else one)
-                    store(dx + at, j, scale * (g - across - normal * along))
+                normal = deviation(x_row, j, high, low) * scale
+                if wants_dx:  # dx = rstd (g - mean(g) - normal mean(g normal))
+                    g = upstream(dy_row, weight, j)
+                    store(dx_row, j, scale * (g - across - normal * along))
                 if wants_dw:
-                    put(dw, j, get(dw, j) + d * normal)
+                    put(dw, j, get(dw, j) + load(dy_row, j) * normal)
                 if wants_db:
-                    put(db, j, get(db, j) + d)
+                    put(db, j, get(db, j) + load(dy_row, j))
 
-    wide_size = wide.itemsize
     return norm_backward
 
 

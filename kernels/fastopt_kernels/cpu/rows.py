@@ -32,6 +32,11 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 # Elements a task: enough to hide its call, few enough to divide small inputs among threads.
 TASK = 8192
 
+# Elements summed in the compute type, vectorized; the sums of these blocks are added in float64, so
+# that rounding errors do not grow with the row. What does not fill the vectors is a block of its
+# own: added one by one to a large sum, like elements would round alike.
+BLOCK, VECTORS = 512, 64
+
 _I64 = ir.IntType(64)
 
 
@@ -57,6 +62,17 @@ class Codec:
 def inlined(tag: str) -> Callable[[Callable[..., Any]], Any]:
     """Compile a part of a task; its symbols carry the task's tag."""
     return lambda function: njit(**JIT)(disk.named(function, tag))
+
+
+@njit(**JIT)
+def block_end(start, n):
+    """Where the block of a row of n elements that begins at `start` ends."""
+    left = n - start
+    if left >= BLOCK:
+        return start + BLOCK
+    if left >= VECTORS:
+        return n - left % VECTORS
+    return n
 
 
 @intrinsic
@@ -116,13 +132,13 @@ class Task:
 
     def run_rows(self, n_rows: int, n_cols: int, *args: int) -> None:
         """Tasks of some rows each; how many is the last argument of each task."""
-        n_task = max(1, TASK // max(1, n_cols))
+        n_task = rows_of(n_cols)
         self.run(-(-n_rows // n_task), n_rows * n_cols, *args, n_task)
 
 
-def n_tasks(n_rows: int, n_cols: int) -> int:
-    """How many tasks `run_rows` makes of so many rows."""
-    return -(-n_rows // max(1, TASK // max(1, n_cols)))
+def rows_of(n_cols: int) -> int:
+    """Rows a task."""
+    return max(1, TASK // max(1, n_cols))
 
 
 @lru_cache(maxsize=256)

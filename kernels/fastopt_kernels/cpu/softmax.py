@@ -16,6 +16,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu import columns, memory, rows
+from fastopt_kernels.cpu.rows import block_end
 from fastopt_kernels.cpu.vecmath import add, exp_of, larger
 
 Shape = tuple[int, int, int]
@@ -39,10 +40,16 @@ def make_row_parts(tag, codec):
 
     @rows.inlined(tag)
     def exp_sum(x, n, peak):
-        total = zero
-        for j in range(n):
-            total = add(total, exp(load(x, j) - peak))
-        return total / unit
+        total = np.float64(0)
+        start = 0
+        while start < n:
+            stop = block_end(start, n)
+            part = zero
+            for j in range(start, stop):
+                part = add(part, exp(load(x, j) - peak))
+            total += np.float64(part)
+            start = stop
+        return total / np.float64(unit)
 
     return peak, exp_sum
 
@@ -52,7 +59,8 @@ def _softmax(tag, kind):
     load, store, itemsize = codec.load, codec.store, codec.itemsize
     keep, kept = scratch.store, scratch.load
     peak, _ = make_row_parts(tag, codec)
-    (exp, _), zero, one = exp_of(codec.compute), codec.compute(0), codec.compute(1)
+    (exp, _), compute = exp_of(codec.compute), codec.compute
+    zero, one = compute(0), np.float64(1)
     # The exponentials wait in the output where it is wide enough.
     in_place = kind == rows.wide(kind)
 
@@ -65,12 +73,18 @@ def _softmax(tag, kind):
             y_row = y + row * n_cols * itemsize
             e_row = y_row if in_place else buffer.ctypes.data
             top = peak(x_row, n_cols)
-            total = zero
-            for j in range(n_cols):
-                e = exp(load(x_row, j) - top)
-                keep(e_row, j, e)
-                total = add(total, e)
-            scale = one / total
+            total = np.float64(0)
+            start = 0
+            while start < n_cols:
+                stop = block_end(start, n_cols)
+                part = zero
+                for j in range(start, stop):
+                    e = exp(load(x_row, j) - top)
+                    keep(e_row, j, e)
+                    part = add(part, e)
+                total += np.float64(part)
+                start = stop
+            scale = compute(one / total)
             for j in range(n_cols):
                 store(y_row, j, kept(e_row, j) * scale)
 
@@ -99,16 +113,24 @@ def _log_softmax(tag, kind):
 def _softmax_backward(tag, kind, log):
     codec = rows.Codec(kind)
     load, store, itemsize = codec.load, codec.store, codec.itemsize
-    (exp, unit), zero = exp_of(codec.compute), codec.compute(0)
+    (exp, unit), compute = exp_of(codec.compute), codec.compute
+    zero = compute(0)
 
     def softmax_backward(args, task):
         dy, y, dx, n_rows, n_cols, n_task = _args(args, 0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
-            total = zero
-            for j in range(n_cols):
-                total = add(total, load(dy + at, j) * load(y + at, j))
+            whole = np.float64(0)
+            start = 0
+            while start < n_cols:
+                stop = block_end(start, n_cols)
+                part = zero
+                for j in range(start, stop):
+                    part = add(part, load(dy + at, j) * load(y + at, j))
+                whole += np.float64(part)
+                start = stop
+            total = compute(whole)
             for j in range(n_cols):  # dx = y (dy - sum dy y)
                 store(dx + at, j, load(y + at, j) * (load(dy + at, j) - total))
 
@@ -117,10 +139,16 @@ def _softmax_backward(tag, kind, log):
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
-            total = zero
-            for j in range(n_cols):
-                total = add(total, load(dy + at, j))
-            total = total / unit
+            whole = np.float64(0)
+            start = 0
+            while start < n_cols:
+                stop = block_end(start, n_cols)
+                part = zero
+                for j in range(start, stop):
+                    part = add(part, load(dy + at, j))
+                whole += np.float64(part)
+                start = stop
+            total = compute(whole / np.float64(unit))
             for j in range(n_cols):  # dx = dy - exp(y) sum dy
                 store(dx + at, j, load(dy + at, j) - exp(load(y + at, j)) * total)
 
@@ -129,23 +157,25 @@ def _softmax_backward(tag, kind, log):
 
 def _logsumexp(tag, kind):
     codec = rows.Codec(kind)
-    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
     put, zero = rows.Codec("fp64").store, compute(0)
     peak, exp_sum = make_row_parts(tag, codec)
 
     def logsumexp(args, task):
-        x, lse, n_rows, n_cols, stride, n_task = _args(args, 0)
+        x, out, stats, n_rows, n_cols, stride, n_task, _ = _args8(args, 0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             top = peak(x_row, n_cols)
-            result = np.float64(top) + math.log(np.float64(exp_sum(x_row, n_cols, top)))
+            log_total = math.log(exp_sum(x_row, n_cols, top))
             if top - top != zero:  # infinite: its own logsumexp, unless there is a NaN
+                log_total = np.float64(0)
                 for j in range(n_cols):
                     element = load(x_row, j)
                     top = element if element != element else top
-                result = np.float64(top)
-            put(lse, row, result)
+            put(stats, 2 * row, np.float64(top))
+            put(stats, 2 * row + 1, log_total)
+            store(out, row, compute(np.float64(top) + log_total))
 
     return logsumexp
 
@@ -157,15 +187,15 @@ def _logsumexp_backward(tag, kind):
     exp, unit = exp_of(codec.compute)
 
     def logsumexp_backward(args, task):
-        dlse, x, lse, dx, n_rows, n_cols, stride, n_task = _args8(args, 0)
+        dlse, x, stats, dx, n_rows, n_cols, stride, n_task = _args8(args, 0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             dx_row = dx + row * n_cols * itemsize
-            upstream, log_total = load(dlse, row), get(lse, row)
-            high, low = compute(log_total), compute(log_total - compute(log_total))
+            upstream = load(dlse, row)
+            top, log_total = compute(get(stats, 2 * row)), compute(get(stats, 2 * row + 1))
             for j in range(n_cols):  # dx = dlse exp(x - lse)
-                store(dx_row, j, exp((load(x_row, j) - high) - low) / unit * upstream)
+                store(dx_row, j, exp((load(x_row, j) - top) - log_total) / unit * upstream)
 
     return logsumexp_backward
 
@@ -194,24 +224,27 @@ def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, shape: Shape, log: bool)
         columns.run(task, shape, *pointers, n_cols, n_inner)
 
 
-def logsumexp(x: Tensor, lse: Tensor, shape: Shape, strides: Strides) -> None:
-    """log sum exp(x) over the middle dimension into lse, which is float64."""
+def logsumexp(x: Tensor, out: Tensor, stats: Tensor, shape: Shape, strides: Strides) -> None:
+    """log sum exp(x) over the middle dimension into out, and apart into stats: the maximum and
+    log sum exp(x - max), float64."""
     n_outer, n_cols, n_inner = shape
-    kind, pointers = rows.KINDS[x.dtype], (x.data_ptr(), lse.data_ptr())
+    kind, pointers = rows.KINDS[x.dtype], (x.data_ptr(), out.data_ptr(), stats.data_ptr())
     if n_inner == 1:
         task = rows.task_of(_logsumexp, kind)
-        task.run_rows(n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
+        n_task = rows.rows_of(n_cols)
+        args = (*pointers, n_outer, n_cols, strides[0], n_task, 0)
+        task.run(-(-n_outer // n_task), n_outer * n_cols, *args)
     else:
         task = rows.task_of(columns.logsumexp, kind)
         columns.run(task, shape, *pointers, n_cols, n_inner, *strides)
 
 
 def logsumexp_backward(
-    dlse: Tensor, x: Tensor, lse: Tensor, dx: Tensor, shape: Shape, strides: Strides
+    dlse: Tensor, x: Tensor, stats: Tensor, dx: Tensor, shape: Shape, strides: Strides
 ) -> None:
     """The derivative of logsumexp; dlse is of x's dtype."""
     n_outer, n_cols, n_inner = shape
-    pointers = (dlse.data_ptr(), x.data_ptr(), lse.data_ptr(), dx.data_ptr())
+    pointers = (dlse.data_ptr(), x.data_ptr(), stats.data_ptr(), dx.data_ptr())
     kind = rows.KINDS[x.dtype]
     if n_inner == 1:
         task = rows.task_of(_logsumexp_backward, kind)
