@@ -1,13 +1,13 @@
-"""`fastopt demo` end to end, and proof that its checks see an optimizer that is wrong."""
+"""`fastopt demo` end to end, and proof that its checks see what is wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,14 +17,27 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastopt.nn
 import fastopt.optim
-from fastopt.cli import files, main, race, tasks
-from fastopt.cli.race import FASTOPT, PROVIDERS, TORCH, WARMUP_STEPS, Provider, problems
+from fastopt.cli import main, race, tasks
+from fastopt.cli.race import (
+    FASTOPT,
+    FASTOPT_SWAP,
+    PROVIDERS,
+    TORCH,
+    TORCH_FUSED,
+    WARMUP_STEPS,
+    Provider,
+    problems,
+)
 
 # Rounding alone; a missing weight decay is 1.7e-4 in as many steps.
 MAX_GAP = 1e-5
+# Before the first update, where nothing but a swapped model rounds differently: 2 units in the
+# last place of a loss between 4 and 8.
+MAX_FIRST_GAP = {"fastopt swap": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,11 @@ def short_task() -> tasks.Task:
     return dataclasses.replace(task, batches=task.batches[:25])
 
 
+@pytest.fixture(scope="module")
+def text_task() -> tasks.Task:
+    return tasks.text_task(seed=0, quick=True)
+
+
 class NoOp(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         pass
@@ -94,11 +112,32 @@ class ToNaN(torch.optim.AdamW):
                 p.fill_(math.nan)
 
 
-def test_compares_three_optimizers_on_two_tasks(demo: Demo) -> None:
+def blunts_norms(module: nn.Module) -> nn.Module:
+    for norm in module.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.eps = 1e-3
+    return module
+
+
+def shifts_norms(module: nn.Module) -> nn.Module:
+    for norm in module.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.register_forward_hook(lambda norm, args, output: output + 1e-3)
+    return module
+
+
+def smooths_labels(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.CrossEntropyLoss):
+        module.label_smoothing = 1e-4
+    return module
+
+
+def test_compares_optimizers_on_two_tasks_and_the_whole_swap_on_one(demo: Demo) -> None:
     assert demo.status == 0, demo.stderr
-    assert [task["name"] for task in demo.numbers["tasks"]] == ["digits", "text"]
-    for task in demo.numbers["tasks"]:
-        assert list(task["runs"]) == ["torch default", "torch fused", "fastopt"]
+    assert {task["name"]: list(task["runs"]) for task in demo.numbers["tasks"]} == {
+        "digits": ["torch default", "torch fused", "fastopt"],
+        "text": ["torch default", "torch fused", "fastopt", "fastopt swap"],
+    }
 
 
 def test_every_run_learns(demo: Demo) -> None:
@@ -118,7 +157,8 @@ def test_loss_curves_agree(demo: Demo) -> None:
         reference = task["runs"]["torch default"]["losses"]
         for name, run in task["runs"].items():
             gaps = [abs(a - b) for a, b in zip(run["losses"], reference, strict=True)]
-            assert gaps[0] == 0, f"{name} did not start from the same weights and batch"
+            first = MAX_FIRST_GAP.get(name, 0.0)
+            assert gaps[0] <= first, f"{name} did not start from the same weights and batch"
             assert max(gaps) < MAX_GAP, name
             assert run["largest_gap"] == max(gaps), name
 
@@ -157,17 +197,23 @@ def test_leaves_only_the_files_asked_for(demo: Demo) -> None:
 def test_output_that_is_no_terminal_is_plain_text(demo: Demo) -> None:
     assert "\x1b" not in demo.stdout + demo.stderr
     assert len(demo.stderr.splitlines()) == 2
-    rows = [
-        line.split() for line in demo.stdout.splitlines() if line.strip().startswith("fastopt ")
+    rows = re.findall(r"^ ((?:torch|fastopt)[a-z ]*?) +(\d.*)$", demo.stdout, re.MULTILINE)
+    runs = [
+        (name, run, task["runs"]["torch default"])
+        for task in demo.numbers["tasks"]
+        for name, run in task["runs"].items()
     ]
-    assert len(rows) == 2
-    for row, task in zip(rows, demo.numbers["tasks"], strict=True):
-        run, default = task["runs"]["fastopt"], task["runs"]["torch default"]
-        faster = default["median_optimizer_ms"] / run["median_optimizer_ms"]
-        assert row[1] == f"{run['final_loss']:.4f}"
-        assert row[2] == f"{run['held_out_accuracy']:.1%}"
-        assert float(row[4]) == pytest.approx(run["median_optimizer_ms"], rel=0.01)
-        assert float(row[5].removesuffix("x")) == pytest.approx(faster, rel=0.01)
+    assert [name for name, _ in rows] == [name for name, _, _ in runs]
+    for (_, cells), (_, run, default) in zip(rows, runs, strict=True):
+        loss, accuracy, _, step, step_ratio, _, whole, whole_ratio, _ = cells.split()
+        assert loss == f"{run['final_loss']:.4f}"
+        assert accuracy == f"{run['held_out_accuracy']:.1%}"
+        for cell, ratio, ms in (
+            (step, step_ratio, "median_optimizer_ms"),
+            (whole, whole_ratio, "median_step_ms"),
+        ):
+            assert float(cell) == pytest.approx(run[ms], rel=0.01)
+            assert float(ratio.removesuffix("x")) == pytest.approx(default[ms] / run[ms], rel=0.01)
 
 
 def test_output_fits_80_columns(demo: Demo) -> None:
@@ -178,6 +224,35 @@ def test_output_fits_80_columns(demo: Demo) -> None:
 
 def test_torch_and_fastopt_have_no_problem(short_task: tasks.Task) -> None:
     assert problems(race.race(short_task, PROVIDERS)) == []
+
+
+def test_the_whole_swap_is_for_models_with_modules_to_swap(
+    short_task: tasks.Task, text_task: tasks.Task
+) -> None:
+    assert race.providers_for(text_task) == PROVIDERS
+    assert race.providers_for(short_task) == (TORCH, TORCH_FUSED, FASTOPT)
+    assert not fastopt.swap_report(text_task.model).replaced, "the task's own model was swapped"
+
+
+def test_only_the_whole_swap_swaps_the_model_and_the_loss(
+    text_task: tasks.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    for name in ("LayerNorm", "CrossEntropyLoss"):
+        ours, forward = getattr(fastopt.nn, name), getattr(fastopt.nn, name).forward
+
+        def noted(self: Any, *args: Any, name: str = name, forward: Any = forward) -> Any:
+            ran.append(name)
+            return forward(self, *args)
+
+        monkeypatch.setattr(ours, "forward", noted)
+    task = dataclasses.replace(text_task, batches=text_task.batches[: WARMUP_STEPS + 1])
+    race.race(task, (TORCH, TORCH_FUSED, FASTOPT))
+    assert ran == []
+    race.race(task, (FASTOPT_SWAP,))
+    n_norms = sum(isinstance(module, nn.LayerNorm) for module in task.model.modules())
+    n_calls = len(task.batches) + len(task.held_out)
+    assert ran == ([*["LayerNorm"] * n_norms, "CrossEntropyLoss"]) * n_calls
 
 
 @pytest.mark.parametrize(
@@ -198,6 +273,31 @@ def test_a_wrong_optimizer_is_found(
     assert found, "not noticed"
     assert all(problem.startswith("digits, wrong: ") for problem in found)
     assert any(complaint in problem for problem in found)
+
+
+@pytest.mark.parametrize("wrong", [blunts_norms, shifts_norms, smooths_labels])
+def test_a_wrong_swap_is_found(
+    text_task: tasks.Task, wrong: Callable[[nn.Module], nn.Module]
+) -> None:
+    provider = dataclasses.replace(TORCH, name="wrong", adopt=wrong)
+    (found,) = problems(race.race(text_task, (TORCH, provider)))
+    assert found.startswith("text, wrong: ")
+    assert "away from torch default's" in found
+
+
+def test_the_command_fails_when_the_swap_is_wrong(
+    text_task: tasks.Task,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    swap = fastopt.swap
+    _only(monkeypatch, text_task)
+    monkeypatch.setattr(fastopt, "swap", lambda module: blunts_norms(swap(module)))
+    assert main(["demo", "--out", str(tmp_path / "demo.png")]) == 1
+    message = capsys.readouterr().err
+    assert "text, fastopt swap: " in message
+    assert "text, fastopt: " not in message
 
 
 @pytest.mark.parametrize("wrong", [NoOp, ToNaN])
@@ -227,37 +327,6 @@ def test_interrupt_leaves_no_file(
     monkeypatch.setattr(fastopt.optim, "AdamW", interrupted)
     assert main(["demo", "--out", str(tmp_path / "demo.png")]) == 130
     assert list(tmp_path.iterdir()) == []
-
-
-def test_interrupt_while_writing_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "demo.png"
-    path.write_bytes(b"old")
-
-    def interrupted(self: Path, target: Path) -> Path:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            files.write_whole(path, b"new")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("demo.png", b"old")]
-    files.write_whole(path, b"new")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("demo.png", b"new")]
-
-
-def test_thread_count_is_used_and_restored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def no_data(seed: int, quick: bool) -> tasks.Task:
-        raise FileNotFoundError(f"no data for {torch.get_num_threads()} threads")
-
-    monkeypatch.setattr(tasks, "digits_task", no_data)
-    before = torch.get_num_threads()
-    assert main(["demo", "--threads", "2", "--out", str(tmp_path / "demo.png")]) == 1
-    assert capsys.readouterr().err == "fastopt demo: no data for 2 threads\n"
-    assert torch.get_num_threads() == before
 
 
 def test_held_out_digits_are_never_trained_on() -> None:
@@ -292,62 +361,6 @@ def test_a_race_needs_more_steps_than_its_warmup(short_task: tasks.Task) -> None
     too_short = dataclasses.replace(short_task, batches=short_task.batches[:WARMUP_STEPS])
     with pytest.raises(ValueError, match="5 of them are warm-up"):
         race.race(too_short, (TORCH, FASTOPT))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["dmeo"], "unknown command 'dmeo', did you mean 'demo'? (commands: demo)"),
-        (["train"], "unknown command 'train' (commands: demo)"),
-        (["demo", "--seed", "-1"], "'-1' is not a whole number from 0"),
-        (["demo", "--seed", "one"], "'one' is not a whole number from 0"),
-        (["demo", "--threads", "0"], "'0' is not a whole number from 1"),
-        (["demo", "--out", "demo.jpg"], "'demo.jpg' does not end in .png"),
-        (["demo", "--json", "demo.png"], "'demo.png' does not end in .json"),
-        (["demo", "--out", "no/such/folder/demo.png"], "does not exist"),
-        (["demo", "--fast"], "unrecognized arguments: --fast"),
-    ],
-)
-def test_argument_errors(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_out_may_not_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "demo.png"
-    folder.mkdir()
-    with pytest.raises(SystemExit):
-        main(["demo", "--out", str(folder)])
-    assert "is a folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"), [(["--help"], "demo"), (["demo", "--help"], "--quick")]
-)
-def test_help(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 0
-    assert expected in capsys.readouterr().out
-
-
-def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "demo" in capsys.readouterr().err
-
-
-def test_missing_extras_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["demo", "--out", str(tmp_path / "demo.png")]) == 1
-    message = capsys.readouterr().err
-    assert "needs rich, matplotlib, scikit-learn: pip install 'fastopt[demo]'" in message
-    assert list(tmp_path.iterdir()) == []
 
 
 def _only(monkeypatch: pytest.MonkeyPatch, task: tasks.Task) -> None:

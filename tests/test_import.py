@@ -9,6 +9,8 @@ import textwrap
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 
 from tests.optim.workers import environment
 
@@ -39,7 +41,28 @@ BLOCK = """
         except ImportError as error:
             return [p.tolist(), str(error), len(optimizer.state)]
         return [p.tolist(), None, len(optimizer.state)]
+
+    def rows(functional):
+        # What each gives, with the gradient it leaves; or the error, and what it left.
+        import torch
+        found = {}
+        for name, rest in ROWS.items():
+            x = torch.tensor([[0.0, 2.0], [1.0, 1.0]], requires_grad=True)
+            rest = [torch.tensor(r) if isinstance(r, list) else r for r in rest]
+            try:
+                y = getattr(functional, name)(x, *rest)
+                y.sum().backward()
+                found[name] = [y.tolist(), x.grad.tolist()]
+            except ImportError as error:
+                found[name] = [str(error), x.tolist(), x.grad]
+        return found
+
+    ROWS = {
+        "softmax": [1], "log_softmax": [0], "logsumexp": [1], "cross_entropy": [[1, 0]],
+        "layer_norm": [(2,)], "rms_norm": [(2,)],
+    }
 """
+NAMES = ("softmax", "log_softmax", "logsumexp", "cross_entropy", "layer_norm", "rms_norm")
 
 
 def run(body: str, *blocked: str) -> Any:
@@ -64,13 +87,19 @@ def without_triton() -> dict[str, Any]:
         """
         import numpy, torch
         found = {"torch": packages()}
-        import fastopt, fastopt.optim
+        before = set(sys.modules)
+        import fastopt, fastopt.functional, fastopt.nn, fastopt.optim
         found["fastopt"] = packages()
+        found["torch's modules"] = sorted(m for m in set(sys.modules) - before if "torch" in m)
+        model = fastopt.swap(torch.nn.Sequential(torch.nn.LayerNorm(2), torch.nn.Softmax(1)))
+        found["swapped"] = packages()
         found["torch's step"] = step(torch)
         found["torch's packages"] = packages()
         asked.clear()
         found["our step"] = step(fastopt)
         found["our packages"] = packages()
+        found["rows"] = rows(fastopt.functional)
+        model(torch.ones(2, 2)).sum().backward()
         print(json.dumps({**found, "asked": asked}))
         """,
         "triton",
@@ -81,6 +110,12 @@ def test_importing_fastopt_imports_torch_and_numpy_alone(without_triton: dict[st
     added = set(without_triton["fastopt"]) - set(without_triton["torch"])
     assert added == {"fastopt", "fastopt_kernels"}
     assert not {"numba", "llvmlite", "triton"} & set(without_triton["fastopt"])
+    assert without_triton["swapped"] == without_triton["fastopt"]
+
+
+def test_importing_fastopt_does_not_wake_torchs_compiler(without_triton: dict[str, Any]) -> None:
+    """Registering ops must not bring along Dynamo or Inductor, which take seconds."""
+    assert without_triton["torch's modules"] == []
 
 
 def test_a_step_on_the_cpu_neither_imports_nor_asks_for_triton(
@@ -94,23 +129,43 @@ def test_a_step_on_the_cpu_neither_imports_nor_asks_for_triton(
     assert {"numba", "llvmlite"} <= added
 
 
+def test_functions_on_the_cpu_run_where_triton_is_not_installed(
+    without_triton: dict[str, Any],
+) -> None:
+    functions = {name: getattr(F, name) for name in NAMES if name != "logsumexp"}
+    functions["logsumexp"] = torch.logsumexp
+    rest = {"cross_entropy": torch.tensor([1, 0]), "layer_norm": (2,), "rms_norm": (2,)}
+    assert list(without_triton["rows"]) == list(NAMES)
+    for name, (y, grad) in without_triton["rows"].items():
+        x = torch.tensor([[0.0, 2.0], [1.0, 1.0]], requires_grad=True)
+        expected = functions[name](x, rest.get(name, 0 if name == "log_softmax" else 1))
+        expected.sum().backward()
+        torch.testing.assert_close(torch.tensor(y), expected.detach())
+        torch.testing.assert_close(torch.tensor(grad), x.grad)
+
+
 @pytest.fixture(scope="module")
 def without_numba() -> dict[str, Any]:
-    """One process with the GPU engine, which then tries a step on the CPU."""
+    """One process with the GPU kernels, which then tries the CPU."""
     return run(
         """
-        import fastopt
-        import fastopt_kernels.gpu.engine
-        found = {"engine": packages(), "asked": list(asked)}
-        print(json.dumps({**found, "step": step(fastopt)}))
+        import importlib, pkgutil
+        import fastopt, fastopt_kernels.gpu
+        modules = [module.name for module in pkgutil.iter_modules(fastopt_kernels.gpu.__path__)]
+        for name in modules:
+            importlib.import_module(f"fastopt_kernels.gpu.{name}")
+        found = {"modules": modules, "packages": packages(), "asked": list(asked)}
+        found["step"], found["rows"] = step(fastopt), rows(fastopt.functional)
+        print(json.dumps(found))
         """,
         "numba",
         "llvmlite",
     )
 
 
-def test_the_gpu_engine_imports_where_numba_is_not_installed(without_numba: dict[str, Any]) -> None:
-    assert "triton" in without_numba["engine"]
+def test_the_gpu_kernels_import_where_numba_is_not_installed(without_numba: dict[str, Any]) -> None:
+    assert {"engine", "softmax", "norms"} <= set(without_numba["modules"])
+    assert "triton" in without_numba["packages"]
     assert not [name for name in without_numba["asked"] if name.startswith(("numba", "llvmlite"))]
 
 
@@ -122,6 +177,11 @@ def test_a_missing_compiler_is_named_with_its_remedy_before_anything_is_written(
     assert "cpu" in message
     assert value == [1.0] * 3
     assert states == 0
+    assert list(without_numba["rows"]) == list(NAMES)
+    for message, x, grad in without_numba["rows"].values():
+        assert "pip install numba" in message
+        assert x == [[0.0, 2.0], [1.0, 1.0]]
+        assert grad is None
 
 
 def test_these_checks_see_an_import_too_many() -> None:

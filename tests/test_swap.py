@@ -1,4 +1,5 @@
-"""fastopt.swap: a live optimizer of torch becomes ours in place, with all that holds it."""
+"""fastopt.swap of an optimizer: a live one of torch becomes ours in place, with all that holds
+it."""
 
 from __future__ import annotations
 
@@ -260,7 +261,8 @@ class Derived(torch.optim.AdamW):
         lambda: torch.optim.LBFGS(make_params()),
         lambda: torch.optim.Rprop(make_params()),
         lambda: torch.optim.SparseAdam(make_params()),
-        lambda: nn.Linear(2, 2),
+        lambda: torch.ones(2),
+        lambda: nn.Linear,
         lambda: torch.optim.AdamW,
         lambda: None,
     ],
