@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import by_torch, call, compute_dtype, define, differentiated
+from fastopt.ops.registry import by_torch, compute_dtype, define, differentiated, plain
 
 NONE, MEAN, SUM = 0, 1, 2
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
@@ -106,17 +106,9 @@ def cross_entropy_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     x, target, weight, stats = ctx.saved_tensors
     reduction, ignore_index, smoothing = ctx.options
     if not differentiated():
-        dx = call(
-            run_cross_entropy_backward,
-            "cross_entropy_backward",
-            dloss,
-            x,
-            target,
-            weight,
-            stats,
-            ignore_index,
-            smoothing,
-        )
+        op = torch.ops.fastopt.cross_entropy_backward
+        run = run_cross_entropy_backward if plain(dloss) else op
+        dx = run(dloss, x, target, weight, stats, ignore_index, smoothing)
         return dx, None, None, None, None, None
 
     def loss(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import by_torch, call, compute_dtype, define, differentiated
+from fastopt.ops.registry import by_torch, compute_dtype, define, differentiated, plain
 
 
 def _flat(weight: Tensor | None) -> Tensor | None:
@@ -69,12 +70,16 @@ def run_rms_norm(
     return rms_norm(x, weight, rstd, n_dims, eps), rstd
 
 
-def _outputs(wanted: list[bool], *likes: Tensor | None) -> list[Tensor | None]:
-    pairs = zip(wanted, likes, strict=True)
-    return [layout.output(x) if wants and x is not None else None for wants, x in pairs]
+def _wanted(wanted: bool, x: Tensor | None) -> Tensor | None:
+    return layout.output(x) if wanted and x is not None else None
 
 
-def run_layer_norm_backward(
+def _given(dy: Tensor, grad: Tensor | None) -> Tensor:
+    """An op returns tensors only: empty for one that is not wanted."""
+    return dy.new_empty(0) if grad is None else grad
+
+
+def _layer_norm_grads(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -82,41 +87,52 @@ def run_layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     n_dims: int,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); empty where one is not wanted."""
-    grads = _outputs(wanted, x, weight, bias)
-    _backward("layer_norm_backward", dy, x, (_flat(weight), mean, rstd), grads, n_dims)
-    dx, dweight, dbias = (dy.new_empty(0) if g is None else g for g in grads)
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias; None where one is not wanted."""
+    dx, dweight, dbias = map(_wanted, wanted, (x, weight, bias))
+    if x.numel():
+        x, *geometry = layout.rows(x, n_dims)
+        kernels, kept = backend.kernels(x.device.type, "norms"), (_flat(weight), mean, rstd)
+        kernels.layer_norm_backward(dy.contiguous(), x, *kept, dx, dweight, dbias, *geometry)
+    else:
+        _zero(dweight, dbias)
     return dx, dweight, dbias
 
 
-def run_rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, n_dims: int, wanted: list[bool]
-) -> tuple[Tensor, Tensor]:
-    """(dx, dweight); empty where one is not wanted."""
-    grads = _outputs(wanted, x, weight)
-    _backward("rms_norm_backward", dy, x, (_flat(weight), rstd), grads, n_dims)
-    dx, dweight = (dy.new_empty(0) if g is None else g for g in grads)
-    return dx, dweight
-
-
-def _backward(
-    name: str,
+def _rms_norm_grads(
     dy: Tensor,
     x: Tensor,
-    kept: tuple[Tensor | None, ...],
-    grads: list[Tensor | None],
+    weight: Tensor | None,
+    rstd: Tensor,
     n_dims: int,
-) -> None:
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx, dweight; None where one is not wanted."""
+    dx, dweight = map(_wanted, wanted, (x, weight))
     if x.numel():
         x, *geometry = layout.rows(x, n_dims)
         kernels = backend.kernels(x.device.type, "norms")
-        getattr(kernels, name)(dy.contiguous(), x, *kept, *grads, *geometry)
+        kernels.rms_norm_backward(dy.contiguous(), x, _flat(weight), rstd, dx, dweight, *geometry)
     else:
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
+        _zero(dweight)
+    return dx, dweight
+
+
+def _zero(*grads: Tensor | None) -> None:
+    for grad in grads:
+        if grad is not None:
+            grad.zero_()
+
+
+def run_layer_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """(dx, dweight, dbias) as an op gives them."""
+    return tuple(_given(dy, grad) for grad in _layer_norm_grads(dy, *args))
+
+
+def run_rms_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """(dx, dweight) as an op gives them."""
+    return tuple(_given(dy, grad) for grad in _rms_norm_grads(dy, *args))
 
 
 def keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -134,23 +150,14 @@ def layer_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
             return F.layer_norm(x, shape, weight, bias, eps)
 
         return *by_torch(norm, [x, weight, bias], dy), None, None
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = call(
-        run_layer_norm_backward,
-        "layer_norm_backward",
-        dy,
-        x,
-        weight,
-        bias,
-        mean,
-        rstd,
-        ctx.n_dims,
-        wanted,
-    )
-    return *_those(grads, wanted), None, None
+    args = (dy, x, weight, bias, mean, rstd, ctx.n_dims, ctx.needs_input_grad[:3])
+    if plain(dy):
+        return *_layer_norm_grads(*args), None, None
+    grads = torch.ops.fastopt.layer_norm_backward(*args)
+    return *_those(grads, args[-1]), None, None
 
 
-def _those(grads: tuple[Tensor, ...], wanted: list[bool]) -> list[Tensor | None]:
+def _those(grads: tuple[Tensor, ...], wanted: Sequence[bool]) -> list[Tensor | None]:
     return [grad if wants else None for grad, wants in zip(grads, wanted, strict=True)]
 
 
@@ -169,16 +176,15 @@ def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
             return F.rms_norm(x, shape, weight, eps)
 
         return *by_torch(norm, [x, weight], dy), None, None
-    wanted = list(ctx.needs_input_grad[:2])
-    grads = call(
-        run_rms_norm_backward, "rms_norm_backward", dy, x, weight, rstd, ctx.n_dims, wanted
-    )
-    return *_those(grads, wanted), None, None
+    args = (dy, x, weight, rstd, ctx.n_dims, ctx.needs_input_grad[:2])
+    if plain(dy):
+        return *_rms_norm_grads(*args), None, None
+    grads = torch.ops.fastopt.rms_norm_backward(*args)
+    return *_those(grads, args[-1]), None, None
 
 
 def _fake_grads(wanted: list[bool], dy: Tensor, *likes: Tensor | None) -> tuple[Tensor, ...]:
-    grads = _outputs(wanted, *likes)
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(_given(dy, grad) for grad in map(_wanted, wanted, likes))
 
 
 define(

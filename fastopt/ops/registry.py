@@ -51,11 +51,9 @@ def differentiated() -> bool:
     )
 
 
-def call(run: Callable[..., Any], name: str, *args: Any) -> Any:
-    """An op on what may be anything: through the dispatcher where somebody listens there."""
-    if type(args[0]) is Tensor and not torch._C._len_torch_dispatch_stack():
-        return run(*args)
-    return getattr(torch.ops.fastopt, name)(*args)
+def plain(tensor: Tensor) -> bool:
+    """Whether kernels may be run on it at once: else the dispatcher has listeners."""
+    return type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 def by_torch(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import by_torch, call, define, differentiated
+from fastopt.ops.registry import by_torch, define, differentiated, plain
 
 
 def run_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
@@ -41,7 +41,8 @@ def softmax_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     again."""
     (y,) = ctx.saved_tensors
     if not differentiated():
-        dx = call(run_softmax_backward, "softmax_backward", dy, y, ctx.dim, ctx.log)
+        run = run_softmax_backward if plain(dy) else torch.ops.fastopt.softmax_backward
+        dx = run(dy, y, ctx.dim, ctx.log)
     elif ctx.log:
         dx = dy - y.exp() * dy.sum(ctx.dim, keepdim=True)
     else:
@@ -117,7 +118,8 @@ def logsumexp_backward(ctx: Any, dlse: Tensor, _: Any) -> tuple[Tensor | None, N
     x, stats = ctx.saved_tensors
     if differentiated():
         return by_torch(lambda x: torch.logsumexp(x, ctx.dim), [x], dlse)[0], None
-    return call(run_logsumexp_backward, "logsumexp_backward", dlse, x, stats, ctx.dim), None
+    run = run_logsumexp_backward if plain(dlse) else torch.ops.fastopt.logsumexp_backward
+    return run(dlse, x, stats, ctx.dim), None
 
 
 define(

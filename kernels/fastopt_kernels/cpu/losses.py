@@ -31,9 +31,10 @@ NONE, MEAN, SUM = range(3)
 
 
 def _loss(tag, kind, weighted, smooth):
-    codec, statistic = rows.Codec(kind, own_nan=not weighted), rows.Codec(rows.wide(kind))
-    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    get, put_double = statistic.load, rows.Codec("fp64").store
+    codec, out_codec = rows.Codec(kind, 0), rows.Codec(kind, 1, own_nan=not weighted)
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    store = out_codec.store
+    get, put_double = rows.Codec(rows.wide(kind), 2).load, rows.Codec("fp64", 3).store
     peak, exp_sum = make_row_parts(tag, codec)
     zero, one = compute(0), compute(1)
 
@@ -80,9 +81,11 @@ def _loss(tag, kind, weighted, smooth):
 
 
 def _loss_backward(tag, kind, weighted, smooth):
-    codec, statistic = rows.Codec(kind, own_nan=not weighted), rows.Codec(rows.wide(kind))
-    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    get, get_double = statistic.load, rows.Codec("fp64").load
+    codec, out_codec = rows.Codec(kind, 0), rows.Codec(kind, 1, own_nan=not weighted)
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    store = out_codec.store
+    load_upstream = rows.Codec(kind, 4).load
+    get, get_double = rows.Codec(rows.wide(kind), 2).load, rows.Codec("fp64", 3).load
     (exp, unit), zero, one = exp_of(compute), compute(0), compute(1)
 
     def cross_entropy_backward(args, task):
@@ -119,7 +122,7 @@ def _loss_backward(tag, kind, weighted, smooth):
                 for j in range(n_cols):
                     store(dx_row, j, zero)
                 continue
-            upstream = load(dloss, row * each) / compute(get_double(stats, 2 * n_rows))
+            upstream = load_upstream(dloss, row * each) / compute(get_double(stats, 2 * n_rows))
             top = compute(get_double(stats, 2 * row))
             log_total = compute(get_double(stats, 2 * row + 1))
             hard = (one - spread) * (get(weight, t) if weighted else one)
@@ -142,8 +145,8 @@ def _loss_backward(tag, kind, weighted, smooth):
 
 
 def _reduced(tag, kind, mean):
-    store, compute = rows.Codec(kind).store, memory.compute_type(kind)
-    get, put = rows.Codec("fp64").load, rows.Codec("fp64").store
+    store, compute = rows.Codec(kind, 0).store, memory.compute_type(kind)
+    get, put = rows.Codec("fp64", 1).load, rows.Codec("fp64", 2).store
 
     def reduce_sums(args, task):
         sums, n_sums, out, divisor, _, _, _, _, _, _, _, _, _, _ = _args(args, 0)
@@ -159,9 +162,11 @@ def _reduced(tag, kind, mean):
 
 
 def _probs_loss(tag, kind, weighted):
-    codec, statistic = rows.Codec(kind, own_nan=not weighted), rows.Codec(rows.wide(kind))
-    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    get, put_double = statistic.load, rows.Codec("fp64").store
+    codec, out_codec = rows.Codec(kind, 0), rows.Codec(kind, 1, own_nan=not weighted)
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    store = out_codec.store
+    load_probs = rows.Codec(kind, 5).load
+    get, put_double = rows.Codec(rows.wide(kind), 2).load, rows.Codec("fp64", 3).store
     peak, exp_sum = make_row_parts(tag, codec)
     zero, one = compute(0), compute(1)
 
@@ -187,7 +192,7 @@ def _probs_loss(tag, kind, weighted):
                 stop = block_end(start, n_cols)
                 part = zero
                 for j in range(start, stop):
-                    q = (one - spread) * load(probs_row, j) + share
+                    q = (one - spread) * load_probs(probs_row, j) + share
                     term = q * ((top - load(x_row, j)) + log_total)
                     part = add(part, get(weight, j) * term if weighted else term)
                 whole += np.float64(part)
@@ -204,9 +209,12 @@ def _probs_loss(tag, kind, weighted):
 
 
 def _probs_loss_backward(tag, kind, weighted):
-    codec, statistic = rows.Codec(kind, own_nan=not weighted), rows.Codec(rows.wide(kind))
-    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    get, get_double = statistic.load, rows.Codec("fp64").load
+    codec, out_codec = rows.Codec(kind, 0), rows.Codec(kind, 1, own_nan=not weighted)
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    store = out_codec.store
+    load_upstream = rows.Codec(kind, 4).load
+    load_probs = rows.Codec(kind, 5).load
+    get, get_double = rows.Codec(rows.wide(kind), 2).load, rows.Codec("fp64", 3).load
     (exp, unit), zero, one = exp_of(compute), compute(0), compute(1)
 
     def cross_entropy_probs_backward(args, task):
@@ -219,7 +227,7 @@ def _probs_loss_backward(tag, kind, weighted):
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             at = row * n_cols * itemsize
-            upstream = load(dloss, row * each) / compute(get_double(stats, 2 * n_rows))
+            upstream = load_upstream(dloss, row * each) / compute(get_double(stats, 2 * n_rows))
             top = compute(get_double(stats, 2 * row))
             log_total = compute(get_double(stats, 2 * row + 1))
             whole = np.float64(0)
@@ -228,14 +236,14 @@ def _probs_loss_backward(tag, kind, weighted):
                 stop = block_end(start, n_cols)
                 part = zero
                 for j in range(start, stop):
-                    q = (one - spread) * load(probs + at, j) + share
+                    q = (one - spread) * load_probs(probs + at, j) + share
                     part = add(part, get(weight, j) * q if weighted else q)
                 whole += np.float64(part)
                 start = stop
             total = compute(whole)
             for j in range(n_cols):  # dx_c = dloss (p_c sum w q - w_c q_c)
                 p = exp((load(x_row, j) - top) - log_total) / unit
-                q = (one - spread) * load(probs + at, j) + share
+                q = (one - spread) * load_probs(probs + at, j) + share
                 wq = get(weight, j) * q if weighted else q
                 store(dx + at, j, upstream * (p * total - wq))
 

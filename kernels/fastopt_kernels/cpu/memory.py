@@ -30,8 +30,33 @@ def _element(builder, kind, address, i):
     return builder.gep(base, [i])
 
 
-def _emit_load(builder, kind, address, i, compute):
-    return _widen(builder, kind, builder.load(_element(builder, kind, address, i)), compute)
+def _emit_load(builder, kind, address, i, compute, stream=None):
+    x = builder.load(_element(builder, kind, address, i))
+    _mark(builder, x, stream)
+    return _widen(builder, kind, x, compute)
+
+
+# Arrays of one kernel that share no memory may be told apart by a stream number below this.
+STREAMS = 8
+
+
+def _mark(builder, instruction, stream):
+    """Tell LLVM that an access of one stream never meets one of another.
+
+    Without it a vectorized loop first compares the addresses of all its arrays, each time it is
+    entered, and with more than a few arrays is not vectorized at all.
+    """
+    if stream is None:
+        return
+    module = builder.module
+    domain = module.add_metadata([ir.MetaDataString(module, "fastopt")])
+    scopes = [
+        module.add_metadata([ir.MetaDataString(module, f"fastopt stream {k}"), domain])
+        for k in range(STREAMS)
+    ]
+    others = [scope for k, scope in enumerate(scopes) if k != stream]
+    instruction.set_metadata("alias.scope", module.add_metadata([scopes[stream]]))
+    instruction.set_metadata("noalias", module.add_metadata(others))
 
 
 def _widen(builder, kind, x, compute):
@@ -64,7 +89,7 @@ def _bf16_bits(builder, x, own_nan):
     return builder.trunc(builder.select(is_nan, quiet, rounded), _I16)
 
 
-def _emit_store(builder, kind, address, i, x, compute, own_nan=False):
+def _emit_store(builder, kind, address, i, x, compute, own_nan=False, stream=None):
     if kind != "fp64" and compute is types.float64:
         x = builder.fptrunc(x, _F32)
     elif kind == "fp64" and compute is types.float32:
@@ -73,7 +98,7 @@ def _emit_store(builder, kind, address, i, x, compute, own_nan=False):
         x = _bf16_bits(builder, x, own_nan)
     elif kind == "fp16":
         x = builder.fptrunc(x, ir.HalfType())
-    builder.store(x, _element(builder, kind, address, i))
+    _mark(builder, builder.store(x, _element(builder, kind, address, i)), stream)
 
 
 def make_load(kinds: tuple[str, ...], compute: types.Float):
@@ -139,20 +164,20 @@ def make_row(scalar: types.Type, width: int):
     return row
 
 
-def make_loader(kind: str, compute: types.Float):
+def make_loader(kind: str, compute: types.Float, stream: int | None = None):
     """load(address, i) -> element i of an array of this kind, in the compute type."""
 
     @intrinsic
     def load(typingctx, address, i):
         def codegen(context, builder, signature, args):
-            return _emit_load(builder, kind, *args, compute)
+            return _emit_load(builder, kind, *args, compute, stream)
 
         return compute(address, i), codegen
 
     return load
 
 
-def make_storer(kind: str, compute: types.Float, own_nan: bool = False):
+def make_storer(kind: str, compute: types.Float, own_nan: bool = False, stream: int | None = None):
     """store(address, i, x): round x to this kind, once.
 
     own_nan: a NaN, if any, came out of arithmetic on elements of this kind, so no bit of it is lost
@@ -162,7 +187,7 @@ def make_storer(kind: str, compute: types.Float, own_nan: bool = False):
     def store(typingctx, address, i, x):
         def codegen(context, builder, signature, args):
             address, i, x = args
-            _emit_store(builder, kind, address, i, x, compute, own_nan)
+            _emit_store(builder, kind, address, i, x, compute, own_nan, stream)
             return context.get_dummy_value()
 
         return types.void(address, i, compute), codegen
@@ -170,7 +195,7 @@ def make_storer(kind: str, compute: types.Float, own_nan: bool = False):
     return store
 
 
-def make_order(kind: str, compute: types.Float):
+def make_order(kind: str, compute: types.Float, stream: int | None = None):
     """(load_order, unorder, lowest): elements as integers that compare as the elements do.
 
     Maxima of floats vectorize only where there is no NaN; those of integers always do, and of as
@@ -190,7 +215,9 @@ def make_order(kind: str, compute: types.Float):
         def codegen(context, builder, signature, args):
             address, i = args
             base = builder.inttoptr(address, integer.as_pointer())
-            return order(builder, builder.load(builder.gep(base, [i])))
+            bits = builder.load(builder.gep(base, [i]))
+            _mark(builder, bits, stream)
+            return order(builder, bits)
 
         return numba_integer(address, i), codegen
 

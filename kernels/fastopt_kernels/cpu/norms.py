@@ -23,6 +23,8 @@ from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
 _args = memory.make_row(types.int64, 14)
 # Blocks of rows whose weight gradients are summed apart: at most so many, of at least so many rows.
 BLOCKS, BLOCK_ROWS = 64, 16
+# Columns of the blocks that one task adds up.
+SUMMED = 256
 
 
 def _make_deviation(tag, load, compute, centered):
@@ -39,11 +41,12 @@ def _make_deviation(tag, load, compute, centered):
 
 
 def _forward(tag, kind, weight_kind, bias_kind, centered):
-    codec = rows.Codec(kind, own_nan=weight_kind in (None, kind) and bias_kind in (None, kind))
-    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    put, put_double = rows.Codec(codec.wide).store, rows.Codec("fp64").store
-    weight_of = memory.make_loader(weight_kind or "fp32", compute)
-    bias_of = memory.make_loader(bias_kind or "fp32", compute)
+    own_nan = weight_kind in (None, kind) and bias_kind in (None, kind)
+    codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1, own_nan).store
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    put, put_double = rows.Codec(codec.wide, 2).store, rows.Codec("fp64", 3).store
+    weight_of = memory.make_loader(weight_kind or "fp32", compute, 4)
+    bias_of = memory.make_loader(bias_kind or "fp32", compute, 5)
     weighted, biased, zero = weight_kind is not None, bias_kind is not None, compute(0)
     deviation = _make_deviation(tag, load, compute, centered)
 
@@ -105,17 +108,25 @@ def _forward(tag, kind, weight_kind, bias_kind, centered):
 
 
 def _backward(tag, kind, weight_kind, centered, wants_dx, wants_dw, wants_db):
-    codec, wide = rows.Codec(kind, own_nan=weight_kind in (None, kind)), rows.Codec(rows.wide(kind))
-    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    get, put, get_double = wide.load, wide.store, rows.Codec("fp64").load
-    weight_of = memory.make_loader(weight_kind or "fp32", compute)
+    codec, wide = rows.Codec(kind, 0), rows.Codec(rows.wide(kind), 1)
+    store = rows.Codec(kind, 2, own_nan=weight_kind in (None, kind)).store
+    load, load_dy, itemsize, compute = (
+        codec.load,
+        rows.Codec(kind, 3).load,
+        codec.itemsize,
+        codec.compute,
+    )
+    get, get_double = wide.load, rows.Codec("fp64", 4).load
+    sum_dw, sum_db = rows.Codec(wide.wide, 5), rows.Codec(wide.wide, 6)
+    weight_of = memory.make_loader(weight_kind or "fp32", compute, 7)
+    get_dw, put_dw, get_db, put_db = sum_dw.load, sum_dw.store, sum_db.load, sum_db.store
     weighted, zero, one, wide_size = weight_kind is not None, compute(0), compute(1), wide.itemsize
     deviation = _make_deviation(tag, load, compute, centered)
 
     @rows.inlined(tag)
     def upstream(dy, weight, j):
         """g = dy weight, the gradient of the normalized row."""
-        return product(load(dy, j), weight_of(weight, j) if weighted else one)
+        return product(load_dy(dy, j), weight_of(weight, j) if weighted else one)
 
     @rows.inlined(tag)
     def means(dy, x, weight, n, high, low, scale):
@@ -140,9 +151,9 @@ def _backward(tag, kind, weight_kind, centered, wants_dx, wants_dw, wants_db):
         dw, db = dws + task * n_cols * wide_size, dbs + task * n_cols * wide_size
         for j in range(n_cols):
             if wants_dw:
-                put(dw, j, zero)
+                put_dw(dw, j, zero)
             if wants_db:
-                put(db, j, zero)
+                put_db(db, j, zero)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row, dy_row = x + row * stride * itemsize, dy + row * n_cols * itemsize
@@ -159,25 +170,37 @@ def _backward(tag, kind, weight_kind, centered, wants_dx, wants_dw, wants_db):
                     g = upstream(dy_row, weight, j)
                     store(dx_row, j, scale * (g - across - normal * along))
                 if wants_dw:
-                    put(dw, j, get(dw, j) + load(dy_row, j) * normal)
+                    put_dw(dw, j, get_dw(dw, j) + load_dy(dy_row, j) * normal)
                 if wants_db:
-                    put(db, j, get(db, j) + load(dy_row, j))
+                    put_db(db, j, get_db(db, j) + load_dy(dy_row, j))
 
     return norm_backward
 
 
-def _sum_blocks(tag, kind, partial_kind):
-    get, store = rows.Codec(partial_kind).load, rows.Codec(kind).store
-    as_stored = memory.compute_type(kind)
+def _sum_blocks(tag, weight_kind, bias_kind, partial_kind):
+    get_dw, get_db = rows.Codec(partial_kind, 0).load, rows.Codec(partial_kind, 1).load
+    dweight_codec, dbias_codec = (
+        rows.Codec(weight_kind or "fp32", 2),
+        rows.Codec(bias_kind or "fp32", 3),
+    )
+    store_dw, store_db = dweight_codec.store, dbias_codec.store
+    as_dw, as_db = dweight_codec.compute, dbias_codec.compute
+    weighted, biased = weight_kind is not None, bias_kind is not None
 
     def sum_blocks(args, task):
-        partials, out, n_blocks, n_cols, n_task, _, _, _, _, _, _, _, _, _ = _args(args, 0)
+        dws, dbs, dw, db, n_blocks, n_cols, n_task, _, _, _, _, _, _, _ = _args(args, 0)
         first = task * n_task
         for j in range(first, min(first + n_task, n_cols)):
-            total = np.float64(0)
+            along, across = np.float64(0), np.float64(0)
             for block in range(n_blocks):
-                total = total + np.float64(get(partials, block * n_cols + j))
-            store(out, j, as_stored(total))
+                if weighted:
+                    along += np.float64(get_dw(dws, block * n_cols + j))
+                if biased:
+                    across += np.float64(get_db(dbs, block * n_cols + j))
+            if weighted:
+                store_dw(dw, j, as_dw(along))
+            if biased:
+                store_db(db, j, as_db(across))
 
     return sum_blocks
 
@@ -269,23 +292,19 @@ def _run_backward(
     n_cols: int,
     stride_row: int,
 ) -> None:
+    sums = dweight is not None or dbias is not None
     wanted = (dx is not None, dweight is not None, dbias is not None)
     task = rows.task_of(_backward, _kind(x), _kind(weight), mean is not None, *wanted)
-    if wanted[1] or wanted[2]:
-        n_task = max(BLOCK_ROWS, -(-n_rows // BLOCKS))
-    else:
-        n_task = max(1, rows.TASK // max(1, n_cols))
-    n_tasks = -(-n_rows // n_task)
-    partials = torch.empty(2, n_tasks, n_cols, dtype=rstd.dtype)
-    addresses = map(_address, (dy, x, weight, mean, rstd, dx, partials[0], partials[1]))
-    task.run(n_tasks, n_rows * n_cols, *addresses, n_rows, n_cols, stride_row, n_task, 0, 0)
-    for out, partial in ((dweight, partials[0]), (dbias, partials[1])):
-        if out is not None:
-            _sum_partials(partial, out, n_tasks, n_cols)
-
-
-def _sum_partials(partial: Tensor, out: Tensor, n_blocks: int, n_cols: int) -> None:
-    task = rows.task_of(_sum_blocks, rows.KINDS[out.dtype], rows.KINDS[partial.dtype])
-    n_task = 256
-    args = (partial.data_ptr(), out.data_ptr(), n_blocks, n_cols, n_task, *9 * (0,))
-    task.run(-(-n_cols // n_task), n_blocks * n_cols, *args)
+    n_task = max(BLOCK_ROWS, -(-n_rows // BLOCKS)) if sums else rows.rows_of(n_cols)
+    n_blocks = -(-n_rows // n_task)
+    partials = torch.empty(2 * n_blocks * n_cols if sums else 0, dtype=rstd.dtype)
+    dws = partials.data_ptr()
+    dbs = dws + n_blocks * n_cols * partials.element_size()
+    pointers = map(_address, (dy, x, weight, mean, rstd, dx))
+    shape = (n_rows, n_cols, stride_row, n_task, 0, 0)
+    task.run(n_blocks, n_rows * n_cols, *pointers, dws, dbs, *shape)
+    if sums:
+        last = rows.task_of(_sum_blocks, _kind(dweight), _kind(dbias), rows.KINDS[rstd.dtype])
+        pointers = (dws, dbs, _address(dweight), _address(dbias))
+        shape = (n_blocks, n_cols, SUMMED, 0, 0, 0, 0, 0, 0, 0)
+        last.run(-(-n_cols // SUMMED), n_blocks * n_cols, *pointers, *shape)

@@ -48,14 +48,15 @@ def wide(kind: str) -> str:
 class Codec:
     """How a kernel reads and writes arrays of one kind: load(address, i), store(address, i, x).
 
+    stream: tells apart, below memory.STREAMS, what shares no memory in a kernel
     own_nan: all that is stored was computed from elements of this kind alone
     """
 
-    def __init__(self, kind: str, own_nan: bool = True) -> None:
+    def __init__(self, kind: str, stream: int, own_nan: bool = True) -> None:
         self.compute, self.wide = memory.compute_type(kind), wide(kind)
-        self.load = memory.make_loader(kind, self.compute)
-        self.store = memory.make_storer(kind, self.compute, own_nan)
-        self.load_order, self.unorder, self.lowest = memory.make_order(kind, self.compute)
+        self.load = memory.make_loader(kind, self.compute, stream)
+        self.store = memory.make_storer(kind, self.compute, own_nan, stream)
+        self.load_order, self.unorder, self.lowest = memory.make_order(kind, self.compute, stream)
         self.itemsize = ITEMSIZE[kind]
 
 
@@ -73,6 +74,13 @@ def block_end(start, n):
     if left >= VECTORS:
         return n - left % VECTORS
     return n
+
+
+@njit(**JIT)
+def alive(array):
+    """Called on a scratch array after its last use through an address: Numba frees an array when
+    its name is used no more."""
+    return array.size
 
 
 @intrinsic

@@ -55,14 +55,15 @@ def make_row_parts(tag, codec):
 
 
 def _softmax(tag, kind):
-    codec, scratch = rows.Codec(kind), rows.Codec(rows.wide(kind))
-    load, store, itemsize = codec.load, codec.store, codec.itemsize
-    keep, kept = scratch.store, scratch.load
-    peak, _ = make_row_parts(tag, codec)
-    (exp, _), compute = exp_of(codec.compute), codec.compute
+    x_codec, y_codec = rows.Codec(kind, 0), rows.Codec(kind, 1)
+    load, store, itemsize = x_codec.load, y_codec.store, x_codec.itemsize
+    peak, _ = make_row_parts(tag, x_codec)
+    (exp, _), compute = exp_of(x_codec.compute), x_codec.compute
     zero, one = compute(0), np.float64(1)
     # The exponentials wait in the output where it is wide enough.
     in_place = kind == rows.wide(kind)
+    e_codec = y_codec if in_place else rows.Codec(rows.wide(kind), 2)
+    keep, kept = e_codec.store, e_codec.load
 
     def softmax(args, task):
         x, y, n_rows, n_cols, stride, n_task = _args(args, 0)
@@ -87,13 +88,14 @@ def _softmax(tag, kind):
             scale = compute(one / total)
             for j in range(n_cols):
                 store(y_row, j, kept(e_row, j) * scale)
+        rows.alive(buffer)
 
     return softmax
 
 
 def _log_softmax(tag, kind):
-    codec = rows.Codec(kind)
-    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
+    codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1).store
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
     peak, exp_sum = make_row_parts(tag, codec)
 
     def log_softmax(args, task):
@@ -111,8 +113,9 @@ def _log_softmax(tag, kind):
 
 
 def _softmax_backward(tag, kind, log):
-    codec = rows.Codec(kind)
-    load, store, itemsize = codec.load, codec.store, codec.itemsize
+    codec = rows.Codec(kind, 0)
+    itemsize = codec.itemsize
+    load_dy, load_y, store = codec.load, rows.Codec(kind, 1).load, rows.Codec(kind, 2).store
     (exp, unit), compute = exp_of(codec.compute), codec.compute
     zero = compute(0)
 
@@ -127,12 +130,12 @@ def _softmax_backward(tag, kind, log):
                 stop = block_end(start, n_cols)
                 part = zero
                 for j in range(start, stop):
-                    part = add(part, load(dy + at, j) * load(y + at, j))
+                    part = add(part, load_dy(dy + at, j) * load_y(y + at, j))
                 whole += np.float64(part)
                 start = stop
             total = compute(whole)
             for j in range(n_cols):  # dx = y (dy - sum dy y)
-                store(dx + at, j, load(y + at, j) * (load(dy + at, j) - total))
+                store(dx + at, j, load_y(y + at, j) * (load_dy(dy + at, j) - total))
 
     def log_softmax_backward(args, task):
         dy, y, dx, n_rows, n_cols, n_task = _args(args, 0)
@@ -145,20 +148,20 @@ def _softmax_backward(tag, kind, log):
                 stop = block_end(start, n_cols)
                 part = zero
                 for j in range(start, stop):
-                    part = add(part, load(dy + at, j))
+                    part = add(part, load_dy(dy + at, j))
                 whole += np.float64(part)
                 start = stop
             total = compute(whole / np.float64(unit))
             for j in range(n_cols):  # dx = dy - exp(y) sum dy
-                store(dx + at, j, load(dy + at, j) - exp(load(y + at, j)) * total)
+                store(dx + at, j, load_dy(dy + at, j) - exp(load_y(y + at, j)) * total)
 
     return log_softmax_backward if log else softmax_backward
 
 
 def _logsumexp(tag, kind):
-    codec = rows.Codec(kind)
-    load, store, itemsize, compute = codec.load, codec.store, codec.itemsize, codec.compute
-    put, zero = rows.Codec("fp64").store, compute(0)
+    codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1).store
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    put, zero = rows.Codec("fp64", 2).store, compute(0)
     peak, exp_sum = make_row_parts(tag, codec)
 
     def logsumexp(args, task):
@@ -181,9 +184,9 @@ def _logsumexp(tag, kind):
 
 
 def _logsumexp_backward(tag, kind):
-    codec = rows.Codec(kind)
-    load, store, itemsize = codec.load, codec.store, codec.itemsize
-    get, compute = rows.Codec("fp64").load, codec.compute
+    codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1).store
+    load, itemsize, load_upstream = codec.load, codec.itemsize, rows.Codec(kind, 3).load
+    get, compute = rows.Codec("fp64", 2).load, codec.compute
     exp, unit = exp_of(codec.compute)
 
     def logsumexp_backward(args, task):
@@ -192,7 +195,7 @@ def _logsumexp_backward(tag, kind):
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             dx_row = dx + row * n_cols * itemsize
-            upstream = load(dlse, row)
+            upstream = load_upstream(dlse, row)
             top, log_total = compute(get(stats, 2 * row)), compute(get(stats, 2 * row + 1))
             for j in range(n_cols):  # dx = dlse exp(x - lse)
                 store(dx_row, j, exp((load(x_row, j) - top) - log_total) / unit * upstream)
@@ -208,7 +211,8 @@ def softmax(x: Tensor, y: Tensor, shape: Shape, strides: Strides, log: bool) -> 
         task = rows.task_of(_log_softmax if log else _softmax, kind)
         task.run_rows(n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
     else:
-        task = rows.task_of(columns.softmax, kind, log)
+        wait = not log and 4 * n_cols * columns.WIDTH <= columns.WAITING
+        task = rows.task_of(columns.softmax, kind, log, wait)
         columns.run(task, shape, *pointers, n_cols, n_inner, *strides)
 
 
