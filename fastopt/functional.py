@@ -73,7 +73,8 @@ def _by_torch(name: str, function: Callable[..., Tensor], *args: Any, **kwargs: 
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if type(error) not in _REFUSALS:
             raise
-        came = ", ".join(_describe(arg) for arg in args if isinstance(arg, Tensor))
+        given = [arg for arg in args if isinstance(arg, (Tensor, torch.dtype))]
+        came = ", ".join(_describe(x) if isinstance(x, Tensor) else str(x) for x in given)
         raise type(error)(
             f"{error} (fastopt.functional.{name} got {came}; it supports float32, bfloat16, "
             "float16 and float64 on CPU and CUDA)"
@@ -125,16 +126,22 @@ def _softmax(
     dtype: torch.dtype | None,
 ) -> Tensor:
     stacklevel += 3  # the functions between the caller and torch's, which warns of dim=None
-    if not isinstance(input, Tensor):
+    if _handed_over(input):
         return _by_torch(name, theirs, input, dim, stacklevel, dtype)
     x = input
     if dtype is None and _autocast(name, x):
         x = _float(x)
-    elif dtype is not None and dtype in DTYPES and not x.is_complex():
+    elif dtype in DTYPES and not x.is_complex():
         x = x.to(dtype)
     rank = x.dim() or 1
     route = _route(x)
-    if route == _BY_TORCH or dim is None or not -rank <= dim < rank or x.dtype not in DTYPES:
+    if (
+        route == _BY_TORCH
+        or type(dim) is not int
+        or not -rank <= dim < rank
+        or x.dtype not in DTYPES
+        or dtype not in (None, x.dtype)
+    ):
         return _by_torch(name, theirs, input, dim, stacklevel, dtype)
     dim = dim % rank
     if route == _AS_OP:
@@ -152,14 +159,14 @@ def logsumexp(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) ->
         return _by_torch("logsumexp", torch.logsumexp, *args)
     x = _float(input) if _autocast("logsumexp", input) else input
     rank = x.dim()
-    dims = [dim] if isinstance(dim, int) else list(dim)
+    dims: list[Any] = list(dim) if isinstance(dim, (tuple, list)) else [dim]
     route = _route(x)
     if (
         route == _BY_TORCH
         or rank == 0
         or not dims
         or x.dtype not in DTYPES
-        or not all(isinstance(d, int) and -rank <= d < rank for d in dims)
+        or not all(type(d) is int and -rank <= d < rank for d in dims)
         or len({d % rank for d in dims}) < len(dims)
     ):
         return _by_torch("logsumexp", torch.logsumexp, *args)
@@ -214,7 +221,7 @@ def cross_entropy(
         or reduce is not None
         or reduction not in losses.REDUCTIONS
         or not 0.0 <= label_smoothing <= 1.0
-        or not _loss_fits(x, target, weight)
+        or not _loss_fits(x, target, weight, ignore_index)
     ):
         return _by_torch("cross_entropy", F.cross_entropy, *args)
     options = (losses.REDUCTIONS[reduction], ignore_index, float(label_smoothing))
@@ -226,7 +233,7 @@ def cross_entropy(
     return losses.run_cross_entropy(x, target, weight, *options)[0]
 
 
-def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
     """Whether kernels take these: what they do not is torch's to do, or to refuse."""
     if x.dtype not in DTYPES or x.dim() == 0 or x.device != target.device:
         return False
@@ -241,7 +248,8 @@ def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     ):
         return False
     if target.shape == x.shape and target.is_floating_point():
-        return target.dtype == x.dtype and not target.requires_grad
+        plain = target.dtype == x.dtype and not target.requires_grad
+        return plain and ignore_index < 0  # which torch refuses beside probabilities
     return target.dtype == torch.int64 and target.shape == x.shape[:dim] + x.shape[dim + 1 :]
 
 
@@ -259,11 +267,12 @@ def layer_norm(
     Ba, Kiros & Hinton 2016, equation 4.
     """
     args = (input, normalized_shape, weight, bias, eps)
-    x, shape = input, tuple(normalized_shape)
+    x, shape = input, _as_shape(normalized_shape)
     if (
         _handed_over(x)
         or (weight is not None and _handed_over(weight))
         or (bias is not None and _handed_over(bias))
+        or not isinstance(eps, (float, int))
         or not _affine_fits(x, shape, weight, bias)
     ):
         return _by_torch("layer_norm", F.layer_norm, *args)
@@ -298,10 +307,11 @@ def rms_norm(
     unless given. As torch.nn.functional.rms_norm. Zhang & Sennrich 2019, equation 4.
     """
     args = (input, normalized_shape, weight, eps)
-    x, shape = input, tuple(normalized_shape)
+    x, shape = input, _as_shape(normalized_shape)
     if (
         _handed_over(x)
         or (weight is not None and _handed_over(weight))
+        or not isinstance(eps, (float, int, type(None)))
         or not _affine_fits(x, shape, weight, None)
     ):
         return _by_torch("rms_norm", F.rms_norm, *args)
@@ -320,6 +330,11 @@ def rms_norm(
     ):
         return norms.RMSNorm.apply(x, weight, len(shape), eps)  # type: ignore[no-any-return, no-untyped-call]
     return norms.rms_norm(x, weight, None, len(shape), eps)
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    """Empty for what is no shape, which torch refuses."""
+    return tuple(shape) if isinstance(shape, (tuple, list)) else ()
 
 
 def _affine_fits(

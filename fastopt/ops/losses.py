@@ -39,16 +39,18 @@ def run_cross_entropy(
     logits, shape, strides = layout.along(x, _dim(x))
     kernels = backend.kernels(x.device.type, "losses")
     walk = (target.contiguous(), _weight(weight, x), shape, strides, reduction)
+    sizes = _positions(x) if reduction == NONE else []
+    loss = torch.empty(sizes, dtype=x.dtype, device=x.device)
     if target.is_floating_point():
-        loss, stats = kernels.cross_entropy_probs(logits, *walk, smoothing)
+        stats = kernels.cross_entropy_probs(logits, *walk, smoothing, loss)
     else:
-        loss, stats, outside = kernels.cross_entropy(logits, *walk, ignore_index, smoothing)
+        stats, outside = kernels.cross_entropy(logits, *walk, ignore_index, smoothing, loss)
         if outside is not None:
             raise IndexError(
                 f"Target {outside} is out of bounds: targets are in [0, {shape[1]}) for "
                 f"{shape[1]} classes, or ignore_index={ignore_index}."
             )
-    return loss.view(_positions(x)) if reduction == NONE else loss, stats
+    return loss, stats
 
 
 def _positions(x: Tensor) -> list[int]:
@@ -105,7 +107,7 @@ def cross_entropy_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     """The derivative by x; by probabilities and weights only where torch's own function runs."""
     x, target, weight, stats = ctx.saved_tensors
     reduction, ignore_index, smoothing = ctx.options
-    if not differentiated():
+    if not differentiated(dloss):
         op = torch.ops.fastopt.cross_entropy_backward
         run = run_cross_entropy_backward if plain(dloss) else op
         dx = run(dloss, x, target, weight, stats, ignore_index, smoothing)

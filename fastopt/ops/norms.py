@@ -143,11 +143,13 @@ def keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def layer_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    if differentiated():
+    if differentiated(dy):
         shape, eps = x.shape[x.dim() - ctx.n_dims :], ctx.eps
 
         def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            return F.layer_norm(x, shape, weight, bias, eps)
+            # torch's own second derivative by a bias without a weight is wrong (2.13).
+            y = F.layer_norm(x, shape, weight, None, eps)
+            return y if bias is None else (y + bias).to(x.dtype)
 
         return *by_torch(norm, [x, weight, bias], dy), None, None
     args = (dy, x, weight, bias, mean, rstd, ctx.n_dims, ctx.needs_input_grad[:3])
@@ -169,7 +171,7 @@ def keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, rstd = ctx.saved_tensors
-    if differentiated():
+    if differentiated(dy):
         shape, eps = x.shape[x.dim() - ctx.n_dims :], ctx.eps
 
         def norm(x: Tensor, weight: Tensor | None) -> Tensor:

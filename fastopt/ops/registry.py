@@ -41,12 +41,13 @@ def define(
     torch.library.register_autograd(qualified, backward or refuse, setup_context=keep, lib=_library)
 
 
-def differentiated() -> bool:
-    """Whether what a backward does is itself differentiated, or mapped over: then torch's operators
-    must do it."""
+def differentiated(upstream: Tensor) -> bool:
+    """Whether a backward from this gradient is itself differentiated, or mapped over: then torch's
+    operators must do it."""
     return (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(upstream)
         or forward_ad._current_level >= 0
     )
 
