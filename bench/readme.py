@@ -1,7 +1,7 @@
-"""Put the measured figures into README.md: the rows of the report that a newcomer asks for.
+"""Put the measured figures into README.md and docs: what a newcomer asks for, from the reports.
 
-python -m bench.readme            from bench/results/cpu_optim.json
-python -m bench.readme --check    exit status 1 where README.md says something else
+python -m bench.readme            from bench/results/*.json
+python -m bench.readme --check    exit status 1 where a text says something else
 """
 
 from __future__ import annotations
@@ -9,23 +9,40 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench import render
+from bench import accuracy, render, row_render
 from bench.cases import LIMIT, NEVER_SLOWER
 from bench.providers import FASTOPT
 from fastopt.cli.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "bench" / "results" / "cpu_optim.json"
-BEGIN = "<!-- figures: written by bench/readme.py from bench/results/cpu_optim.json -->\n"
-END = "<!-- end of figures -->\n"
+RESULTS = ROOT / "bench" / "results"
 HEAD = (
     "| step | allocator | fastopt ms | against | its ms | times as fast |\n"
     "|---|---|--:|---|--:|--:|"
 )
+
+
+class Place(NamedTuple):
+    """Where figures stand, between two marks, and what they come from."""
+
+    text: Path
+    mark: str
+    results: str
+    figures: Callable[[dict[str, Any]], str]
+
+    @property
+    def begin(self) -> str:
+        return (
+            f"<!-- {self.mark}: written by bench/readme.py from bench/results/{self.results} -->\n"
+        )
+
+    @property
+    def end(self) -> str:
+        return f"<!-- end of {self.mark} -->\n"
 
 
 def figures(report: dict[str, Any]) -> str:
@@ -57,25 +74,38 @@ def _row(record: dict[str, Any], goal: dict[str, Any]) -> str:
     )
 
 
-def with_figures(text: str, report: dict[str, Any]) -> str:
+PLACES = (
+    Place(ROOT / "README.md", "figures", "cpu_optim.json", figures),
+    Place(ROOT / "README.md", "rows", "cpu_rows.json", row_render.at_a_glance),
+    Place(ROOT / "docs" / "functions.md", "rows", "cpu_rows.json", row_render.at_a_glance),
+    Place(ROOT / "docs" / "functions.md", "accuracy", "cpu_accuracy.json", accuracy.at_a_glance),
+)
+
+
+def with_figures(text: str, place: Place, report: dict[str, Any]) -> str:
     """The text with everything between the two marks replaced by the figures."""
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"no {BEGIN.strip()!r} ... {END.strip()!r} to write the figures between")
-    return before + BEGIN + figures(report) + END + after
+    before, begins, rest = text.partition(place.begin)
+    _, ends, after = rest.partition(place.end)
+    if not begins or not ends:
+        raise ValueError(
+            f"{place.text.name} has no {place.begin.strip()!r} ... {place.end.strip()!r} to write "
+            "the figures between"
+        )
+    return before + place.begin + place.figures(report) + place.end + after
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, say whether it fits")
     check = parser.parse_args().check
-    text = README.read_text()
-    new = with_figures(text, json.loads(RESULTS.read_text()))
-    if check:
-        return int(new != text)
-    write_whole(README, new.encode())
-    return 0
+    differs = False
+    for place in PLACES:
+        text = place.text.read_text()
+        new = with_figures(text, place, json.loads((RESULTS / place.results).read_text()))
+        differs |= new != text
+        if not check:
+            write_whole(place.text, new.encode())
+    return int(check and differs)
 
 
 if __name__ == "__main__":

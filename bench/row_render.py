@@ -175,6 +175,12 @@ def print_report(console: Console, report: Record) -> None:
     render.print_lines(console, [*_remarks(report), *_skipped(records)])
 
 
+def at_a_glance(report: Record) -> str:
+    """The goals, and on what machine: for README and docs."""
+    cells = [row.cells for row in glance(report["cases"])]
+    return "\n\n".join([markdown_table(GLANCE_COLUMNS, cells), *_remarks(report)]) + "\n"
+
+
 def markdown(report: Record) -> str:
     """The whole report: goals, every case, notes and conditions."""
     records = report["cases"]

@@ -148,7 +148,7 @@ def _softmax(
         result: Tensor = torch.ops.fastopt.softmax(x, dim, log)
         return result
     if torch.is_grad_enabled() and x.requires_grad:
-        return softmaxes.Softmax.apply(x, dim, log)  # type: ignore[no-any-return, no-untyped-call]
+        return softmaxes.apply_softmax(x, dim, log)  # type: ignore[no-any-return]
     return softmaxes.run_softmax(x, dim, log)
 
 
@@ -178,7 +178,7 @@ def logsumexp(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) ->
     if route == _AS_OP:
         result: Tensor = torch.ops.fastopt.logsumexp(x, at)[0]
     elif torch.is_grad_enabled() and x.requires_grad:
-        result = softmaxes.LogSumExp.apply(x, at)  # type: ignore[no-untyped-call]
+        result = softmaxes.apply_logsumexp(x, at)
     else:
         result = softmaxes.run_logsumexp(x, at)[0]
     if keepdim:
@@ -229,7 +229,7 @@ def cross_entropy(
         result: Tensor = torch.ops.fastopt.cross_entropy(x, target, weight, *options)[0]
         return result
     if torch.is_grad_enabled() and x.requires_grad:
-        return losses.CrossEntropy.apply(x, target, weight, *options)  # type: ignore[no-any-return, no-untyped-call]
+        return losses.apply_cross_entropy(x, target, weight, *options)  # type: ignore[no-any-return]
     return losses.run_cross_entropy(x, target, weight, *options)[0]
 
 
@@ -290,7 +290,7 @@ def layer_norm(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return norms.LayerNorm.apply(x, weight, bias, len(shape), eps)  # type: ignore[no-any-return, no-untyped-call]
+        return norms.apply_layer_norm(x, weight, bias, len(shape), eps)  # type: ignore[no-any-return]
     return norms.layer_norm(x, weight, bias, None, None, len(shape), eps)
 
 
@@ -328,7 +328,7 @@ def rms_norm(
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad)
     ):
-        return norms.RMSNorm.apply(x, weight, len(shape), eps)  # type: ignore[no-any-return, no-untyped-call]
+        return norms.apply_rms_norm(x, weight, len(shape), eps)  # type: ignore[no-any-return]
     return norms.rms_norm(x, weight, None, len(shape), eps)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import by_torch, compute_dtype, define, differentiated, plain
+from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
 
 NONE, MEAN, SUM = 0, 1, 2
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
@@ -149,3 +149,6 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     backward = staticmethod(cross_entropy_backward)
+
+
+apply_cross_entropy = apply_of(CrossEntropy)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import by_torch, compute_dtype, define, differentiated, plain
+from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
 
 
 def _flat(weight: Tensor | None) -> Tensor | None:
@@ -239,6 +239,9 @@ class LayerNorm(torch.autograd.Function):
     backward = staticmethod(layer_norm_backward)
 
 
+apply_layer_norm = apply_of(LayerNorm)
+
+
 class RMSNorm(torch.autograd.Function):
     """The op without the dispatcher, for plain tensors."""
 
@@ -250,3 +253,6 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     backward = staticmethod(rms_norm_backward)
+
+
+apply_rms_norm = apply_of(RMSNorm)

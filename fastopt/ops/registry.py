@@ -52,6 +52,12 @@ def differentiated(upstream: Tensor) -> bool:
     )
 
 
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply` for tensors that no transform of functorch has wrapped, which Function.apply
+    asks about each time (2 us)."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
 def plain(tensor: Tensor) -> bool:
     """Whether kernels may be run on it at once: else the dispatcher has listeners."""
     return type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import by_torch, define, differentiated, plain
+from fastopt.ops.registry import apply_of, by_torch, define, differentiated, plain
 
 
 def run_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
@@ -75,6 +75,9 @@ class Softmax(torch.autograd.Function):
         return y
 
     backward = staticmethod(softmax_backward)
+
+
+apply_softmax = apply_of(Softmax)
 
 
 def run_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -149,3 +152,6 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlse: Tensor) -> tuple[Tensor | None, None]:
         return logsumexp_backward(ctx, dlse, None)
+
+
+apply_logsumexp = apply_of(LogSumExp)
