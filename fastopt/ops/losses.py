@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,10 +35,15 @@ def run_cross_entropy(
     ignore_index: int,
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, stats): the maximum and log sum exp(x - max) of each row, and last what the sum was
-    divided by, in float64."""
+    """(loss, stats): what the backward needs of each row, and last what the sum was divided by.
+
+    Of a row, on CPU: its maximum and log sum exp(x - max), in float64; on a GPU: its logsumexp.
+    """
     logits, shape, strides = layout.along(x, _dim(x))
     kernels = backend.kernels(x.device.type, "losses")
+    if not hasattr(kernels, "REDUCES"):
+        args = (logits, target.contiguous(), _weight(weight, x), shape, strides)
+        return _by_rows(kernels, args, _positions(x), reduction, ignore_index, smoothing)
     walk = (target.contiguous(), _weight(weight, x), shape, strides, reduction)
     sizes = _positions(x) if reduction == NONE else []
     loss = torch.empty(sizes, dtype=x.dtype, device=x.device)
@@ -51,6 +57,35 @@ def run_cross_entropy(
                 f"{shape[1]} classes, or ignore_index={ignore_index}."
             )
     return loss, stats
+
+
+def _by_rows(
+    kernels: ModuleType,
+    args: tuple[Any, ...],
+    sizes: list[int],
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """As `run_cross_entropy`, where kernels leave the sum to torch."""
+    x, target, weight, shape, strides = args
+    compute = compute_dtype(x.dtype)
+    rows = torch.empty(sizes, dtype=compute, device=x.device)
+    stats = torch.empty(rows.numel() + 1, dtype=compute, device=x.device)
+    row_args = (x, target, weight, rows, stats[:-1], shape, strides)
+    divisor = stats[-1:].fill_(1.0)
+    if target.is_floating_point():
+        kernels.cross_entropy_probs(*row_args, smoothing)
+        weights = divisor * rows.numel()
+    else:
+        kernels.cross_entropy(*row_args, ignore_index, smoothing)
+        counts = target != ignore_index
+        weights = counts if weight is None else weight[target.where(counts, 0)] * counts
+    if reduction == NONE:
+        return rows.to(x.dtype), stats
+    if reduction == MEAN:
+        divisor.copy_(weights.sum(dtype=compute))
+    return (rows.sum() / divisor).reshape(()).to(x.dtype), stats
 
 
 def _positions(x: Tensor) -> list[int]:
@@ -70,7 +105,9 @@ def _fake_cross_entropy(
     sizes = _positions(x)
     loss = x.new_empty(sizes if reduction == NONE else [])
     n_rows = x.numel() // x.shape[_dim(x)]
-    return loss, x.new_empty(2 * n_rows + 1, dtype=torch.float64)
+    if x.device.type == "cpu":
+        return loss, x.new_empty(2 * n_rows + 1, dtype=torch.float64)
+    return loss, x.new_empty(n_rows + 1, dtype=compute_dtype(x.dtype))
 
 
 def run_cross_entropy_backward(
@@ -89,6 +126,8 @@ def run_cross_entropy_backward(
     kernels = backend.kernels(x.device.type, "losses")
     logits, shape, strides = layout.along(x, _dim(x))
     targets = (target.contiguous(), _weight(weight, x))
+    if not hasattr(kernels, "REDUCES"):
+        dloss, stats = (dloss.to(stats.dtype) / stats[-1]).reshape(-1), stats[:-1]
     args = (logits, *targets, stats, dloss.contiguous(), dx, shape, strides)
     if target.is_floating_point():
         kernels.cross_entropy_probs_backward(*args, smoothing)

@@ -19,10 +19,18 @@ def _flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-def _statistic(x: Tensor, n_dims: int, dtype: torch.dtype | None = None) -> Tensor:
-    """One number a row, in the compute type unless said otherwise."""
+def _statistic(x: Tensor, n_dims: int) -> Tensor:
+    """One number a row, in the compute type."""
     n_rows = prod(x.shape[: x.dim() - n_dims])
-    return torch.empty(n_rows, dtype=dtype or compute_dtype(x.dtype), device=x.device)
+    return torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device)
+
+
+def _mean(x: Tensor, n_dims: int) -> Tensor:
+    """One number a row, in float64 on CPU: rounded to float32 it would be off where it is large."""
+    n_rows = prod(x.shape[: x.dim() - n_dims])
+    wide = x.device.type == "cpu"
+    dtype = torch.float64 if wide else compute_dtype(x.dtype)
+    return torch.empty(n_rows, dtype=dtype, device=x.device)
 
 
 def layer_norm(
@@ -47,7 +55,7 @@ def run_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n_dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd)."""
-    mean, rstd = _statistic(x, n_dims, torch.float64), _statistic(x, n_dims)
+    mean, rstd = _mean(x, n_dims), _statistic(x, n_dims)
     return layer_norm(x, weight, bias, mean, rstd, n_dims, eps), mean, rstd
 
 
@@ -195,7 +203,7 @@ define(
     run_layer_norm,
     lambda x, weight, bias, n_dims, eps: (
         layout.output(x),
-        _statistic(x, n_dims, torch.float64),
+        _mean(x, n_dims),
         _statistic(x, n_dims),
     ),
     keep_layer_norm,

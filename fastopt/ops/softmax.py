@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.ops import layout
-from fastopt.ops.registry import apply_of, by_torch, define, differentiated, plain
+from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
 
 
 def run_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
@@ -81,20 +81,38 @@ apply_softmax = apply_of(Softmax)
 
 
 def run_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(result in x's dtype, stats for the backward: the maximum and log sum exp(x - max))."""
+    """(result in x's dtype, stats for the backward).
+
+    stats: on CPU the maximum and log sum exp(x - max), in float64; on a GPU the result, unrounded
+    """
     out = torch.empty(_without(x.shape, dim), dtype=x.dtype, device=x.device)
-    stats = torch.empty((out.numel(), 2), dtype=torch.float64, device=x.device)
-    if x.numel():
-        x, shape, strides = layout.along(x, dim)
-        backend.kernels(x.device.type, "softmax").logsumexp(x, out, stats, shape, strides)
-    else:
+    kernels = backend.kernels(x.device.type, "softmax")
+    in_parts = hasattr(kernels, "IN_PARTS")
+    stats = _stats(out, in_parts)
+    if not x.numel():
         out.fill_(-torch.inf)
+    elif in_parts:
+        kernels.logsumexp(*_walked(x, dim, out, stats))
+    else:
+        kernels.logsumexp(*_walked(x, dim, stats))
+        out.copy_(stats.view(out.shape))
     return out, stats
+
+
+def _walked(x: Tensor, dim: int, *outputs: Tensor) -> tuple[Any, ...]:
+    x, shape, strides = layout.along(x, dim)
+    return x, *outputs, shape, strides
+
+
+def _stats(out: Tensor, in_parts: bool) -> Tensor:
+    if in_parts:
+        return out.new_empty((out.numel(), 2), dtype=torch.float64)
+    return out.new_empty(out.numel(), dtype=compute_dtype(out.dtype))
 
 
 def _fake_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     out = x.new_empty(_without(x.shape, dim))
-    return out, x.new_empty((out.numel(), 2), dtype=torch.float64)
+    return out, _stats(out, in_parts=x.device.type == "cpu")
 
 
 def _without(shape: torch.Size, dim: int) -> list[int]:

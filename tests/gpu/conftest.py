@@ -11,8 +11,21 @@ import torch
 
 from bench.gpu_interpret import is_interpreted, route_cpu_to_triton
 
-INTERPRETED = ["test_engine.py", "test_optim.py"]
-COMPILED = ["test_cuda.py", "test_gate.py", "test_interpreter.py", "test_report.py"]
+INTERPRETED = [
+    "test_engine.py",
+    "test_optim.py",
+    "test_rows_functional.py",
+    "test_rows_losses.py",
+    "test_rows_norms.py",
+    "test_rows_softmax.py",
+]
+COMPILED = [
+    "test_cuda.py",
+    "test_gate.py",
+    "test_interpreter.py",
+    "test_report.py",
+    "test_row_gate.py",
+]
 
 collect_ignore = COMPILED if is_interpreted() else INTERPRETED
 

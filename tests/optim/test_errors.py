@@ -311,19 +311,19 @@ def test_sparse_gradients_with_weight_decay(name: str, stepped: bool) -> None:
 @pytest.fixture
 def engines() -> Iterator[dict[str, str]]:
     """The table of backends, to be changed; looked up anew."""
-    kept = dict(backend._ENGINES)
-    backend.engine.cache_clear()
-    yield backend._ENGINES
-    backend._ENGINES.clear()
-    backend._ENGINES.update(kept)
-    backend.engine.cache_clear()
+    kept = dict(backend._KERNELS)
+    backend.kernels.cache_clear()
+    yield backend._KERNELS
+    backend._KERNELS.clear()
+    backend._KERNELS.update(kept)
+    backend.kernels.cache_clear()
 
 
 def test_a_device_without_a_backend(engines: dict[str, str]) -> None:
     del engines["cpu"]
     params = good()
     optimizer = fastopt.optim.AdamW(params)
-    says = ["no kernels for device type 'cpu'", "supports cuda", "keep torch.optim"]
+    says = ["no kernels for device type 'cpu'", "supports cuda", "keep torch's own"]
     assert_refused(optimizer, params, RuntimeError, *says)
 
 

@@ -26,6 +26,8 @@ from fastopt_kernels.cpu.vecmath import add, bits_to_double, exp_of
 
 _args = memory.make_row(types.int64, 14)
 _args12 = memory.make_row(types.int64, 12)
+# These kernels sum the losses themselves; a GPU's leave one a row.
+REDUCES = True
 # How losses are reduced.
 NONE, MEAN, SUM = range(3)
 
@@ -283,11 +285,12 @@ def cross_entropy(
     reduction: int,
     ignore_index: int,
     smoothing: float,
-) -> tuple[Tensor, Tensor, int | None]:
-    """(loss, stats, the first target that is out of range or None).
+    loss: Tensor,
+) -> tuple[Tensor, int | None]:
+    """(stats, the first target that is out of range or None).
 
-    loss: one a row, or a number; stats: the maximum and log sum exp(x - max) of each row, and last
-    what the sum was divided by
+    loss: filled in, one a row, or a number; stats: the maximum and log sum exp(x - max) of each
+    row, and last what the sum was divided by
     """
     x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
     task = rows.task_of(_loss, rows.KINDS[x.dtype], weight is not None, smoothing != 0.0)
@@ -301,11 +304,11 @@ def cross_entropy(
         double_bits(smoothing),
         0,
     )
-    loss, stats = _run_loss(task, x, target, weight, numbers, reduction)
+    stats = _run_loss(task, x, target, weight, numbers, reduction, loss)
     if not bad[0]:
-        return loss, stats, None
+        return stats, None
     outside = (target != ignore_index) & ((target < 0) | (target >= n_cols))
-    return loss, stats, int(target[outside][0])
+    return stats, int(target[outside][0])
 
 
 def cross_entropy_probs(
@@ -316,14 +319,15 @@ def cross_entropy_probs(
     strides: Strides,
     reduction: int,
     smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    """(loss, stats) against probabilities, which are contiguous and of x's dtype."""
+    loss: Tensor,
+) -> Tensor:
+    """stats; the loss against probabilities, which are contiguous and of x's dtype."""
     _, n_cols, n_inner = shape
     x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
     probs, *_ = _as_rows(probs, shape, (n_cols * n_inner, n_inner))
     task = rows.task_of(_probs_loss, rows.KINDS[x.dtype], weight is not None)
     numbers = (0, n_rows, n_cols, stride, 0, double_bits(smoothing), 0)
-    return _run_loss(task, x, probs, weight, numbers, reduction)
+    return _run_loss(task, x, probs, weight, numbers, reduction, loss)
 
 
 def _run_loss(
@@ -333,10 +337,10 @@ def _run_loss(
     weight: Tensor | None,
     numbers: tuple[int, ...],
     reduction: int,
-) -> tuple[Tensor, Tensor]:
+    loss: Tensor,
+) -> Tensor:
     _, n_rows, n_cols, *_ = numbers
     stats = torch.empty(2 * n_rows + 1, dtype=torch.float64)
-    loss = torch.empty(n_rows if reduction == NONE else (), dtype=x.dtype)
     n_sums = -(-n_rows // rows.rows_of(n_cols))
     sums = array("d", bytes(16 * n_sums))
     where = sums.buffer_info()[0]
@@ -349,7 +353,7 @@ def _run_loss(
         last = rows.task_of(_reduced, rows.KINDS[x.dtype], reduction == MEAN)
         pointers = (where, n_sums, loss.data_ptr(), stats.data_ptr() + 16 * n_rows)
         last.run(1, 0, *pointers, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    return loss, stats
+    return stats
 
 
 def cross_entropy_backward(

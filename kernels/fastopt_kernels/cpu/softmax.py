@@ -19,6 +19,9 @@ from fastopt_kernels.cpu import columns, memory, rows
 from fastopt_kernels.cpu.rows import block_end
 from fastopt_kernels.cpu.vecmath import add, exp_of, larger
 
+# The statistics of logsumexp are kept in two parts.
+IN_PARTS = True
+
 Shape = tuple[int, int, int]
 Strides = tuple[int, int]
 

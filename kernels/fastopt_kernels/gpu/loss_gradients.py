@@ -1,0 +1,240 @@
+"""The gradient of cross entropy for Triton, and what it shares with the loss (`losses`).
+
+p is computed from the logits where they are at hand or lse is large: lse rounded to float32 is off
+by 3e-5 at 1000, and so would be all of p.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu.rows import Lines
+
+# Above this |lse| a rounding of it is larger than that of the log p that torch keeps.
+TRUSTED_LSE = tl.constexpr(16.0)
+
+
+@triton.jit
+def mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE: tl.constexpr):
+    """w_c q_c of a tile, or w_c s / C where there are no probabilities; 0 outside."""
+    mass = tl.where(mask, share[:, None], 0.0)
+    if probs_ptr is not None:
+        mass += keep[:, None] * rows.load(probs_ptr, at, mask, 0.0, COMPUTE)
+    if weight_ptr is not None:
+        mass *= rows.load(weight_ptr, cols[None, :], (cols < n_cols)[None, :], 0.0, COMPUTE)
+    return mass
+
+
+@triton.jit
+def targets_of(target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE: tl.constexpr):
+    """The target of each line, its weight (NaN where it is no class), and where it is ignored."""
+    if target_ptr is None:
+        target = line * 0
+        ignored = here & (line < 0)
+        weight = (line * 0).to(COMPUTE)
+    else:
+        target = tl.load(target_ptr + line, mask=here, other=0)
+        ignored = here & (target == ignore_index)
+        known = here & (target >= 0) & (target < n_cols)
+        target = tl.where(known, target, 0)
+        weight = tl.where(known | ignored, 1.0, float("nan")).to(COMPUTE)
+        if weight_ptr is not None:
+            weight *= rows.load(weight_ptr, target, known, 0.0, COMPUTE)
+    return target, weight, ignored
+
+
+@triton.jit
+def _anchor(
+    x_ptr,
+    lse_ptr,
+    line,
+    here,
+    start,
+    read,
+    n_cols,
+    stride_col,
+    COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What p = exp((x - top) - rest) takes: lse and 0, or what lse was made of, walked anew."""
+    top = rows.load(lse_ptr, line, here, 0.0, COMPUTE)
+    rest = top * 0.0
+    far = tl.abs(top) >= TRUSTED_LSE
+    if tl.max(far.to(tl.int32), 0) > 0:
+        peak, total = rows.statistics(
+            x_ptr, start, read[:, None], n_cols, stride_col, COMPUTE, COLUMNS, LINES, COLS, WIDTH
+        )
+        top = tl.where(far, peak, top)
+        rest = tl.where(far, tl.log(total), rest)
+    return top, rest
+
+
+@triton.jit
+def _mass_of_probs(
+    probs_ptr,
+    weight_ptr,
+    start,
+    stride,
+    read,
+    n_cols,
+    keep,
+    share,
+    COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """sum_c w_c q_c of each line."""
+    masses = tl.zeros((LINES, COLS), COMPUTE)
+    for first in range(0, n_cols, COLS):
+        cols = first + tl.arange(0, COLS)
+        mask = read[:, None] & (cols < n_cols)[None, :]
+        at = rows.spread(start, cols, stride, COLUMNS)
+        masses += mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
+    return tl.sum(masses, 1)
+
+
+@triton.jit
+def _gradient(p, mass, total, cols, target, most, dloss, ignored):
+    """dloss (p_c total - mass_c - [c = t] most); 0 where ignored, whatever x holds there."""
+    dx = p * total[:, None] - mass
+    if target is not None:
+        dx -= tl.where(cols[None, :] == target.to(cols.dtype)[:, None], most[:, None], 0.0)
+    return tl.where(ignored[:, None], 0.0, dloss[:, None] * dx)
+
+
+@triton.jit(do_not_specialize=[*rows.EXTENTS, "ignore_index", "dloss_step"])
+def cross_entropy_backward_kernel(
+    x_ptr,
+    target_ptr,
+    probs_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    lse_ptr,
+    dloss_ptr,
+    dx_ptr,
+    n_lines,
+    n_cols,
+    stride_outer,
+    stride_col,
+    ignore_index,
+    dloss_step,
+    keep,
+    share,
+    COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """dloss_step: 1, or 0 where dloss holds one number for all; weight_sum_ptr: (1,), or None"""
+    n_lines, n_cols, stride_outer, stride_col = rows.geometry(
+        n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
+    )
+    outer, lines = rows.place(n_lines, LINES, COLUMNS)
+    here = lines < n_lines
+    line = outer * n_lines + lines
+    keep, share = rows.scalar(keep, COMPUTE), rows.scalar(share, COMPUTE)
+    target, weight, ignored = targets_of(
+        target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE
+    )
+    read = here
+    if not COLUMNS:
+        read = here & (ignored == 0)
+    dloss = rows.load(dloss_ptr, line * dloss_step, here, 0.0, COMPUTE)
+    x_start = rows.starts(outer, lines, stride_outer, COLUMNS)
+    dx_start, dx_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
+    most = keep * weight
+    # 1 - s + s where nothing is weighted.
+    mass_sum = weight
+    if weight_sum_ptr is not None:
+        mass_sum = most + share * tl.load(weight_sum_ptr)
+    if WHOLE:
+        cols = tl.arange(0, COLS)
+        mask = read[:, None] & (cols < n_cols)[None, :]
+        at = rows.spread(x_start, cols, stride_col, COLUMNS)
+        x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+        p = rows.exp(x - rows.peak(x, COMPUTE)[:, None])
+        p *= rows.reciprocal(tl.sum(p, 1))[:, None]
+        at = rows.spread(dx_start, cols, dx_stride, COLUMNS)
+        mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
+        if target_ptr is None:
+            mass_sum = tl.sum(mass, 1)
+        dx = _gradient(p, mass, mass_sum, cols, target, most, dloss, ignored)
+        rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
+    else:
+        top, rest = _anchor(
+            x_ptr,
+            lse_ptr,
+            line,
+            here,
+            x_start,
+            read,
+            n_cols,
+            stride_col,
+            COMPUTE,
+            COLUMNS,
+            LINES,
+            COLS,
+            WIDTH,
+        )
+        if target_ptr is None:
+            mass_sum = _mass_of_probs(
+                probs_ptr,
+                weight_ptr,
+                dx_start,
+                dx_stride,
+                read,
+                n_cols,
+                keep,
+                share,
+                COMPUTE,
+                COLUMNS,
+                LINES,
+                COLS,
+            )
+        for first in range(0, n_cols, COLS):
+            cols = first + tl.arange(0, COLS)
+            mask = read[:, None] & (cols < n_cols)[None, :]
+            at = rows.spread(x_start, cols, stride_col, COLUMNS)
+            x = rows.load(x_ptr, at, mask, 0.0, COMPUTE)
+            p = rows.exp((x - top[:, None]) - rest[:, None])
+            at = rows.spread(dx_start, cols, dx_stride, COLUMNS)
+            mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
+            dx = _gradient(p, mass, mass_sum, cols, target, most, dloss, ignored)
+            rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
+
+
+def gradients(
+    x: Tensor,
+    target: Tensor | None,
+    probs: Tensor | None,
+    weight: Tensor | None,
+    lse: Tensor,
+    dloss: Tensor,
+    dx: Tensor,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int],
+    ignore_index: int,
+    smoothing: float,
+) -> None:
+    """Fill dx; of target and probs one is None. Tensors as in `losses`."""
+    lines = Lines.of(x, shape, strides, (x, probs, dx), halved=shape[2] != 1)
+    weighted = target is not None and weight is not None and smoothing != 0.0
+    lines.launch(
+        cross_entropy_backward_kernel,
+        (x, target, probs, weight, weight.sum() if weighted else None, lse, dloss, dx),
+        ignore_index,
+        int(dloss.numel() != 1),
+        rows.parts(1.0 - smoothing),
+        rows.parts(smoothing / max(1, shape[1])),
+        WIDTH=lines.tile.width,
+    )

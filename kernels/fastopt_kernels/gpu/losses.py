@@ -1,0 +1,274 @@
+"""Cross entropy for Triton: the softmax is never written, and the logits are read once.
+
+    p = exp(x - lse),  W = sum w
+    indices        loss = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
+                   dx_c = dloss ((1 - s) w_t (p_c - [c = t]) + s / C (W p_c - w_c))
+    probabilities  loss = sum_c w_c q_c (lse - x_c),  q_c = (1 - s) probs_c + s / C
+                   dx_c = dloss (p_c sum_k w_k q_k - w_c q_c)
+
+Both are one kernel, as both spread a mass over the classes: w_c q_c, or w_c s / C. Differences to
+the maximum are taken before anything is added, as lse rounded to float32 is off by 3e-5 at 1000.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu.loss_gradients import gradients, mass_of, targets_of
+from fastopt_kernels.gpu.rows import Lines
+
+Shape = tuple[int, int, int]
+Strides = tuple[int, int]
+
+
+@triton.jit
+def _online_with_mass(
+    tops, totals, offs, masses, x, mass, read, left, WIDTH: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """`rows.online`, with the running sums of mass (maximum - x) and of the mass.
+
+    left: columns there are from the first of the tile on
+    """
+    # Made anew: a mask that is reshaped goes through shared memory in every round.
+    lanes = tl.arange(0, x.shape[1] // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    mask = read[:, None, None] & (lanes < left)[None, :, :]
+    wide = rows.tiled(x, WIDTH)
+    new = tl.maximum(tops, tl.max(rows.finite(wide, COMPUTE), 2))
+    # Where nothing but -inf has come there is no maximum to move away from.
+    offs += tl.where(totals == 0.0, 0.0, masses * (new - tops))
+    terms = rows.tiled(mass, WIDTH) * (new[:, :, None] - wide)
+    offs += tl.sum(tl.where(mask, terms, 0.0), 2)
+    masses += tl.sum(rows.tiled(mass, WIDTH), 2)
+    new, totals = rows.online(tops, totals, x, WIDTH, COMPUTE)
+    return new, totals, offs, masses
+
+
+@triton.jit
+def _statistics_with_mass(
+    x_ptr,
+    probs_ptr,
+    weight_ptr,
+    where,
+    scalars,
+    read,
+    n_cols,
+    COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """`rows.statistics`, and the sums of mass (maximum - x) and of the mass.
+
+    where: starts and stride_col of x, then of probs; scalars: keep, share
+    """
+    tops = tl.full((LINES, COLS // WIDTH), rows.lowest(COMPUTE), COMPUTE)
+    totals = tl.zeros((LINES, COLS // WIDTH), COMPUTE)
+    offs = tl.zeros((LINES, COLS // WIDTH), COMPUTE)
+    masses = tl.zeros((LINES, COLS // WIDTH), COMPUTE)
+    for first in range(0, n_cols, COLS):
+        cols = first + tl.arange(0, COLS)
+        mask = read[:, None] & (cols < n_cols)[None, :]
+        at = rows.spread(where[0], cols, where[1], COLUMNS)
+        x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+        at = rows.spread(where[2], cols, where[3], COLUMNS)
+        mass = mass_of(
+            probs_ptr, weight_ptr, at, cols, mask, n_cols, scalars[0], scalars[1], COMPUTE
+        )
+        tops, totals, offs, masses = _online_with_mass(
+            tops, totals, offs, masses, x, mass, read, n_cols - first, WIDTH, COMPUTE
+        )
+    top, total = rows.merge(tops, totals)
+    offs += tl.where(totals == 0.0, 0.0, masses * (top[:, None] - tops))
+    return top, total, tl.sum(offs, 1), tl.sum(masses, 1)
+
+
+@triton.jit(do_not_specialize=[*rows.EXTENTS, "ignore_index"])
+def cross_entropy_kernel(
+    x_ptr,
+    target_ptr,
+    probs_ptr,
+    weight_ptr,
+    loss_ptr,
+    lse_ptr,
+    n_lines,
+    n_cols,
+    stride_outer,
+    stride_col,
+    ignore_index,
+    keep,
+    share,
+    SPREAD: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """SPREAD: there is mass on every class, of the probabilities or of smoothing.
+
+    keep: 1 - s; share: s / C; both as `rows.parts`
+    """
+    n_lines, n_cols, stride_outer, stride_col = rows.geometry(
+        n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
+    )
+    outer, lines = rows.place(n_lines, LINES, COLUMNS)
+    here = lines < n_lines
+    line = outer * n_lines + lines
+    keep, share = rows.scalar(keep, COMPUTE), rows.scalar(share, COMPUTE)
+    target, weight, ignored = targets_of(
+        target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE
+    )
+    # Rows that are ignored are not read; in columns the hole would cost the wide loads.
+    read = here
+    if not COLUMNS:
+        read = here & (ignored == 0)
+    x_start = rows.starts(outer, lines, stride_outer, COLUMNS)
+    p_start, p_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
+    loss = tl.zeros((LINES,), COMPUTE)
+    if WHOLE:
+        cols = tl.arange(0, COLS)
+        mask = read[:, None] & (cols < n_cols)[None, :]
+        at = rows.spread(x_start, cols, stride_col, COLUMNS)
+        x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+        top = rows.peak(x, COMPUTE)
+        x -= top[:, None]
+        total = tl.log(rows.no_infinity(tl.sum(rows.exp_term(x), 1)))
+        if SPREAD:
+            at = rows.spread(p_start, cols, p_stride, COLUMNS)
+            mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
+            loss = tl.sum(tl.where(mask, mass * (total[:, None] - x), 0.0), 1)
+    elif SPREAD:
+        top, total, off, mass = _statistics_with_mass(
+            x_ptr,
+            probs_ptr,
+            weight_ptr,
+            (x_start, stride_col, p_start, p_stride),
+            (keep, share),
+            read,
+            n_cols,
+            COMPUTE,
+            COLUMNS,
+            LINES,
+            COLS,
+            WIDTH,
+        )
+        total = tl.log(rows.no_infinity(total))
+        loss = off + mass * total
+    else:
+        top, total = rows.statistics(
+            x_ptr, x_start, read[:, None], n_cols, stride_col, COMPUTE, COLUMNS, LINES, COLS, WIDTH
+        )
+        total = tl.log(rows.no_infinity(total))
+    if target_ptr is not None:
+        at = x_start + target
+        if COLUMNS:
+            at = x_start + target * stride_col
+        x_target = rows.load(x_ptr, at, read, 0.0, COMPUTE)
+        loss += keep * weight * (total - (x_target - top))
+    rows.store(loss_ptr, line, tl.where(ignored, 0.0, loss), here)
+    rows.store(lse_ptr, line, tl.where(ignored, 0.0, top + total), here)
+
+
+def _forward(
+    x: Tensor,
+    target: Tensor | None,
+    probs: Tensor | None,
+    weight: Tensor | None,
+    out: tuple[Tensor, Tensor],
+    shape: Shape,
+    strides: Strides,
+    ignore_index: int,
+    smoothing: float,
+) -> None:
+    spread = probs is not None or smoothing != 0.0
+    lines = Lines.of(x, shape, strides, (x, probs), halved=spread)
+    lines.launch(
+        cross_entropy_kernel,
+        (x, target, probs, weight, *out),
+        ignore_index,
+        rows.parts(1.0 - smoothing),
+        rows.parts(smoothing / max(1, shape[1])),
+        SPREAD=spread,
+        WIDTH=lines.tile.width,
+    )
+
+
+def cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: Tensor,
+    lse: Tensor,
+    shape: Shape,
+    strides: Strides,
+    ignore_index: int,
+    smoothing: float,
+) -> None:
+    """loss = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
+
+    x: (n_outer, n_cols, n_inner) with `strides` of the first two; target: (n_outer, n_inner) int64;
+    weight: (n_cols,) in the compute type; loss, lse: (n_outer, n_inner), likewise, both 0 where
+    ignored. A target that is neither ignored nor a class makes its loss and gradient NaN.
+    """
+    _forward(x, target, None, weight, (loss, lse), shape, strides, ignore_index, smoothing)
+
+
+def cross_entropy_backward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    dloss: Tensor,
+    dx: Tensor,
+    shape: Shape,
+    strides: Strides,
+    ignore_index: int,
+    smoothing: float,
+) -> None:
+    """dx_c = dloss ((1 - s) w_t (p_c - [c = t]) + s / C (W p_c - w_c))
+
+    p = exp(x - lse), W = sum w
+    dloss: (n_outer, n_inner), or (1,) for all alike, in the compute type; dx: contiguous
+    """
+    gradients(x, target, None, weight, lse, dloss, dx, shape, strides, ignore_index, smoothing)
+
+
+def cross_entropy_probs(
+    x: Tensor,
+    probs: Tensor,
+    weight: Tensor | None,
+    loss: Tensor,
+    lse: Tensor,
+    shape: Shape,
+    strides: Strides,
+    smoothing: float,
+) -> None:
+    """loss = sum_c w_c q_c (lse - x_c),  q_c = (1 - s) probs_c + s / C
+
+    probs: (n_outer, n_cols, n_inner), contiguous, in x's dtype; the others as in `cross_entropy`
+    """
+    _forward(x, None, probs, weight, (loss, lse), shape, strides, 0, smoothing)
+
+
+def cross_entropy_probs_backward(
+    x: Tensor,
+    probs: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    dloss: Tensor,
+    dx: Tensor,
+    shape: Shape,
+    strides: Strides,
+    smoothing: float,
+) -> None:
+    """dx_c = dloss (p_c sum_k w_k q_k - w_c q_c),  p = exp(x - lse)
+
+    Tensors as in `cross_entropy_probs` and `cross_entropy_backward`.
+    """
+    gradients(x, None, probs, weight, lse, dloss, dx, shape, strides, 0, smoothing)

@@ -1,0 +1,264 @@
+"""Softmax and what is near it, for Triton: a line is read once where registers hold it.
+
+    softmax      y = exp(x - max) / sum exp(x - max)
+    log_softmax  y = x - max - log sum exp(x - max)
+    logsumexp    max + log sum exp(x - max)
+
+A NaN anywhere makes its line NaN through the sum; so do a +inf and a line of -inf, as with torch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu.rows import Lines
+
+Shape = tuple[int, int, int]
+Strides = tuple[int, int]
+
+
+@triton.jit
+def _normalized(x, top, total, LOG: tl.constexpr):
+    x = x - top[:, None]
+    if LOG:
+        y = x - tl.log(total)[:, None]
+    else:
+        y = rows.exp(x) * rows.reciprocal(total)[:, None]
+    return y
+
+
+@triton.jit(do_not_specialize=rows.EXTENTS)
+def softmax_kernel(
+    x_ptr,
+    y_ptr,
+    n_lines,
+    n_cols,
+    stride_outer,
+    stride_col,
+    LOG: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    n_lines, n_cols, stride_outer, stride_col = rows.geometry(
+        n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
+    )
+    outer, lines = rows.place(n_lines, LINES, COLUMNS)
+    here = (lines < n_lines)[:, None]
+    x_start = rows.starts(outer, lines, stride_outer, COLUMNS)
+    y_start, y_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
+    if WHOLE:
+        cols = tl.arange(0, COLS)
+        mask = here & (cols < n_cols)[None, :]
+        at = rows.spread(x_start, cols, stride_col, COLUMNS)
+        x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+        x = x - rows.peak(x, COMPUTE)[:, None]
+        if LOG:
+            total = rows.no_infinity(tl.sum(rows.exp_term(x), 1))
+            y = x - tl.log(total)[:, None]
+        else:
+            y = rows.exp(x)
+            y *= rows.reciprocal(tl.sum(y, 1))[:, None]
+        rows.store(y_ptr, rows.spread(y_start, cols, y_stride, COLUMNS), y, mask)
+    else:
+        top, total = rows.statistics(
+            x_ptr, x_start, here, n_cols, stride_col, COMPUTE, COLUMNS, LINES, COLS, WIDTH
+        )
+        total = rows.no_infinity(total)
+        for first in range(0, n_cols, COLS):
+            cols = first + tl.arange(0, COLS)
+            mask = here & (cols < n_cols)[None, :]
+            at = rows.spread(x_start, cols, stride_col, COLUMNS)
+            x = rows.load(x_ptr, at, mask, 0.0, COMPUTE)
+            y = _normalized(x, top, total, LOG)
+            rows.store(y_ptr, rows.spread(y_start, cols, y_stride, COLUMNS), y, mask)
+
+
+@triton.jit
+def _weight(dy, y, LOG: tl.constexpr):
+    """What is summed up: dy y, of the logarithm dy."""
+    if LOG:
+        term = dy
+    else:
+        term = dy * y
+    return term
+
+
+@triton.jit
+def _softmax_gradient(dy, y, total, LOG: tl.constexpr):
+    if LOG:
+        dx = dy - rows.exp(y) * total[:, None]
+    else:
+        dx = y * (dy - total[:, None])
+    return dx
+
+
+@triton.jit(do_not_specialize=rows.EXTENTS)
+def softmax_backward_kernel(
+    dy_ptr,
+    y_ptr,
+    dx_ptr,
+    n_lines,
+    n_cols,
+    stride_outer,
+    stride_col,
+    LOG: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """dx = y (dy - sum dy y), of the logarithm dx = dy - exp(y) sum dy."""
+    n_lines, n_cols, stride_outer, stride_col = rows.geometry(
+        n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
+    )
+    outer, lines = rows.place(n_lines, LINES, COLUMNS)
+    here = (lines < n_lines)[:, None]
+    start = rows.starts(outer, lines, stride_outer, COLUMNS)
+    if WHOLE:
+        cols = tl.arange(0, COLS)
+        mask = here & (cols < n_cols)[None, :]
+        at = rows.spread(start, cols, stride_col, COLUMNS)
+        dy = rows.load(dy_ptr, at, mask, 0.0, COMPUTE)
+        y = rows.load(y_ptr, at, mask, 0.0, COMPUTE)
+        total = tl.sum(_weight(dy, y, LOG), 1)
+        rows.store(dx_ptr, at, _softmax_gradient(dy, y, total, LOG), mask)
+    else:
+        totals = tl.zeros((LINES, COLS), COMPUTE)
+        for first in range(0, n_cols, COLS):
+            cols = first + tl.arange(0, COLS)
+            mask = here & (cols < n_cols)[None, :]
+            at = rows.spread(start, cols, stride_col, COLUMNS)
+            dy = rows.load(dy_ptr, at, mask, 0.0, COMPUTE)
+            if LOG:
+                totals += dy
+            else:
+                totals += dy * rows.load(y_ptr, at, mask, 0.0, COMPUTE)
+        total = tl.sum(totals, 1)
+        for first in range(0, n_cols, COLS):
+            cols = first + tl.arange(0, COLS)
+            mask = here & (cols < n_cols)[None, :]
+            at = rows.spread(start, cols, stride_col, COLUMNS)
+            dy = rows.load(dy_ptr, at, mask, 0.0, COMPUTE)
+            y = rows.load(y_ptr, at, mask, 0.0, COMPUTE)
+            rows.store(dx_ptr, at, _softmax_gradient(dy, y, total, LOG), mask)
+
+
+@triton.jit(do_not_specialize=rows.EXTENTS)
+def logsumexp_kernel(
+    x_ptr,
+    lse_ptr,
+    n_lines,
+    n_cols,
+    stride_outer,
+    stride_col,
+    COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    n_lines, n_cols, stride_outer, stride_col = rows.geometry(
+        n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
+    )
+    outer, lines = rows.place(n_lines, LINES, COLUMNS)
+    here = lines < n_lines
+    start = rows.starts(outer, lines, stride_outer, COLUMNS)
+    if WHOLE:
+        cols = tl.arange(0, COLS)
+        mask = here[:, None] & (cols < n_cols)[None, :]
+        at = rows.spread(start, cols, stride_col, COLUMNS)
+        x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+        top = rows.peak(x, COMPUTE)
+        total = tl.sum(rows.exp_term(x - top[:, None]), 1)
+    else:
+        top, total = rows.statistics(
+            x_ptr, start, here[:, None], n_cols, stride_col, COMPUTE, COLUMNS, LINES, COLS, WIDTH
+        )
+    rows.store(lse_ptr, outer * n_lines + lines, top + tl.log(total), here)
+
+
+@triton.jit(do_not_specialize=rows.EXTENTS)
+def logsumexp_backward_kernel(
+    dlse_ptr,
+    x_ptr,
+    lse_ptr,
+    dx_ptr,
+    n_lines,
+    n_cols,
+    stride_outer,
+    stride_col,
+    COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """dx = dlse exp(x - lse)"""
+    n_lines, n_cols, stride_outer, stride_col = rows.geometry(
+        n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
+    )
+    outer, lines = rows.place(n_lines, LINES, COLUMNS)
+    here = lines < n_lines
+    line = outer * n_lines + lines
+    dlse = rows.load(dlse_ptr, line, here, 0.0, COMPUTE)[:, None]
+    lse = rows.load(lse_ptr, line, here, 0.0, COMPUTE)[:, None]
+    start = rows.starts(outer, lines, stride_outer, COLUMNS)
+    dx_start, dx_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
+    for first in range(0, n_cols, COLS):
+        cols = first + tl.arange(0, COLS)
+        mask = here[:, None] & (cols < n_cols)[None, :]
+        at = rows.spread(start, cols, stride_col, COLUMNS)
+        dx = dlse * rows.exp(rows.load(x_ptr, at, mask, 0.0, COMPUTE) - lse)
+        rows.store(dx_ptr, rows.spread(dx_start, cols, dx_stride, COLUMNS), dx, mask)
+
+
+def softmax(x: Tensor, y: Tensor, shape: Shape, strides: Strides, log: bool) -> None:
+    """y = exp(x - max) / sum exp(x - max); log: y = x - max - log sum exp(x - max)
+
+    x: (n_outer, n_cols, n_inner) with `strides` of the first two; y: the same, contiguous
+    """
+    lines = Lines.of(x, shape, strides, (x, y))
+    lines.launch(softmax_kernel, (x, y), LOG=log, WIDTH=lines.tile.width)
+
+
+def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, shape: Shape, log: bool) -> None:
+    """dx = y (dy - sum dy y); log: dx = dy - exp(y) sum dy
+
+    dy, y, dx: (n_outer, n_cols, n_inner), contiguous
+    """
+    lines = Lines.of(y, shape, (shape[1] * shape[2], shape[2]), (dy, y, dx))
+    lines.launch(softmax_backward_kernel, (dy, y, dx), LOG=log)
+
+
+def logsumexp(x: Tensor, lse: Tensor, shape: Shape, strides: Strides) -> None:
+    """lse = max + log sum exp(x - max)
+
+    x: (n_outer, n_cols, n_inner) with `strides` of the first two; lse: (n_outer, n_inner) in the
+    compute type. A line of -inf gives -inf, one with +inf +inf, one with NaN NaN.
+    """
+    lines = Lines.of(x, shape, strides, (x,))
+    lines.launch(logsumexp_kernel, (x, lse), WIDTH=lines.tile.width)
+
+
+def logsumexp_backward(
+    dlse: Tensor, x: Tensor, lse: Tensor, dx: Tensor, shape: Shape, strides: Strides
+) -> None:
+    """dx = dlse exp(x - lse)
+
+    dlse: (n_outer, n_inner) in x's dtype; lse: likewise, in the compute type; dx: contiguous
+    """
+    lines = Lines.of(x, shape, strides, (x, dx))
+    lines.launch(logsumexp_backward_kernel, (dlse, x, lse, dx))

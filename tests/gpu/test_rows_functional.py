@@ -1,0 +1,105 @@
+"""fastopt.functional on the GPU kernels: what lies between them and the user, in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from fastopt import functional
+
+C = 37
+TARGET = torch.tensor([3, -100, 0, 36, 8, 21])
+POINTS = torch.tensor([[0, 4, 2], [1, 1, -100]])
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def losses() -> dict[str, Callable[[Any, Tensor], Tensor]]:
+    weight = torch.rand(C, generator=torch.Generator().manual_seed(5))
+    probabilities = torch.softmax(draw(6, C, seed=6), 1)
+
+    def indices(reduction: str, weighted: bool, smoothing: float) -> Any:
+        def loss(f: Any, x: Tensor) -> Tensor:
+            scale = weight.to(x.dtype) if weighted else None
+            options = {"reduction": reduction, "label_smoothing": smoothing}
+            return f.cross_entropy(x, TARGET, scale, **options)  # type: ignore[no-any-return]
+
+        return loss
+
+    found = {
+        f"{reduction}, weight {weighted}, smoothing {smoothing}": indices(
+            reduction, weighted, smoothing
+        )
+        for reduction in ("mean", "sum", "none")
+        for weighted in (False, True)
+        for smoothing in (0.0, 0.1)
+    }
+    found["probabilities"] = lambda f, x: f.cross_entropy(x, probabilities.to(x.dtype))
+    return found
+
+
+CALLS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    **{
+        f"{name} over {dim}": (
+            lambda f, x, name=name, dim=dim: getattr(f, name)(x, dim),
+            ((6, C),),
+        )
+        for name in ("softmax", "log_softmax")
+        for dim in (0, 1)
+    },
+    **{
+        f"logsumexp over {dim}": (
+            lambda f, x, dim=dim: getattr(f, "logsumexp", torch.logsumexp)(x, dim),
+            ((6, C),),
+        )
+        for dim in (0, 1, (0, 1))
+    },
+    **{f"cross_entropy, {name}": (loss, ((6, C),)) for name, loss in losses().items()},
+    "cross_entropy, points": (lambda f, x: f.cross_entropy(x, POINTS), ((2, 5, 3),)),
+    "layer_norm": (lambda f, x, w, b: f.layer_norm(x, (C,), w, b), ((6, C), (C,), (C,))),
+    "layer_norm, no bias": (lambda f, x, w: f.layer_norm(x, (C,), w), ((6, C), (C,))),
+    "rms_norm": (lambda f, x, w: f.rms_norm(x, (C,), w, 1e-6), ((6, C), (C,))),
+}
+
+
+def check(name: str, ours: Any, dtype: torch.dtype) -> None:
+    call, shapes = CALLS[name]
+    given = [draw(*shape, seed=k).to(dtype) for k, shape in enumerate(shapes)]
+    sides = []
+    for functions, wide in ((ours, dtype), (F, torch.float64)):
+        inputs = [x.to(wide).requires_grad_() for x in given]
+        result = call(functions, *inputs)
+        upstream = draw(*result.shape, seed=9).to(dtype).to(wide)
+        sides.append([result, *torch.autograd.grad(result, inputs, upstream)])
+    for mine, exact in zip(*sides, strict=True):
+        assert mine.dtype == dtype
+        assert mine.shape == exact.shape
+        room = 16 * torch.finfo(dtype).eps * max(1.0, float(exact.abs().max()))
+        assert (mine.double() - exact).abs().max() <= room
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_and_backward_are_torchs(name: str) -> None:
+    check(name, functional, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["softmax over 1", "cross_entropy, probabilities", "layer_norm"])
+def test_half_precision(name: str) -> None:
+    check(name, functional, torch.float16)
+
+
+def test_these_checks_see_a_wrong_function() -> None:
+    class Wrong:
+        @staticmethod
+        def softmax(x: Tensor, dim: int) -> Tensor:
+            return F.softmax(x * 1.001, dim)
+
+    with pytest.raises(AssertionError):
+        check("softmax over 1", Wrong, torch.float32)
