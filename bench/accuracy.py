@@ -22,7 +22,8 @@ from torch import Tensor
 from bench import machine, render
 from fastopt.cli.files import write_whole
 from tests.rows import cases, oracle
-from tests.rows.oracle import Bounds, Problem
+from tests.rows.oracle import Bounds
+from tests.rows.problem import Problem
 from tests.rows.subject import DTYPES, NAMES, OURS, OVER_DIM, TORCH
 
 Record = dict[str, Any]

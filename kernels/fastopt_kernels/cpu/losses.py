@@ -120,13 +120,14 @@ def _loss_backward(tag, kind, weighted, smooth):
             x_row = x + row * stride * itemsize
             dx_row = dx + row * n_cols * itemsize
             t = load_integer(target, row)
-            if t == ignore:
-                for j in range(n_cols):
-                    store(dx_row, j, zero)
-                continue
-            upstream = load_upstream(dloss, row * each) / compute(get_double(stats, 2 * n_rows))
             top = compute(get_double(stats, 2 * row))
             log_total = compute(get_double(stats, 2 * row + 1))
+            if t == ignore:
+                nothing = zero * (top + log_total)  # NaN for a row that holds one, as with torch
+                for j in range(n_cols):
+                    store(dx_row, j, nothing)
+                continue
+            upstream = load_upstream(dloss, row * each) / compute(get_double(stats, 2 * n_rows))
             hard = (one - spread) * (get(weight, t) if weighted else one)
             # dx_c = dloss ((hard + s / C sum w) p_c - hard [c = t] - s / C w_c)
             scale = upstream * (hard + share * weights if smooth else hard)

@@ -1,0 +1,1 @@
+"""Tests of fastopt.functional and fastopt.nn: softmax, losses, norms."""
