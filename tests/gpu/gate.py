@@ -1,9 +1,9 @@
 """The gate every GPU kernel passes before it meets a GPU: compiled ahead of time, and read.
 
 `python -m tests.gpu.gate` compiles each rule and each scalars function of fastopt.optim for every
-combination of dtypes and every target, and prints a table; the tests take a sample. What is
-compiled is what `Launch` launches, through Triton's own specialization of its arguments: only the
-last call, into the driver, is left out. A kernel fails with
+combination of dtypes and every target, then the row kernels (`row_gate`), and prints a table; the
+tests take a sample. What is compiled is what `Launch` launches, through Triton's own specialization
+of its arguments: only the last call, into the driver, is left out. A kernel fails with
 
 - a spill, a stack frame or local memory;
 - fewer 128-bit loads or stores than its streams need, each loaded and written once;
@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,25 +106,32 @@ class _Recorder:
 
 
 @contextmanager
+def driving(target: str, warp_size: Any) -> Iterator[None]:
+    """Triton's driver is that of a target inside; warp_size: the cached function that asks it"""
+    drivers, active = triton.runtime.driver, triton.runtime.driver._active
+    warp_size.cache_clear()
+    drivers.set_active(_Driver(TARGETS[target], NO_DEVICE + list(TARGETS).index(target)))
+    try:
+        yield
+    finally:
+        drivers._active = active
+        warp_size.cache_clear()
+
+
+@contextmanager
 def compiling(target: str) -> Iterator[dict[str, list[Any]]]:
     """Launches inside compile for a target and run nothing; yields the compiled kernels."""
     names = ("update_kernel", "scalars_kernel")
     kept = {name: getattr(engine, name) for name in names}
     recorders = {name: _Recorder(kernel) for name, kernel in kept.items()}
-    device = NO_DEVICE + list(TARGETS).index(target)
-    drivers = triton.runtime.driver
-    active = drivers._active
-    engine._warp_size.cache_clear()
-    drivers.set_active(_Driver(TARGETS[target], device))
     try:
         for name, recorder in recorders.items():
             setattr(engine, name, recorder)
-        yield {name: recorder.compiled for name, recorder in recorders.items()}
+        with driving(target, engine._warp_size):
+            yield {name: recorder.compiled for name, recorder in recorders.items()}
     finally:
         for name, kernel in kept.items():
             setattr(engine, name, kernel)
-        drivers._active = active
-        engine._warp_size.cache_clear()
 
 
 @dataclass
@@ -296,10 +303,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
     options = parser.parse_args()
+    # It reads kernels with what stands above.
+    from tests.gpu import row_gate
+
+    targets = options.target or list(TARGETS)
+    return report(itertools.chain(all_checks(targets), row_gate.all_checks(targets)))
+
+
+def report(checks: Iterable[tuple[str, Callable[[], Any]]]) -> int:
+    """Run the checks and print a line for each; the exit status."""
     print(f"triton {triton.__version__}")
     print(f"{'':57} registers 128-bit loads stores float64")
     results = []
-    for label, check in all_checks(options.target or list(TARGETS)):
+    for label, check in checks:
         try:
             found, faults = check()
             numbers = f"{found.registers:9} {found.loads:13} {found.stores:6} {found.float64:7}"

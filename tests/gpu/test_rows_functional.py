@@ -1,4 +1,4 @@
-"""fastopt.functional on the GPU kernels, in the interpreter: what lies between them and the user."""
+"""fastopt.functional on the GPU kernels, interpreted: what lies between them and the user."""
 
 from __future__ import annotations
 

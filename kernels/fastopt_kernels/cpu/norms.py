@@ -186,21 +186,34 @@ def _sum_blocks(tag, weight_kind, bias_kind, partial_kind):
     store_dw, store_db = dweight_codec.store, dbias_codec.store
     as_dw, as_db = dweight_codec.compute, dbias_codec.compute
     weighted, biased = weight_kind is not None, bias_kind is not None
+    sums_dw, sums_db = rows.Codec("fp64", 4), rows.Codec("fp64", 5)
+    get_along, put_along, get_across, put_across = (
+        sums_dw.load,
+        sums_dw.store,
+        sums_db.load,
+        sums_db.store,
+    )
 
     def sum_blocks(args, task):
         dws, dbs, dw, db, n_blocks, n_cols, n_task, _, _, _, _, _, _, _ = _args(args, 0)
         first = task * n_task
-        for j in range(first, min(first + n_task, n_cols)):
-            along, across = np.float64(0), np.float64(0)
-            for block in range(n_blocks):
+        width = min(n_task, n_cols - first)
+        scratch = np.zeros(2 * n_task, np.float64)
+        along = scratch.ctypes.data
+        across = along + 8 * n_task
+        for block in range(n_blocks):
+            at = block * n_cols + first
+            for j in range(width):
                 if weighted:
-                    along += np.float64(get_dw(dws, block * n_cols + j))
+                    put_along(along, j, get_along(along, j) + np.float64(get_dw(dws, at + j)))
                 if biased:
-                    across += np.float64(get_db(dbs, block * n_cols + j))
+                    put_across(across, j, get_across(across, j) + np.float64(get_db(dbs, at + j)))
+        for j in range(width):
             if weighted:
-                store_dw(dw, j, as_dw(along))
+                store_dw(dw, first + j, as_dw(get_along(along, j)))
             if biased:
-                store_db(db, j, as_db(across))
+                store_db(db, first + j, as_db(get_across(across, j)))
+        rows.alive(scratch)
 
     return sum_blocks
 

@@ -49,9 +49,7 @@ def targets_of(target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE
 @triton.jit
 def _anchor(
     x_ptr,
-    lse_ptr,
-    line,
-    here,
+    lse,
     start,
     read,
     n_cols,
@@ -63,9 +61,9 @@ def _anchor(
     WIDTH: tl.constexpr,
 ):
     """What p = exp((x - top) - rest) takes: lse and 0, or what lse was made of, walked anew."""
-    top = rows.load(lse_ptr, line, here, 0.0, COMPUTE)
-    rest = top * 0.0
-    far = tl.abs(top) >= TRUSTED_LSE
+    top = lse
+    rest = lse * 0.0
+    far = tl.abs(lse) >= TRUSTED_LSE
     if tl.max(far.to(tl.int32), 0) > 0:
         peak, total = rows.statistics(
             x_ptr, start, read[:, None], n_cols, stride_col, COMPUTE, COLUMNS, LINES, COLS, WIDTH
@@ -101,12 +99,12 @@ def _mass_of_probs(
 
 
 @triton.jit
-def _gradient(p, mass, total, cols, target, most, dloss, ignored):
-    """dloss (p_c total - mass_c - [c = t] most); 0 where ignored, whatever x holds there."""
+def _gradient(p, mass, total, cols, target, most, dloss, ignored, unread):
+    """dloss (p_c total - mass_c - [c = t] most); `unread` where the line is ignored."""
     dx = p * total[:, None] - mass
     if target is not None:
         dx -= tl.where(cols[None, :] == target.to(cols.dtype)[:, None], most[:, None], 0.0)
-    return tl.where(ignored[:, None], 0.0, dloss[:, None] * dx)
+    return tl.where(ignored[:, None], unread[:, None], dloss[:, None] * dx)
 
 
 @triton.jit(do_not_specialize=[*rows.EXTENTS, "ignore_index", "dloss_step"])
@@ -146,6 +144,10 @@ def cross_entropy_backward_kernel(
     target, weight, ignored = targets_of(
         target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE
     )
+    lse = rows.load(lse_ptr, line, here, 0.0, COMPUTE)
+    # As with torch: 0 where ignored, but NaN where what is ignored is not finite.
+    unread = tl.where(lse - lse == 0.0, 0.0, float("nan"))
+    # Rows that are ignored are not read; in columns the hole would cost the wide loads.
     read = here
     if not COLUMNS:
         read = here & (ignored == 0)
@@ -168,14 +170,12 @@ def cross_entropy_backward_kernel(
         mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
         if target_ptr is None:
             mass_sum = tl.sum(mass, 1)
-        dx = _gradient(p, mass, mass_sum, cols, target, most, dloss, ignored)
+        dx = _gradient(p, mass, mass_sum, cols, target, most, dloss, ignored, unread)
         rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
     else:
         top, rest = _anchor(
             x_ptr,
-            lse_ptr,
-            line,
-            here,
+            lse,
             x_start,
             read,
             n_cols,
@@ -209,7 +209,7 @@ def cross_entropy_backward_kernel(
             p = rows.exp((x - top[:, None]) - rest[:, None])
             at = rows.spread(dx_start, cols, dx_stride, COLUMNS)
             mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
-            dx = _gradient(p, mass, mass_sum, cols, target, most, dloss, ignored)
+            dx = _gradient(p, mass, mass_sum, cols, target, most, dloss, ignored, unread)
             rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
 
 

@@ -124,16 +124,12 @@ def cross_entropy_kernel(
     target, weight, ignored = targets_of(
         target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE
     )
-    # Rows that are ignored are not read; in columns the hole would cost the wide loads.
-    read = here
-    if not COLUMNS:
-        read = here & (ignored == 0)
     x_start = rows.starts(outer, lines, stride_outer, COLUMNS)
     p_start, p_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
     loss = tl.zeros((LINES,), COMPUTE)
     if WHOLE:
         cols = tl.arange(0, COLS)
-        mask = read[:, None] & (cols < n_cols)[None, :]
+        mask = here[:, None] & (cols < n_cols)[None, :]
         at = rows.spread(x_start, cols, stride_col, COLUMNS)
         x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
         top = rows.peak(x, COMPUTE)
@@ -150,7 +146,7 @@ def cross_entropy_kernel(
             weight_ptr,
             (x_start, stride_col, p_start, p_stride),
             (keep, share),
-            read,
+            here,
             n_cols,
             COMPUTE,
             COLUMNS,
@@ -162,17 +158,17 @@ def cross_entropy_kernel(
         loss = off + mass * total
     else:
         top, total = rows.statistics(
-            x_ptr, x_start, read[:, None], n_cols, stride_col, COMPUTE, COLUMNS, LINES, COLS, WIDTH
+            x_ptr, x_start, here[:, None], n_cols, stride_col, COMPUTE, COLUMNS, LINES, COLS, WIDTH
         )
         total = tl.log(rows.no_infinity(total))
     if target_ptr is not None:
         at = x_start + target
         if COLUMNS:
             at = x_start + target * stride_col
-        x_target = rows.load(x_ptr, at, read, 0.0, COMPUTE)
+        x_target = rows.load(x_ptr, at, here, 0.0, COMPUTE)
         loss += keep * weight * (total - (x_target - top))
     rows.store(loss_ptr, line, tl.where(ignored, 0.0, loss), here)
-    rows.store(lse_ptr, line, tl.where(ignored, 0.0, top + total), here)
+    rows.store(lse_ptr, line, top + total, here)
 
 
 def _forward(
@@ -213,8 +209,8 @@ def cross_entropy(
     """loss = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
 
     x: (n_outer, n_cols, n_inner) with `strides` of the first two; target: (n_outer, n_inner) int64;
-    weight: (n_cols,) in the compute type; loss, lse: (n_outer, n_inner), likewise, both 0 where
-    ignored. A target that is neither ignored nor a class makes its loss and gradient NaN.
+    weight: (n_cols,) in the compute type; loss, lse: (n_outer, n_inner), likewise; the loss is
+    0 where ignored. A target that is neither ignored nor a class makes loss and gradient NaN.
     """
     _forward(x, target, None, weight, (loss, lse), shape, strides, ignore_index, smoothing)
 

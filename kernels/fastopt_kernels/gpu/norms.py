@@ -121,8 +121,9 @@ def norm_kernel(
             x = ((x - mean[:, None]) - drift[:, None]) * rstd[:, None]
             y = scaled(x, weight_ptr, bias_ptr, cols, n_cols, COMPUTE)
             rows.store(y_ptr, y_start[:, None] + cols[None, :], y, mask)
-    rows.store(rstd_ptr, lines, rstd, here)
-    if CENTERED:
+    if rstd_ptr is not None:
+        rows.store(rstd_ptr, lines, rstd, here)
+    if mean_ptr is not None:
         rows.store(mean_ptr, lines, mean + drift, here)
 
 
@@ -132,9 +133,10 @@ def _forward(
     bias: Tensor | None,
     y: Tensor,
     mean: Tensor | None,
-    rstd: Tensor,
+    rstd: Tensor | None,
     sizes: tuple[int, int, int],
     eps: float,
+    centered: bool,
 ) -> None:
     n_rows, n_cols, stride_row = sizes
     compute = rows.COMPUTE[x.dtype]
@@ -145,7 +147,7 @@ def _forward(
         (triton.cdiv(n_rows, tile.lines),),
         (x, weight, bias, y, mean, rstd, n_rows, n_cols // vector, stride_row // vector),
         eps=rows.parts(eps),
-        CENTERED=mean is not None,
+        CENTERED=centered,
         COMPUTE=compute,
         WHOLE=tile.whole,
         **tile.options(),
@@ -157,8 +159,8 @@ def layer_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     n_rows: int,
     n_cols: int,
     stride_row: int,
@@ -167,9 +169,9 @@ def layer_norm(
     """y = (x - mean) rstd weight + bias,  rstd = 1 / sqrt(var + eps)
 
     x: (n_rows, n_cols) with stride_row; y: the same, contiguous; weight, bias: (n_cols,), of any
-    dtype each; mean, rstd: (n_rows,), in the compute type, written too
+    dtype each; mean, rstd: (n_rows,), in the compute type, written where there are any
     """
-    _forward(x, weight, bias, y, mean, rstd, (n_rows, n_cols, stride_row), eps)
+    _forward(x, weight, bias, y, mean, rstd, (n_rows, n_cols, stride_row), eps, centered=True)
 
 
 def layer_norm_backward(
@@ -198,7 +200,7 @@ def rms_norm(
     x: Tensor,
     weight: Tensor | None,
     y: Tensor,
-    rstd: Tensor,
+    rstd: Tensor | None,
     n_rows: int,
     n_cols: int,
     stride_row: int,
@@ -208,7 +210,7 @@ def rms_norm(
 
     Tensors as those of `layer_norm`.
     """
-    _forward(x, weight, None, y, None, rstd, (n_rows, n_cols, stride_row), eps)
+    _forward(x, weight, None, y, None, rstd, (n_rows, n_cols, stride_row), eps, centered=False)
 
 
 def rms_norm_backward(

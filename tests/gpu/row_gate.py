@@ -1,0 +1,232 @@
+"""The gate for the row kernels: softmax, losses and norms, compiled ahead of time and read.
+
+`python -m tests.gpu.row_gate` compiles every function for every dtype, target and branch there is
+in the tables of `fastopt_kernels.gpu.rows`, and prints a table. A kernel fails with
+
+- a spill, a stack frame or local memory;
+- fewer 128-bit loads or stores than its tiles need, where the input is aligned;
+- float64 arithmetic in anything but a float64 kernel;
+- an approximate or denormal-flushing instruction but exp2 (see `rows.exp`) and those that CUDA's
+  logarithm, good to 1 ulp, is made of; a division that is not correctly rounded;
+- a tile that goes through shared memory in a walk along a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastopt_kernels.gpu import losses, norms, rows, softmax
+from tests.gpu import gate
+from tests.gpu.gate import TARGETS, Read
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# (n_outer, n_cols, n_inner)
+ROWS = {
+    "short": (5, 64, 1),
+    "row": (3, 1024, 1),
+    "wide": (2, 8192, 1),
+    "widest": (2, 16384, 1),
+    "walked": (2, 20480, 1),
+    "long": (2, 131072, 1),
+}
+COLUMNS = {
+    "columns": (1, 20, 32768),
+    "columns walked": (1, 1000, 48),
+    "strips walked": (1, 1000, 32768),
+}
+# No extent of these is a multiple of 16 bytes.
+ODD = {"odd": (3, 781, 1), "odd walked": (2, 50257, 1), "odd columns": (3, 333, 7)}
+BRANCHES = ROWS | COLUMNS | ODD
+# exp2, and the logarithm's fused multiply-adds.
+APPROXIMATE = {"ex2.approx.ftz.f32", "fma.rn.ftz.f32"}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A kernel as it was launched: its name, its constants and what it was compiled to."""
+
+    name: str
+    constants: dict[str, Any]
+    compiled: Any
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list[Launched]]:
+    """Row kernels launched inside compile for a target and run nothing; yields them."""
+    kept, launched = rows.launch, []
+
+    def compile_only(kernel: Any, grid: Any, args: Sequence[Any], **constants: Any) -> None:
+        compiled = kernel.warmup(*args, grid=grid, **constants)
+        launched.append(Launched(kernel.fn.__name__, constants, compiled))
+
+    rows.launch = compile_only
+    try:
+        with gate.driving(target, rows.warp_size):
+            yield launched
+    finally:
+        rows.launch = kept
+
+
+class Needs(NamedTuple):
+    """How often a thread reads and writes a tile of x's dtype: of a line it holds, or walks."""
+
+    held: int
+    walked: int
+    stores: int
+
+
+class Arguments:
+    """Tensors of one shape and dtype; nothing of them is ever read."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        n_outer, self.n_cols, n_inner = self.shape = shape
+        self.strides = (self.n_cols * n_inner, n_inner)
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        self.x = torch.empty(shape, dtype=dtype)
+        self.line = torch.empty(n_outer, n_inner, dtype=dtype)
+        self.wide = torch.empty(n_outer, n_inner, dtype=wide)
+        self.target = torch.empty(n_outer, n_inner, dtype=torch.int64)
+        self.class_weight = torch.empty(self.n_cols, dtype=wide)
+        self.weight = torch.empty(self.n_cols, dtype=dtype)
+
+    def over_dim(self, function: Callable[..., None], *tensors: Tensor, **options: Any) -> None:
+        function(*tensors, self.shape, self.strides, **options)
+
+    def norm(self, function: Callable[..., None], *tensors: Tensor | None, **eps: float) -> None:
+        function(*tensors, self.shape[0], self.n_cols, self.n_cols, **eps)
+
+
+def _softmax_backward(a: Arguments, log: bool) -> None:
+    softmax.softmax_backward(a.x, a.x, a.x, a.shape, log)
+
+
+def _entropy(a: Arguments, weighted: bool, backward: bool) -> None:
+    weight, smoothing = (a.class_weight, 0.1) if weighted else (None, 0.0)
+    tail = (a.shape, a.strides, -100, smoothing)
+    if backward:
+        losses.cross_entropy_backward(a.x, a.target, weight, a.wide, a.wide, a.x, *tail)
+    else:
+        losses.cross_entropy(a.x, a.target, weight, a.wide, a.wide, *tail)
+
+
+def _probs(a: Arguments, backward: bool) -> None:
+    tail = (a.shape, a.strides, 0.1)
+    if backward:
+        losses.cross_entropy_probs_backward(a.x, a.x, a.class_weight, a.wide, a.wide, a.x, *tail)
+    else:
+        losses.cross_entropy_probs(a.x, a.x, a.class_weight, a.wide, a.wide, *tail)
+
+
+def _layer_norm_backward(a: Arguments, sums: bool) -> None:
+    out = (a.x, a.weight, a.weight) if sums else (a.x, None, None)
+    a.norm(norms.layer_norm_backward, a.x, a.x, a.weight, a.wide, a.wide, *out)
+
+
+# What each function launches, and the needs of its kernels.
+ONCE = Needs(1, 1, 1)
+OVER_DIM: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
+    "softmax": (lambda a: a.over_dim(softmax.softmax, a.x, a.x, log=False), Needs(1, 2, 1)),
+    "log_softmax": (lambda a: a.over_dim(softmax.softmax, a.x, a.x, log=True), Needs(1, 2, 1)),
+    "softmax_backward": (lambda a: _softmax_backward(a, False), Needs(2, 4, 1)),
+    "log_softmax_backward": (lambda a: _softmax_backward(a, True), Needs(2, 3, 1)),
+    "logsumexp": (lambda a: a.over_dim(softmax.logsumexp, a.x, a.wide), Needs(1, 1, 0)),
+    "logsumexp_backward": (
+        lambda a: a.over_dim(softmax.logsumexp_backward, a.line, a.x, a.wide, a.x),
+        ONCE,
+    ),
+    "cross_entropy": (lambda a: _entropy(a, False, False), Needs(1, 1, 0)),
+    "cross_entropy weighted": (lambda a: _entropy(a, True, False), Needs(1, 1, 0)),
+    "cross_entropy_probs": (lambda a: _probs(a, False), Needs(2, 2, 0)),
+    "cross_entropy_backward": (lambda a: _entropy(a, False, True), Needs(1, 2, 1)),
+    "cross_entropy_backward weighted": (lambda a: _entropy(a, True, True), Needs(1, 2, 1)),
+    "cross_entropy_probs_backward": (lambda a: _probs(a, True), Needs(2, 4, 1)),
+}
+NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
+    "layer_norm": (
+        lambda a: a.norm(norms.layer_norm, a.x, a.weight, a.weight, a.x, a.wide, a.wide, eps=1e-5),
+        Needs(1, 2, 1),
+    ),
+    "rms_norm": (
+        lambda a: a.norm(norms.rms_norm, a.x, a.weight, a.x, a.wide, eps=1e-5),
+        Needs(1, 2, 1),
+    ),
+    "layer_norm_backward": (lambda a: _layer_norm_backward(a, True), Needs(2, 4, 1)),
+    "layer_norm_backward dx": (lambda a: _layer_norm_backward(a, False), Needs(2, 4, 1)),
+    "rms_norm_backward": (
+        lambda a: a.norm(norms.rms_norm_backward, a.x, a.x, a.weight, a.wide, a.x, a.weight),
+        Needs(2, 4, 1),
+    ),
+}
+FUNCTIONS = OVER_DIM | NORMS
+# Kernels beside the one the table speaks of: loads and stores of theirs in tiles of x's dtype.
+BESIDE = {"norm_weight_kernel": Needs(2, 2, 0), "norm_sum_kernel": Needs(0, 0, 0)}
+
+
+def faults_of(
+    launched: Launched, needs: Needs, dtype: torch.dtype, target: str, branch: str
+) -> tuple[Read, list[str]]:
+    """What keeps a kernel from passing."""
+    found, faults = gate.read(launched.compiled), []
+    needs = BESIDE.get(launched.name, needs)
+    constants = launched.constants
+    size = constants["LINES"] * constants["COLS"]
+    threads = constants["num_warps"] * TARGETS[target].warp_size
+    walked = not constants.get("WHOLE", launched.name != "norm_dx_kernel")
+    if found.spilled:
+        faults.append(f"spills: {found.spilled} (stack, local memory, instructions)")
+    if branch not in ODD:
+        vectors = size * dtype.itemsize // (16 * threads)
+        loads, stores = (needs.walked if walked else needs.held) * vectors, needs.stores * vectors
+        if found.loads < loads:
+            faults.append(f"{found.loads} loads of 128 bits, {loads} needed")
+        if found.stores < stores:
+            faults.append(f"{found.stores} stores of 128 bits, {stores} needed")
+        shared = launched.compiled.metadata.shared
+        if walked and branch in ROWS and shared >= size:
+            faults.append(f"{shared} bytes of shared memory")
+    if dtype is not torch.float64:
+        if found.float64:
+            faults.append(f"{found.float64} float64 instructions")
+        divisions = re.findall(r"\bdiv\.full\S*", launched.compiled.asm.get("ptx", ""))
+        if approximate := {*found.approximate, *divisions} - APPROXIMATE:
+            faults.append(f"approximate: {' '.join(sorted(approximate))}")
+    return found, [f"{launched.name}: {fault}" for fault in faults]
+
+
+def check(name: str, branch: str, dtype: torch.dtype, target: str) -> tuple[Read, list[str]]:
+    """Compile what a function launches there; what was read of its first kernel, and all faults."""
+    function, needs = FUNCTIONS[name]
+    with compiling(target) as launched:
+        function(Arguments(BRANCHES[branch], dtype))
+    assert launched
+    checked = [faults_of(each, needs, dtype, target, branch) for each in launched]
+    return checked[0][0], [fault for _, faults in checked for fault in faults]
+
+
+def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every kernel there is, by name."""
+    for target, name in itertools.product(targets, FUNCTIONS):
+        branches = [b for b, shape in BRANCHES.items() if name in OVER_DIM or shape[2] == 1]
+        for branch, dtype in itertools.product(branches, DTYPES):
+            label = f"{target:7} {name:31} {str(dtype)[6:]:8} {branch}"
+            yield label, lambda n=name, b=branch, d=dtype, t=target: check(n, b, d, t)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
+    return gate.report(all_checks(parser.parse_args().target or list(TARGETS)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""A sample of the gate for row kernels (`python -m tests.gpu.row_gate` is all), and its teeth."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastopt_kernels.gpu import loss_gradients, losses, norm_gradients, norms, rows, softmax
+from tests.gpu import gate, row_gate
+from tests.gpu.row_gate import Arguments
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+MODULES = (softmax, losses, loss_gradients, norms, norm_gradients)
+# Each function once, with branches, dtypes and targets in turn, and the longest walks on sm_90.
+SAMPLE = [
+    (name, branch, dtype, target)
+    for name, branch, dtype, target in zip(
+        row_gate.FUNCTIONS,
+        itertools.cycle([*row_gate.ROWS, "odd", "odd walked"]),
+        itertools.cycle((FLOAT32, BFLOAT16, torch.float16, BFLOAT16, torch.float64)),
+        itertools.cycle(gate.TARGETS),
+        strict=False,
+    )
+]
+SAMPLE += [
+    ("softmax", "long", BFLOAT16, "sm_90"),
+    ("softmax_backward", "columns", BFLOAT16, "sm_100"),
+    ("cross_entropy", "walked", BFLOAT16, "sm_90"),
+    ("cross_entropy weighted", "columns walked", FLOAT32, "gfx942"),
+    ("cross_entropy_probs", "long", torch.float64, "sm_90"),
+    ("cross_entropy_backward weighted", "strips walked", BFLOAT16, "sm_90"),
+    ("cross_entropy_probs_backward", "widest", FLOAT32, "sm_90"),
+    ("layer_norm_backward", "wide", FLOAT32, "sm_90"),
+]
+
+
+def kernels() -> set[str]:
+    found = {
+        name
+        for module in MODULES
+        for name, value in vars(module).items()
+        if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel")
+    }
+    assert found
+    return found
+
+
+def test_every_function_and_every_kernel_is_checked() -> None:
+    public = {
+        name
+        for module in (softmax, losses, norms)
+        for name, value in inspect.getmembers(module, inspect.isfunction)
+        if value.__module__ == module.__name__ and not name.startswith("_")
+    }
+    assert {name.split()[0] for name in row_gate.FUNCTIONS} - {
+        "log_softmax",
+        "log_softmax_backward",
+    } == public
+    launched = set()
+    for name, branch in itertools.product(row_gate.NORMS, ("short", "walked")):
+        launched |= set(names_launched(name, branch))
+    for name in row_gate.OVER_DIM:
+        launched |= set(names_launched(name, "short"))
+    assert launched == kernels()
+
+
+def names_launched(name: str, branch: str) -> list[str]:
+    """Without compiling them."""
+    kept, found = rows.launch, []
+    rows.launch = lambda kernel, *rest, **constants: found.append(kernel.fn.__name__)
+    try:
+        with gate.driving("sm_90", rows.warp_size):
+            row_gate.FUNCTIONS[name][0](Arguments(row_gate.BRANCHES[branch], FLOAT32))
+    finally:
+        rows.launch = kept
+    return found
+
+
+@pytest.mark.parametrize(("name", "branch", "dtype", "target"), SAMPLE)
+def test_a_row_kernel_passes(name: str, branch: str, dtype: torch.dtype, target: str) -> None:
+    _, faults = row_gate.check(name, branch, dtype, target)
+    assert faults == []
+
+
+def compiled(function: Any, shape: tuple[int, int, int], dtype: torch.dtype = FLOAT32) -> list[Any]:
+    with row_gate.compiling("sm_90") as launched:
+        function(Arguments(shape, dtype))
+    return [each.compiled for each in launched]
+
+
+def test_the_batch_compiles_nothing_anew() -> None:
+    """Nor do strides and the class that is ignored: Triton would tell 1 and multiples of 16."""
+    made = set()
+    for n_outer, ignored in ((1, -100), (2, 1), (16, 16), (77, 0), (2**20, 2**20)):
+
+        def function(a: Arguments, n_outer: int = n_outer, ignored: int = ignored) -> None:
+            # Triton asks no more of them than their dtype and their address.
+            shape, strides = (n_outer, *a.shape[1:]), (a.strides[0] * 4, 1)
+            losses.cross_entropy(a.x, a.target, None, a.wide, a.wide, shape, strides, ignored, 0.1)
+            norms.layer_norm(
+                a.x, a.weight, a.weight, a.x, a.wide, a.wide, n_outer, a.n_cols, a.n_cols, 1e-5
+            )
+
+        made |= {id(kernel) for kernel in compiled(function, (1, 1024, 1))}
+    assert len(made) == 2
+
+
+def test_widths_of_one_block_share_a_kernel() -> None:
+    function, _ = row_gate.FUNCTIONS["softmax"]
+    made = {id(compiled(function, (1, n_cols, 1))[0]) for n_cols in (516, 1000, 1024)}
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_row_held_in_too_few_registers_fails(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 elements a thread."""
+    monkeypatch.setitem(rows.WIDEST, tl.float32, 65536)
+    monkeypatch.setitem(row_gate.BRANCHES, "row", (1, 65536, 1))
+    _, faults = row_gate.check("cross_entropy_probs_backward", "row", FLOAT32, target)
+    assert any("spills" in text for text in faults), faults
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("branch", ["row", "walked", "columns"])
+def test_a_kernel_without_vectors_fails(
+    branch: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "vector_of", lambda *_: 1)
+    _, faults = row_gate.check("softmax", branch, BFLOAT16, target)
+    kinds = {text.split()[2] for text in faults if "128 bits" in text}
+    assert kinds == {"loads", "stores"}, faults
+
+
+@triton.jit
+def _with_a_double(x):
+    return tl.exp(x.to(tl.float64)).to(x.dtype)
+
+
+@triton.jit
+def _approximate(x):
+    return 1.0 / x
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement", "fault", "target"),
+    [
+        ("exp", _with_a_double, "float64", "sm_90"),
+        ("exp", _with_a_double, "float64", "gfx942"),
+        ("reciprocal", _approximate, "approximate", "sm_90"),
+    ],
+)
+def test_bad_arithmetic_fails(
+    name: str, replacement: Any, fault: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, name, replacement)
+    # Triton remembers a kernel by the source of what it calls: a fresh one sees the replacement.
+    fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=rows.EXTENTS)
+    monkeypatch.setattr(softmax, "softmax_kernel", fresh)
+    _, faults = row_gate.check("softmax", "row", FLOAT32, target)
+    assert any(fault in text for text in faults), faults
+
+
+def test_a_tile_that_goes_through_shared_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running maximum of neighbouring halves instead of what one thread has loaded."""
+
+    @triton.jit
+    def tiled(x, WIDTH: tl.constexpr):  # noqa: N803
+        half = tl.reshape(x, (x.shape[0], WIDTH, x.shape[1] // WIDTH))
+        return tl.trans(half, (0, 2, 1))
+
+    monkeypatch.setattr(rows, "tiled", tiled)
+    for name in ("online", "statistics"):
+        monkeypatch.setattr(rows, name, triton.jit(getattr(rows, name).fn))
+    fresh = triton.jit(softmax.logsumexp_kernel.fn, do_not_specialize=rows.EXTENTS)
+    monkeypatch.setattr(softmax, "logsumexp_kernel", fresh)
+    _, faults = row_gate.check("logsumexp", "walked", BFLOAT16, "sm_90")
+    assert any("shared memory" in text for text in faults), faults
