@@ -121,3 +121,7 @@ def pack(what: str, dtype: torch.dtype) -> Tensor:
     if what == "denormals":
         x *= torch.finfo(dtype).smallest_normal / 8
     return x.to(dtype)
+
+
+def same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
