@@ -39,7 +39,7 @@ def targets_of(target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE
         target = tl.load(target_ptr + line, mask=here, other=0)
         ignored = here & (target == ignore_index)
         known = here & (target >= 0) & (target < n_cols)
-        target = tl.where(known, target, 0)
+        target = tl.where(known, target, 0).to(n_cols.dtype)
         weight = tl.where(known | ignored, 1.0, float("nan")).to(COMPUTE)
         if weight_ptr is not None:
             weight *= rows.load(weight_ptr, target, known, 0.0, COMPUTE)
@@ -99,12 +99,11 @@ def _mass_of_probs(
 
 
 @triton.jit
-def _gradient(p, mass, total, cols, target, most, dloss, ignored, unread):
-    """dloss (p_c total - mass_c - [c = t] most); `unread` where the line is ignored."""
-    dx = p * total[:, None] - mass
-    if target is not None:
-        dx -= tl.where(cols[None, :] == target.to(cols.dtype)[:, None], most[:, None], 0.0)
-    return tl.where(ignored[:, None], unread[:, None], dloss[:, None] * dx)
+def _gradient(dx, target_ptr, cols, target, most, dloss):
+    """dloss (dx - [c = t] most), the latter where there are targets"""
+    if target_ptr is not None:
+        dx -= tl.where(cols[None, :] == target[:, None], most[:, None], 0.0)
+    return dloss[:, None] * dx
 
 
 @triton.jit(do_not_specialize=[*rows.EXTENTS, "ignore_index", "dloss_step"])
@@ -125,6 +124,7 @@ def cross_entropy_backward_kernel(
     dloss_step,
     keep,
     share,
+    SPREAD: tl.constexpr,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -145,13 +145,13 @@ def cross_entropy_backward_kernel(
         target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE
     )
     lse = rows.load(lse_ptr, line, here, 0.0, COMPUTE)
-    # As with torch: 0 where ignored, but NaN where what is ignored is not finite.
+    # As with torch: 0 where ignored, but NaN where what is ignored is not finite. Such a row need
+    # not be read for that; in columns the hole would cost the wide loads.
+    dloss = rows.load(dloss_ptr, line * dloss_step, here & (ignored == 0), 0.0, COMPUTE)
     unread = tl.where(lse - lse == 0.0, 0.0, float("nan"))
-    # Rows that are ignored are not read; in columns the hole would cost the wide loads.
     read = here
     if not COLUMNS:
         read = here & (ignored == 0)
-    dloss = rows.load(dloss_ptr, line * dloss_step, here, 0.0, COMPUTE)
     x_start = rows.starts(outer, lines, stride_outer, COLUMNS)
     dx_start, dx_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
     most = keep * weight
@@ -167,10 +167,16 @@ def cross_entropy_backward_kernel(
         p = rows.exp(x - rows.peak(x, COMPUTE)[:, None])
         p *= rows.reciprocal(tl.sum(p, 1))[:, None]
         at = rows.spread(dx_start, cols, dx_stride, COLUMNS)
-        mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
-        if target_ptr is None:
-            mass_sum = tl.sum(mass, 1)
-        dx = _gradient(p, mass, mass_sum, cols, target, most, dloss, ignored, unread)
+        if SPREAD:
+            mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
+            if target_ptr is None:
+                mass_sum = tl.sum(mass, 1)
+            dx = p * mass_sum[:, None] - mass
+        else:
+            dx = p * mass_sum[:, None]
+        dx = _gradient(dx, target_ptr, cols, target, most, dloss)
+        if not COLUMNS:
+            dx = tl.where(ignored[:, None], unread[:, None], dx)
         rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
     else:
         top, rest = _anchor(
@@ -208,8 +214,12 @@ def cross_entropy_backward_kernel(
             x = rows.load(x_ptr, at, mask, 0.0, COMPUTE)
             p = rows.exp((x - top[:, None]) - rest[:, None])
             at = rows.spread(dx_start, cols, dx_stride, COLUMNS)
-            mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
-            dx = _gradient(p, mass, mass_sum, cols, target, most, dloss, ignored, unread)
+            dx = p * mass_sum[:, None]
+            if SPREAD:
+                dx -= mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
+            dx = _gradient(dx, target_ptr, cols, target, most, dloss)
+            if not COLUMNS:
+                dx = tl.where(ignored[:, None], unread[:, None], dx)
             rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
 
 
@@ -227,7 +237,8 @@ def gradients(
     smoothing: float,
 ) -> None:
     """Fill dx; of target and probs one is None. Tensors as in `losses`."""
-    lines = Lines.of(x, shape, strides, (x, probs, dx), halved=shape[2] != 1)
+    halved = shape[2] != 1 or probs is not None
+    lines = Lines.of(x, shape, strides, (x, probs, dx), halved=halved)
     weighted = target is not None and weight is not None and smoothing != 0.0
     lines.launch(
         cross_entropy_backward_kernel,
@@ -236,5 +247,6 @@ def gradients(
         int(dloss.numel() != 1),
         rows.parts(1.0 - smoothing),
         rows.parts(smoothing / max(1, shape[1])),
+        SPREAD=probs is not None or smoothing != 0.0,
         WIDTH=lines.tile.width,
     )

@@ -304,14 +304,19 @@ def tile_of_rows(
 def tile_of_columns(
     n_cols: int, n_inner: int, itemsize: int, compute: tl.dtype, vector: int, halved: bool = False
 ) -> Tile:
-    """Columns: a strip of neighbouring ones, as far down as a tile reaches."""
+    """Columns: a strip of neighbouring ones, as far down as a tile reaches.
+
+    halved: walk in 16 bytes a thread
+    """
     step, length = STEP[compute], power_of_two(n_cols)
     nbytes = next(size for limit, size in INNER_BYTES if limit is None or n_inner < limit)
     lines = max(nbytes // itemsize, LEAST // length)
     lines = min(power_of_two(n_inner), lines)
     cols = min(length, step // lines)
     whole, threads = n_cols <= cols, threads_for(lines * cols, compute)
-    return Tile(lines, cols // (1 + (halved and not whole)), whole, True, vector, 1, threads)
+    if halved and not whole:
+        cols = threads * (16 // itemsize) // lines
+    return Tile(lines, cols, whole, True, vector, 1, threads)
 
 
 @cache
