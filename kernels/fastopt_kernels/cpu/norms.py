@@ -23,6 +23,8 @@ from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
 _args = memory.make_row(types.int64, 14)
 # Blocks of rows whose weight gradients are summed apart: at most so many, of at least so many rows.
 BLOCKS, BLOCK_ROWS = 64, 16
+# Rows summed in the compute type before they are added to the block's sum in float64.
+FLUSHED = 128
 # Columns of the blocks that one task adds up.
 SUMMED = 256
 
@@ -116,7 +118,8 @@ def _backward(tag, kind, weight_kind, centered, wants_dx, wants_dw, wants_db):
         codec.itemsize,
         codec.compute,
     )
-    get, get_double = wide.load, rows.Codec("fp64", 4).load
+    get, get_double, put_double = wide.load, rows.Codec("fp64", 4).load, rows.Codec("fp64", 4).store
+    sum_type = np.float64 if codec.wide == "fp64" else np.float32
     sum_dw, sum_db = rows.Codec(wide.wide, 5), rows.Codec(wide.wide, 6)
     weight_of = memory.make_loader(weight_kind or "fp32", compute, 7)
     get_dw, put_dw, get_db, put_db = sum_dw.load, sum_dw.store, sum_db.load, sum_db.store
@@ -148,31 +151,41 @@ def _backward(tag, kind, weight_kind, centered, wants_dx, wants_dw, wants_db):
         dy, x, weight, mean, rstd, dx, dws, dbs, n_rows, n_cols, stride, n_task, _, _ = _args(
             args, 0
         )
-        dw, db = dws + task * n_cols * wide_size, dbs + task * n_cols * wide_size
-        for j in range(n_cols):
-            if wants_dw:
-                put_dw(dw, j, zero)
-            if wants_db:
-                put_db(db, j, zero)
         first = task * n_task
-        for row in range(first, min(first + n_task, n_rows)):
-            x_row, dy_row = x + row * stride * itemsize, dy + row * n_cols * itemsize
-            dx_row, scale = dx + row * n_cols * itemsize, get(rstd, row)
-            center = get_double(mean, row) if centered else np.float64(0)
-            high = compute(center)
-            low = compute(center - np.float64(high))
-            along, across = zero, zero
-            if wants_dx:
-                along, across = means(dy_row, x_row, weight, n_cols, high, low, scale)
+        last = min(first + n_task, n_rows)
+        all_dw, all_db = dws + task * n_cols * 8, dbs + task * n_cols * 8
+        scratch = np.zeros(2 * n_cols, sum_type)
+        dw = scratch.ctypes.data
+        db = dw + n_cols * wide_size
+        for start in range(first, last, FLUSHED):
+            for row in range(start, min(start + FLUSHED, last)):
+                x_row, dy_row = x + row * stride * itemsize, dy + row * n_cols * itemsize
+                dx_row, scale = dx + row * n_cols * itemsize, get(rstd, row)
+                center = get_double(mean, row) if centered else np.float64(0)
+                high = compute(center)
+                low = compute(center - np.float64(high))
+                along, across = zero, zero
+                if wants_dx:
+                    along, across = means(dy_row, x_row, weight, n_cols, high, low, scale)
+                for j in range(n_cols):
+                    normal = deviation(x_row, j, high, low) * scale
+                    if wants_dx:  # dx = rstd (g - mean(g) - normal mean(g normal))
+                        g = upstream(dy_row, weight, j)
+                        store(dx_row, j, scale * (g - across - normal * along))
+                    if wants_dw:
+                        put_dw(dw, j, get_dw(dw, j) + load_dy(dy_row, j) * normal)
+                    if wants_db:
+                        put_db(db, j, get_db(db, j) + load_dy(dy_row, j))
             for j in range(n_cols):
-                normal = deviation(x_row, j, high, low) * scale
-                if wants_dx:  # dx = rstd (g - mean(g) - normal mean(g normal))
-                    g = upstream(dy_row, weight, j)
-                    store(dx_row, j, scale * (g - across - normal * along))
                 if wants_dw:
-                    put_dw(dw, j, get_dw(dw, j) + load_dy(dy_row, j) * normal)
+                    before = get_double(all_dw, j) if start > first else np.float64(0)
+                    put_double(all_dw, j, before + np.float64(get_dw(dw, j)))
+                    put_dw(dw, j, zero)
                 if wants_db:
-                    put_db(db, j, get_db(db, j) + load_dy(dy_row, j))
+                    before = get_double(all_db, j) if start > first else np.float64(0)
+                    put_double(all_db, j, before + np.float64(get_db(db, j)))
+                    put_db(db, j, zero)
+        rows.alive(scratch)
 
     return norm_backward
 
@@ -310,14 +323,14 @@ def _run_backward(
     task = rows.task_of(_backward, _kind(x), _kind(weight), mean is not None, *wanted)
     n_task = max(BLOCK_ROWS, -(-n_rows // BLOCKS)) if sums else rows.rows_of(n_cols)
     n_blocks = -(-n_rows // n_task)
-    partials = torch.empty(2 * n_blocks * n_cols if sums else 0, dtype=rstd.dtype)
+    partials = torch.empty(2 * n_blocks * n_cols if sums else 0, dtype=torch.float64)
     dws = partials.data_ptr()
     dbs = dws + n_blocks * n_cols * partials.element_size()
     pointers = map(_address, (dy, x, weight, mean, rstd, dx))
     shape = (n_rows, n_cols, stride_row, n_task, 0, 0)
     task.run(n_blocks, n_rows * n_cols, *pointers, dws, dbs, *shape)
     if sums:
-        last = rows.task_of(_sum_blocks, _kind(dweight), _kind(dbias), rows.KINDS[rstd.dtype])
+        last = rows.task_of(_sum_blocks, _kind(dweight), _kind(dbias), "fp64")
         pointers = (dws, dbs, _address(dweight), _address(dbias))
         shape = (n_blocks, n_cols, SUMMED, 0, 0, 0, 0, 0, 0, 0)
         last.run(-(-n_cols // SUMMED), n_blocks * n_cols, *pointers, *shape)

@@ -32,7 +32,7 @@ COMPUTE = {
 # Elements of a tile: the least a program takes, the longest line it keeps in registers (in the
 # compute type: 16 of 4 bytes a thread, 32 where that is the only way to read a line once), and
 # what it walks a longer one in.
-LEAST = 2048
+LEAST = {tl.float32: 2048, tl.float64: 1024}
 WIDEST = {tl.float32: 16384, tl.float64: 8192}
 STEP = {tl.float32: 4096, tl.float64: 2048}
 # Lines longer than this are walked by a program of 512 threads: there are few of them.
@@ -294,7 +294,7 @@ def tile_of_rows(
     """
     if n_cols <= (widest or WIDEST[compute]):
         cols = power_of_two(n_cols)
-        lines = max(1, LEAST // cols)
+        lines = max(1, LEAST[compute] // cols)
         return Tile(lines, cols, True, False, vector, 1, threads_for(lines * cols, compute))
     cols = STEP[compute] * (2 if n_cols > LONG else 1)
     threads = threads_for(cols, compute)
@@ -310,7 +310,7 @@ def tile_of_columns(
     """
     step, length = STEP[compute], power_of_two(n_cols)
     nbytes = next(size for limit, size in INNER_BYTES if limit is None or n_inner < limit)
-    lines = max(nbytes // itemsize, LEAST // length)
+    lines = max(nbytes // itemsize, LEAST[compute] // length)
     lines = min(power_of_two(n_inner), lines)
     cols = min(length, step // lines)
     whole, threads = n_cols <= cols, threads_for(lines * cols, compute)
