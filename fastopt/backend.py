@@ -6,6 +6,8 @@ import importlib
 from functools import cache
 from types import ModuleType
 
+from torch import Tensor
+
 _KERNELS = {"cpu": "fastopt_kernels.cpu", "cuda": "fastopt_kernels.gpu"}
 _NEEDS = {"cpu": "numba", "cuda": "triton"}
 
@@ -34,6 +36,16 @@ def kernels(device_type: str, module: str) -> ModuleType:
             f"fastopt runs on {device_type} with {package}, which did not import ({error}). "
             f"Install it: pip install {package}"
         ) from error
+
+
+def by_numba(x: Tensor) -> bool:
+    """Whether Numba's kernels serve a tensor; what they keep of a row is laid out otherwise."""
+    return x.is_cpu and _KERNELS["cpu"] == "fastopt_kernels.cpu"
+
+
+def kernels_for(x: Tensor, module: str) -> ModuleType:
+    """The module of kernels for a tensor's device."""
+    return kernels("cpu" if x.is_cpu else x.device.type, module)
 
 
 def engine(device_type: str) -> ModuleType:

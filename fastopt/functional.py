@@ -43,25 +43,35 @@ _overridden: Callable[..., bool] = torch.overrides.has_torch_function_variadic
 _DIRECT, _AS_OP, _BY_TORCH = range(3)
 
 
-def _route(*tensors: Tensor) -> int:
+def _route(*tensors: Tensor | None) -> int:
     if torch.compiler.is_compiling():
-        return _AS_OP
+        return _BY_TORCH if _handed_over(tensors) else _AS_OP
     if _transforms_active() or forward_ad._current_level >= 0:
         return _BY_TORCH
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return _AS_OP
-        if not (tensor.is_cpu or tensor.is_cuda):
-            if not tensor.is_meta:
-                backend.kernels(tensor.device.type, "softmax")  # refuses
-            return _AS_OP
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda):
+            return _route_others(tensors)
     return _AS_OP if _n_dispatch_modes() else _DIRECT
 
 
-def _handed_over(*tensors: Any) -> bool:
+def _route_others(tensors: Sequence[Any]) -> int:
+    """Where subclasses, or tensors of other devices, are among them."""
+    if _handed_over(tensors):
+        return _BY_TORCH
+    for tensor in tensors:
+        if type(tensor) in _PLAIN and not (tensor.is_cpu or tensor.is_cuda or tensor.is_meta):
+            backend.kernels(tensor.device.type, "softmax")  # refuses
+    return _AS_OP
+
+
+def _handed_over(tensors: Sequence[Any]) -> bool:
     """Whether these are no tensors, or of a class that takes torch's functions over."""
     for tensor in tensors:
-        if type(tensor) not in _PLAIN and (not isinstance(tensor, Tensor) or _overridden(tensor)):
+        if tensor is None or type(tensor) in _PLAIN:
+            continue
+        if not isinstance(tensor, Tensor) or _overridden(tensor):
             return True
     return False
 
@@ -87,8 +97,9 @@ def _describe(tensor: Tensor) -> str:
 
 def _autocast(name: str, tensor: Tensor) -> bool:
     """Whether autocast wants this function in float32 here."""
-    device = "cpu" if tensor.is_cpu else "cuda"
-    return torch.is_autocast_enabled(device) and name in _AUTOCAST[device]
+    if tensor.is_cpu:
+        return name in _AUTOCAST["cpu"] and torch.is_autocast_enabled("cpu")
+    return name in _AUTOCAST["cuda"] and torch.is_autocast_enabled("cuda")
 
 
 def _float(tensor: Tensor) -> Tensor:
@@ -126,7 +137,8 @@ def _softmax(
     dtype: torch.dtype | None,
 ) -> Tensor:
     stacklevel += 3  # the functions between the caller and torch's, which warns of dim=None
-    if _handed_over(input):
+    route = _route(input)
+    if route == _BY_TORCH:
         return _by_torch(name, theirs, input, dim, stacklevel, dtype)
     x = input
     if dtype is None and _autocast(name, x):
@@ -134,10 +146,8 @@ def _softmax(
     elif dtype in DTYPES and not x.is_complex():
         x = x.to(dtype)
     rank = x.dim() or 1
-    route = _route(x)
     if (
-        route == _BY_TORCH
-        or type(dim) is not int
+        type(dim) is not int
         or not -rank <= dim < rank
         or x.dtype not in DTYPES
         or dtype not in (None, x.dtype)
@@ -155,15 +165,14 @@ def _softmax(
 def logsumexp(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
     """log sum exp(x) over the dimensions `dim`, without overflow. As torch.logsumexp."""
     args = (input, dim, keepdim)
-    if _handed_over(input):
+    route = _route(input)
+    if route == _BY_TORCH:
         return _by_torch("logsumexp", torch.logsumexp, *args)
     x = _float(input) if _autocast("logsumexp", input) else input
     rank = x.dim()
     dims: list[Any] = list(dim) if isinstance(dim, (tuple, list)) else [dim]
-    route = _route(x)
     if (
-        route == _BY_TORCH
-        or rank == 0
+        rank == 0
         or not dims
         or x.dtype not in DTYPES
         or not all(type(d) is int and -rank <= d < rank for d in dims)
@@ -208,16 +217,15 @@ def cross_entropy(
     a NaN on CUDA. Szegedy et al. 2016, section 7, for label smoothing.
     """
     args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    if _handed_over(input, target) or (weight is not None and _handed_over(weight)):
+    route = _route(input, target, weight)
+    if route == _BY_TORCH:
         return _by_torch("cross_entropy", F.cross_entropy, *args)
     x = input
-    route = _route(x, target) if weight is None else _route(x, target, weight)
     if _autocast("cross_entropy", x):
         x, weight = _float(x), None if weight is None else _float(weight)
         target = _float(target)
     if (
-        route == _BY_TORCH
-        or size_average is not None
+        size_average is not None
         or reduce is not None
         or reduction not in losses.REDUCTIONS
         or not 0.0 <= label_smoothing <= 1.0
@@ -235,22 +243,25 @@ def cross_entropy(
 
 def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
     """Whether kernels take these: what they do not is torch's to do, or to refuse."""
-    if x.dtype not in DTYPES or x.dim() == 0 or x.device != target.device:
+    sizes = x.shape
+    if x.dtype not in DTYPES or not sizes or x.device != target.device:
         return False
-    dim = 0 if x.dim() == 1 else 1
-    if x.shape[dim] == 0:
+    dim = 0 if len(sizes) == 1 else 1
+    if sizes[dim] == 0:
         return False
     if weight is not None and (
-        weight.shape != (x.shape[dim],)
+        weight.shape != (sizes[dim],)
         or weight.dtype not in DTYPES
         or weight.device != x.device
         or weight.requires_grad
     ):
         return False
-    if target.shape == x.shape and target.is_floating_point():
-        plain = target.dtype == x.dtype and not target.requires_grad
-        return plain and ignore_index < 0  # which torch refuses beside probabilities
-    return target.dtype == torch.int64 and target.shape == x.shape[:dim] + x.shape[dim + 1 :]
+    if target.dtype == torch.int64:
+        return target.shape == sizes[:dim] + sizes[dim + 1 :]
+    if target.shape == sizes and target.dtype == x.dtype:
+        # Beside probabilities torch refuses an index to ignore.
+        return not target.requires_grad and ignore_index < 0
+    return False
 
 
 def layer_norm(
@@ -266,19 +277,13 @@ def layer_norm(
     dtype than the input; the result is of the input's. As torch.nn.functional.layer_norm.
     Ba, Kiros & Hinton 2016, equation 4.
     """
-    args = (input, normalized_shape, weight, bias, eps)
-    x, shape = input, _as_shape(normalized_shape)
+    route, x, shape = _route(input, weight, bias), input, _as_shape(normalized_shape)
     if (
-        _handed_over(x)
-        or (weight is not None and _handed_over(weight))
-        or (bias is not None and _handed_over(bias))
+        route == _BY_TORCH
         or not isinstance(eps, (float, int))
         or not _affine_fits(x, shape, weight, bias)
     ):
-        return _by_torch("layer_norm", F.layer_norm, *args)
-    route = _route(*(t for t in (x, weight, bias) if t is not None))
-    if route == _BY_TORCH:
-        return _by_torch("layer_norm", F.layer_norm, *args)
+        return _by_torch("layer_norm", F.layer_norm, input, normalized_shape, weight, bias, eps)
     if _autocast("layer_norm", x):
         x = _float(x)
         weight, bias = (None if t is None else _float(t) for t in (weight, bias))
@@ -291,7 +296,7 @@ def layer_norm(
         or (bias is not None and bias.requires_grad)
     ):
         return norms.apply_layer_norm(x, weight, bias, len(shape), eps)  # type: ignore[no-any-return]
-    return norms.layer_norm(x, weight, bias, None, None, len(shape), eps)
+    return norms.run_layer_norm(x, weight, bias, len(shape), eps, False)[0]
 
 
 def rms_norm(
@@ -306,18 +311,13 @@ def rms_norm(
     the input; the result is of the input's. eps: the machine epsilon of the type it is computed in
     unless given. As torch.nn.functional.rms_norm. Zhang & Sennrich 2019, equation 4.
     """
-    args = (input, normalized_shape, weight, eps)
-    x, shape = input, _as_shape(normalized_shape)
+    route, x, shape = _route(input, weight), input, _as_shape(normalized_shape)
     if (
-        _handed_over(x)
-        or (weight is not None and _handed_over(weight))
+        route == _BY_TORCH
         or not isinstance(eps, (float, int, type(None)))
         or not _affine_fits(x, shape, weight, None)
     ):
-        return _by_torch("rms_norm", F.rms_norm, *args)
-    route = _route(x) if weight is None else _route(x, weight)
-    if route == _BY_TORCH:
-        return _by_torch("rms_norm", F.rms_norm, *args)
+        return _by_torch("rms_norm", F.rms_norm, input, normalized_shape, weight, eps)
     if _autocast("rms_norm", x):
         x, weight = _float(x), None if weight is None else _float(weight)
     if eps is None:
@@ -329,7 +329,7 @@ def rms_norm(
         x.requires_grad or (weight is not None and weight.requires_grad)
     ):
         return norms.apply_rms_norm(x, weight, len(shape), eps)  # type: ignore[no-any-return]
-    return norms.rms_norm(x, weight, None, len(shape), eps)
+    return norms.run_rms_norm(x, weight, len(shape), eps, False)[0]
 
 
 def _as_shape(shape: Any) -> tuple[int, ...]:
@@ -341,11 +341,11 @@ def _affine_fits(
     x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
 ) -> bool:
     """Whether kernels take these: what they do not is torch's to do, or to refuse."""
-    if not shape or x.dtype not in DTYPES or x.shape[x.dim() - len(shape) :] != shape:
+    if not shape or x.dtype not in DTYPES or x.shape[-len(shape) :] != shape:
         return False
     for tensor in (weight, bias):
         if tensor is not None and (
             tensor.shape != shape or tensor.dtype not in DTYPES or tensor.device != x.device
         ):
             return False
-    return x.dim() >= len(shape)
+    return True

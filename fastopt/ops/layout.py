@@ -43,19 +43,20 @@ def output(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def rows(x: Tensor, n_dims: int) -> tuple[Tensor, int, int, int]:
-    """(x or a copy, rows, columns, stride of a row) of an x that is not empty: the last n_dims
+def rows(x: Tensor, n_dims: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """(x or a copy, (rows, columns, stride of a row)) of an x that is not empty: the last n_dims
     dimensions are one row."""
-    split = x.dim() - n_dims
-    n_cols = x.shape[-1] if n_dims == 1 else prod(x.shape[split:])
+    sizes = x.shape
+    n_cols = sizes[-1] if n_dims == 1 else prod(sizes[len(sizes) - n_dims :])
     n_rows = x.numel() // n_cols
     if x.is_contiguous():
-        return x, n_rows, n_cols, n_cols
-    outer = _flattened(x.shape[:split], x.stride()[:split])
-    inner = _flattened(x.shape[split:], x.stride()[split:])
+        return x, (n_rows, n_cols, n_cols)
+    split = len(sizes) - n_dims
+    outer = _flattened(sizes[:split], x.stride()[:split])
+    inner = _flattened(sizes[split:], x.stride()[split:])
     if outer is not None and inner == 1:
-        return x, n_rows, n_cols, outer
-    return x.contiguous(), n_rows, n_cols, n_cols
+        return x, (n_rows, n_cols, outer)
+    return x.contiguous(), (n_rows, n_cols, n_cols)
 
 
 def _flattened(sizes: Sequence[int], strides: Sequence[int]) -> int | None:

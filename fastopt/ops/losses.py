@@ -40,8 +40,8 @@ def run_cross_entropy(
     Of a row, on CPU: its maximum and log sum exp(x - max), in float64; on a GPU: its logsumexp.
     """
     logits, shape, strides = layout.along(x, _dim(x))
-    kernels = backend.kernels(x.device.type, "losses")
-    if not hasattr(kernels, "REDUCES"):
+    kernels = backend.kernels_for(x, "losses")
+    if not backend.by_numba(x):
         args = (logits, target.contiguous(), _weight(weight, x), shape, strides)
         return _by_rows(kernels, args, _positions(x), reduction, ignore_index, smoothing)
     walk = (target.contiguous(), _weight(weight, x), shape, strides, reduction)
@@ -105,7 +105,7 @@ def _fake_cross_entropy(
     sizes = _positions(x)
     loss = x.new_empty(sizes if reduction == NONE else [])
     n_rows = x.numel() // x.shape[_dim(x)]
-    if x.device.type == "cpu":
+    if backend.by_numba(x):
         return loss, x.new_empty(2 * n_rows + 1, dtype=torch.float64)
     return loss, x.new_empty(n_rows + 1, dtype=compute_dtype(x.dtype))
 
@@ -123,10 +123,10 @@ def run_cross_entropy_backward(
     dx = layout.output(x)
     if not x.numel():
         return dx
-    kernels = backend.kernels(x.device.type, "losses")
+    kernels = backend.kernels_for(x, "losses")
     logits, shape, strides = layout.along(x, _dim(x))
     targets = (target.contiguous(), _weight(weight, x))
-    if not hasattr(kernels, "REDUCES"):
+    if not backend.by_numba(x):
         dloss, stats = (dloss.to(stats.dtype) / stats[-1]).reshape(-1), stats[:-1]
     args = (logits, *targets, stats, dloss.contiguous(), dx, shape, strides)
     if target.is_floating_point():

@@ -19,63 +19,50 @@ def _flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-def _statistic(x: Tensor, n_dims: int) -> Tensor:
-    """One number a row, in the compute type."""
-    n_rows = prod(x.shape[: x.dim() - n_dims])
-    return torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device)
+def _stats(x: Tensor, n_rows: int, centered: bool) -> Tensor:
+    """What the backward needs of each row. layer_norm: mean and rstd, on CPU in float64 (rounded to
+    float32 a large mean would be off); rms_norm: rstd. In the compute type but for that."""
+    if not centered:
+        return torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device)
+    if backend.by_numba(x):
+        return torch.empty(n_rows, 2, dtype=torch.float64)
+    return torch.empty(2, n_rows, dtype=compute_dtype(x.dtype), device=x.device)
 
 
-def _mean(x: Tensor, n_dims: int) -> Tensor:
-    """One number a row, in float64 on CPU: rounded to float32 it would be off where it is large."""
-    n_rows = prod(x.shape[: x.dim() - n_dims])
-    wide = x.device.type == "cpu"
-    dtype = torch.float64 if wide else compute_dtype(x.dtype)
-    return torch.empty(n_rows, dtype=dtype, device=x.device)
-
-
-def layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    n_dims: int,
-    eps: float,
-) -> Tensor:
-    """y; the last n_dims dimensions are one row. mean and rstd are filled in where given."""
-    y = layout.output(x)
-    if x.numel():
-        x, *geometry = layout.rows(x, n_dims)
-        kernels = backend.kernels(x.device.type, "norms")
-        kernels.layer_norm(x, _flat(weight), _flat(bias), y, mean, rstd, *geometry, eps)
-    return y
+def _n_rows(x: Tensor, n_dims: int) -> int:
+    return prod(x.shape[: x.dim() - n_dims])
 
 
 def run_layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n_dims: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd)."""
-    mean, rstd = _mean(x, n_dims), _statistic(x, n_dims)
-    return layer_norm(x, weight, bias, mean, rstd, n_dims, eps), mean, rstd
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor | None, rstd: Tensor | None, n_dims: int, eps: float
-) -> Tensor:
-    """y; the last n_dims dimensions are one row. rstd is filled in where given."""
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n_dims: int,
+    eps: float,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, stats); the last n_dims dimensions are one row. keep: whether the backward follows."""
     y = layout.output(x)
-    if x.numel():
-        x, *geometry = layout.rows(x, n_dims)
-        backend.kernels(x.device.type, "norms").rms_norm(x, _flat(weight), y, rstd, *geometry, eps)
-    return y
+    if not x.numel():
+        return y, _stats(x, _n_rows(x, n_dims), True)
+    x, sizes = layout.rows(x, n_dims)
+    stats = _stats(x, sizes[0], True) if keep else None
+    kernels = backend.kernels_for(x, "norms")
+    kernels.layer_norm(x, _flat(weight), _flat(bias), y, stats, sizes, eps)
+    return y, stats
 
 
 def run_rms_norm(
-    x: Tensor, weight: Tensor | None, n_dims: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(y, rstd)."""
-    rstd = _statistic(x, n_dims)
-    return rms_norm(x, weight, rstd, n_dims, eps), rstd
+    x: Tensor, weight: Tensor | None, n_dims: int, eps: float, keep: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """(y, stats); the last n_dims dimensions are one row. keep: whether the backward follows."""
+    y = layout.output(x)
+    if not x.numel():
+        return y, _stats(x, _n_rows(x, n_dims), False)
+    x, sizes = layout.rows(x, n_dims)
+    stats = _stats(x, sizes[0], False) if keep else None
+    backend.kernels_for(x, "norms").rms_norm(x, _flat(weight), y, stats, sizes, eps)
+    return y, stats
 
 
 def _wanted(wanted: bool, x: Tensor | None) -> Tensor | None:
@@ -92,17 +79,18 @@ def _layer_norm_grads(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     n_dims: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias; None where one is not wanted."""
-    dx, dweight, dbias = map(_wanted, wanted, (x, weight, bias))
+    dx = layout.output(x) if wanted[0] else None
+    dweight = layout.output(weight) if wanted[1] and weight is not None else None
+    dbias = layout.output(bias) if wanted[2] and bias is not None else None
     if x.numel():
-        x, *geometry = layout.rows(x, n_dims)
-        kernels, kept = backend.kernels(x.device.type, "norms"), (_flat(weight), mean, rstd)
-        kernels.layer_norm_backward(dy.contiguous(), x, *kept, dx, dweight, dbias, *geometry)
+        x, sizes = layout.rows(x, n_dims)
+        kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), _flat(weight)
+        kernels.layer_norm_backward(dy, x, weight, stats, dx, dweight, dbias, sizes)
     else:
         _zero(dweight, dbias)
     return dx, dweight, dbias
@@ -112,16 +100,17 @@ def _rms_norm_grads(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    rstd: Tensor,
+    stats: Tensor,
     n_dims: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, dweight; None where one is not wanted."""
-    dx, dweight = map(_wanted, wanted, (x, weight))
+    dx = layout.output(x) if wanted[0] else None
+    dweight = layout.output(weight) if wanted[1] and weight is not None else None
     if x.numel():
-        x, *geometry = layout.rows(x, n_dims)
-        kernels = backend.kernels(x.device.type, "norms")
-        kernels.rms_norm_backward(dy.contiguous(), x, _flat(weight), rstd, dx, dweight, *geometry)
+        x, sizes = layout.rows(x, n_dims)
+        kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), _flat(weight)
+        kernels.rms_norm_backward(dy, x, weight, stats, dx, dweight, sizes)
     else:
         _zero(dweight)
     return dx, dweight
@@ -145,12 +134,12 @@ def run_rms_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, ctx.n_dims, ctx.eps = inputs
-    ctx.save_for_backward(x, weight, bias, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def layer_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, weight, bias, mean, rstd = ctx.saved_tensors
+    x, weight, bias, stats = ctx.saved_tensors
     if differentiated(dy):
         shape, eps = x.shape[x.dim() - ctx.n_dims :], ctx.eps
 
@@ -160,7 +149,7 @@ def layer_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
             return y if bias is None else (y + bias).to(x.dtype)
 
         return *by_torch(norm, [x, weight, bias], dy), None, None
-    args = (dy, x, weight, bias, mean, rstd, ctx.n_dims, ctx.needs_input_grad[:3])
+    args = (dy, x, weight, bias, stats, ctx.n_dims, ctx.needs_input_grad[:3])
     if plain(dy):
         return *_layer_norm_grads(*args), None, None
     grads = torch.ops.fastopt.layer_norm_backward(*args)
@@ -178,7 +167,7 @@ def keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, weight, rstd = ctx.saved_tensors
+    x, weight, stats = ctx.saved_tensors
     if differentiated(dy):
         shape, eps = x.shape[x.dim() - ctx.n_dims :], ctx.eps
 
@@ -186,7 +175,7 @@ def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
             return F.rms_norm(x, shape, weight, eps)
 
         return *by_torch(norm, [x, weight], dy), None, None
-    args = (dy, x, weight, rstd, ctx.n_dims, ctx.needs_input_grad[:2])
+    args = (dy, x, weight, stats, ctx.n_dims, ctx.needs_input_grad[:2])
     if plain(dy):
         return *_rms_norm_grads(*args), None, None
     grads = torch.ops.fastopt.rms_norm_backward(*args)
@@ -198,37 +187,33 @@ def _fake_grads(wanted: list[bool], dy: Tensor, *likes: Tensor | None) -> tuple[
 
 
 define(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, int n_dims, float eps) "
-    "-> (Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, int n_dims, float eps) -> (Tensor, Tensor)",
     run_layer_norm,
     lambda x, weight, bias, n_dims, eps: (
         layout.output(x),
-        _mean(x, n_dims),
-        _statistic(x, n_dims),
+        _stats(x, _n_rows(x, n_dims), True),
     ),
     keep_layer_norm,
     layer_norm_backward,
 )
 define(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor rstd, int n_dims, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
+    "int n_dims, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     run_layer_norm_backward,
-    lambda dy, x, weight, bias, mean, rstd, n_dims, wanted: _fake_grads(
-        wanted, dy, x, weight, bias
-    ),
+    lambda dy, x, weight, bias, stats, n_dims, wanted: _fake_grads(wanted, dy, x, weight, bias),
 )
 define(
     "rms_norm(Tensor x, Tensor? weight, int n_dims, float eps) -> (Tensor, Tensor)",
     run_rms_norm,
-    lambda x, weight, n_dims, eps: (layout.output(x), _statistic(x, n_dims)),
+    lambda x, weight, n_dims, eps: (layout.output(x), _stats(x, _n_rows(x, n_dims), False)),
     keep_rms_norm,
     rms_norm_backward,
 )
 define(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, int n_dims, "
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, int n_dims, "
     "bool[2] wanted) -> (Tensor, Tensor)",
     run_rms_norm_backward,
-    lambda dy, x, weight, rstd, n_dims, wanted: _fake_grads(wanted, dy, x, weight),
+    lambda dy, x, weight, stats, n_dims, wanted: _fake_grads(wanted, dy, x, weight),
 )
 
 
@@ -239,9 +224,9 @@ class LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, n_dims: int, eps: float
     ) -> Tensor:
-        y, mean, rstd = run_layer_norm(x, weight, bias, n_dims, eps)
+        y, stats = run_layer_norm(x, weight, bias, n_dims, eps)
         ctx.n_dims, ctx.eps = n_dims, eps
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, stats)
         return y
 
     backward = staticmethod(layer_norm_backward)
@@ -255,9 +240,9 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, n_dims: int, eps: float) -> Tensor:
-        y, rstd = run_rms_norm(x, weight, n_dims, eps)
+        y, stats = run_rms_norm(x, weight, n_dims, eps)
         ctx.n_dims, ctx.eps = n_dims, eps
-        ctx.save_for_backward(x, weight, rstd)
+        ctx.save_for_backward(x, weight, stats)
         return y
 
     backward = staticmethod(rms_norm_backward)

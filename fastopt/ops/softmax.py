@@ -17,7 +17,7 @@ def run_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
     y = layout.output(x)
     if x.numel():
         x, shape, strides = layout.along(x, dim)
-        backend.kernels(x.device.type, "softmax").softmax(x, y, shape, strides, log)
+        backend.kernels_for(x, "softmax").softmax(x, y, shape, strides, log)
     return y
 
 
@@ -26,7 +26,7 @@ def run_softmax_backward(dy: Tensor, y: Tensor, dim: int, log: bool) -> Tensor:
     dx = layout.output(y)
     if y.numel():
         y, shape, _ = layout.along(y.contiguous(), dim)
-        kernels = backend.kernels(y.device.type, "softmax")
+        kernels = backend.kernels_for(y, "softmax")
         kernels.softmax_backward(dy.contiguous(), y, dx, shape, log)
     return dx
 
@@ -86,12 +86,10 @@ def run_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     stats: on CPU the maximum and log sum exp(x - max), in float64; on a GPU the result, unrounded
     """
     out = torch.empty(_without(x.shape, dim), dtype=x.dtype, device=x.device)
-    kernels = backend.kernels(x.device.type, "softmax")
-    in_parts = hasattr(kernels, "IN_PARTS")
-    stats = _stats(out, in_parts)
+    kernels, stats = backend.kernels_for(x, "softmax"), _stats(out)
     if not x.numel():
         out.fill_(-torch.inf)
-    elif in_parts:
+    elif backend.by_numba(x):
         kernels.logsumexp(*_walked(x, dim, out, stats))
     else:
         kernels.logsumexp(*_walked(x, dim, stats))
@@ -104,15 +102,15 @@ def _walked(x: Tensor, dim: int, *outputs: Tensor) -> tuple[Any, ...]:
     return x, *outputs, shape, strides
 
 
-def _stats(out: Tensor, in_parts: bool) -> Tensor:
-    if in_parts:
-        return out.new_empty((out.numel(), 2), dtype=torch.float64)
-    return out.new_empty(out.numel(), dtype=compute_dtype(out.dtype))
+def _stats(out: Tensor) -> Tensor:
+    if backend.by_numba(out):
+        return torch.empty(out.numel(), 2, dtype=torch.float64)
+    return torch.empty(out.numel(), dtype=compute_dtype(out.dtype), device=out.device)
 
 
 def _fake_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     out = x.new_empty(_without(x.shape, dim))
-    return out, _stats(out, in_parts=x.device.type == "cpu")
+    return out, _stats(out)
 
 
 def _without(shape: torch.Size, dim: int) -> list[int]:
@@ -124,7 +122,7 @@ def run_logsumexp_backward(dlse: Tensor, x: Tensor, stats: Tensor, dim: int) -> 
     dx = layout.output(x)
     if x.numel():
         x, shape, strides = layout.along(x, dim)
-        kernels = backend.kernels(x.device.type, "softmax")
+        kernels = backend.kernels_for(x, "softmax")
         kernels.logsumexp_backward(dlse.contiguous(), x, stats, dx, shape, strides)
     return dx
 

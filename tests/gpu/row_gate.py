@@ -95,6 +95,7 @@ class Arguments:
         self.x = torch.empty(shape, dtype=dtype)
         self.line = torch.empty(n_outer, n_inner, dtype=dtype)
         self.wide = torch.empty(n_outer, n_inner, dtype=wide)
+        self.both = torch.empty(2, n_outer, dtype=wide)
         self.target = torch.empty(n_outer, n_inner, dtype=torch.int64)
         self.class_weight = torch.empty(self.n_cols, dtype=wide)
         self.weight = torch.empty(self.n_cols, dtype=dtype)
@@ -103,7 +104,7 @@ class Arguments:
         function(*tensors, self.shape, self.strides, **options)
 
     def norm(self, function: Callable[..., None], *tensors: Tensor | None, **eps: float) -> None:
-        function(*tensors, self.shape[0], self.n_cols, self.n_cols, **eps)
+        function(*tensors, (self.shape[0], self.n_cols, self.n_cols), **eps)
 
 
 def _softmax_backward(a: Arguments, log: bool) -> None:
@@ -129,7 +130,7 @@ def _probs(a: Arguments, backward: bool) -> None:
 
 def _layer_norm_backward(a: Arguments, sums: bool) -> None:
     out = (a.x, a.weight, a.weight) if sums else (a.x, None, None)
-    a.norm(norms.layer_norm_backward, a.x, a.x, a.weight, a.wide, a.wide, *out)
+    a.norm(norms.layer_norm_backward, a.x, a.x, a.weight, a.both, *out)
 
 
 # What each function launches, and the needs of its kernels.
@@ -153,7 +154,7 @@ OVER_DIM: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
 }
 NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
     "layer_norm": (
-        lambda a: a.norm(norms.layer_norm, a.x, a.weight, a.weight, a.x, a.wide, a.wide, eps=1e-5),
+        lambda a: a.norm(norms.layer_norm, a.x, a.weight, a.weight, a.x, a.both, eps=1e-5),
         Needs(1, 2, 1),
     ),
     "rms_norm": (

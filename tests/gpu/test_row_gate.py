@@ -103,9 +103,8 @@ def test_the_batch_compiles_nothing_anew() -> None:
             # Triton asks no more of them than their dtype and their address.
             shape, strides = (n_outer, *a.shape[1:]), (a.strides[0] * 4, 1)
             losses.cross_entropy(a.x, a.target, None, a.wide, a.wide, shape, strides, ignored, 0.1)
-            norms.layer_norm(
-                a.x, a.weight, a.weight, a.x, a.wide, a.wide, n_outer, a.n_cols, a.n_cols, 1e-5
-            )
+            sizes = (n_outer, a.n_cols, a.n_cols)
+            norms.layer_norm(a.x, a.weight, a.weight, a.x, a.both, sizes, 1e-5)
 
         made |= {id(kernel) for kernel in compiled(function, (1, 1024, 1))}
     assert len(made) == 2

@@ -63,19 +63,19 @@ class Problem:
         x, weight = self.x, self.weight
         sizes = (*x.shape, x.stride(0))
         found = {"y": unwritten(*x.shape, dtype=x.dtype)}
-        mean, rstd = (unwritten(len(x), dtype=wide(x.dtype)) for _ in range(2))
+        stats = unwritten(2, len(x), dtype=wide(x.dtype))
+        mean, rstd = stats
         dx = unwritten(*x.shape, dtype=x.dtype) if "x" in wanted else None
         dweight, dbias = (
             None if like is None or key not in wanted else torch.full_like(like, -12345.0)
             for key, like in (("w", weight), ("b", self.bias))
         )
         if self.rms:
-            norms.rms_norm(x, weight, found["y"], rstd, *sizes, self.eps)
-            norms.rms_norm_backward(self.dy, x, weight, rstd, dx, dweight, *sizes)
+            norms.rms_norm(x, weight, found["y"], rstd, sizes, self.eps)
+            norms.rms_norm_backward(self.dy, x, weight, rstd, dx, dweight, sizes)
         else:
-            norms.layer_norm(x, weight, self.bias, found["y"], mean, rstd, *sizes, self.eps)
-            args = (self.dy, x, weight, mean, rstd, dx, dweight, dbias)
-            norms.layer_norm_backward(*args, *sizes)
+            norms.layer_norm(x, weight, self.bias, found["y"], stats, sizes, self.eps)
+            norms.layer_norm_backward(self.dy, x, weight, stats, dx, dweight, dbias, sizes)
             found["mean"] = mean
         made = {"rstd": rstd, "dx": dx, "dweight": dweight, "dbias": dbias}
         return found | {name: value for name, value in made.items() if value is not None}
@@ -181,11 +181,11 @@ def test_without_weight_and_bias(rms: bool) -> None:
 @pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
 def test_without_statistics(rms: bool) -> None:
     problem = make((9, 67), rms=rms)
-    y, sizes = unwritten(9, 67, dtype=torch.float32), (9, 67, 67, problem.eps)
+    y, sizes = unwritten(9, 67, dtype=torch.float32), (9, 67, 67)
     if rms:
-        norms.rms_norm(problem.x, problem.weight, y, None, *sizes)
+        norms.rms_norm(problem.x, problem.weight, y, None, sizes, problem.eps)
     else:
-        norms.layer_norm(problem.x, problem.weight, problem.bias, y, None, None, *sizes)
+        norms.layer_norm(problem.x, problem.weight, problem.bias, y, None, sizes, problem.eps)
     assert same_bits(y, problem.run()["y"])
 
 

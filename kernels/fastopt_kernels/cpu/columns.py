@@ -29,7 +29,7 @@ def run(task: rows.Task, shape: tuple[int, int, int], *args: int) -> None:
     """A task for each tile of every outer index."""
     n_outer, n_cols, n_inner = shape
     n_tasks = n_outer * -(-n_inner // WIDTH)
-    task.run(n_tasks, n_outer * n_cols * n_inner, *args, *(8 - len(args)) * (0,))
+    rows.run(task, n_tasks, n_outer * n_cols * n_inner, args)
 
 
 def make_scratch(kind):

@@ -25,9 +25,7 @@ from fastopt_kernels.cpu.softmax import Shape, Strides, make_row_parts
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, exp_of
 
 _args = memory.make_row(types.int64, 14)
-_args12 = memory.make_row(types.int64, 12)
-# These kernels sum the losses themselves; a GPU's leave one a row.
-REDUCES = True
+_args13 = memory.make_row(types.int64, 13)
 # How losses are reduced.
 NONE, MEAN, SUM = range(3)
 
@@ -41,7 +39,7 @@ def _loss(tag, kind, weighted, smooth):
     zero, one = compute(0), compute(1)
 
     def cross_entropy(args, task):
-        x, target, weight, out, stats, sums, bad, n_rows, n_cols, stride, ignore, s, _, n_task = (
+        x, target, weight, out, stats, sums, n_rows, n_cols, stride, ignore, s, _, _, n_task = (
             _args(args, 0)
         )
         spread = compute(bits_to_double(s))
@@ -56,7 +54,7 @@ def _loss(tag, kind, weighted, smooth):
             log_total = compute(log_sum)
             t, result = load_integer(target, row), zero
             if t != ignore and (t < 0 or t >= n_cols):
-                store_integer(bad, 0, 1)
+                store_integer(sums, 0, 1)
             elif t != ignore:
                 w = get(weight, t) if weighted else one
                 result = (one - spread) * w * ((top - load(x_row, t)) + log_total)
@@ -76,8 +74,8 @@ def _loss(tag, kind, weighted, smooth):
             sum_of_losses = sum_of_losses + np.float64(result)
             if out != 0:
                 store(out, row, result)
-        put_double(sums, 2 * task, sum_of_losses)
-        put_double(sums, 2 * task + 1, sum_of_weights)
+        put_double(sums, 2 * task + 1, sum_of_losses)
+        put_double(sums, 2 * task + 2, sum_of_weights)
 
     return cross_entropy
 
@@ -102,13 +100,11 @@ def _loss_backward(tag, kind, weighted, smooth):
             n_rows,
             n_cols,
             stride,
-            options,
+            ignore,
+            s,
             n_task,
-        ) = _args12(args, 0)
-        ignore, spread = (
-            load_integer(options, 0),
-            compute(bits_to_double(load_integer(options, 1))),
-        )
+        ) = _args13(args, 0)
+        spread = compute(bits_to_double(s))
         share = spread / compute(n_cols)
         weights = compute(n_cols)
         if weighted and smooth:
@@ -147,19 +143,23 @@ def _loss_backward(tag, kind, weighted, smooth):
     return cross_entropy_backward
 
 
-def _reduced(tag, kind, mean):
+def _reduced(tag, kind, reduction):
+    """After all rows: the loss, and what its sum was divided by, behind the rows' statistics."""
     store, compute = rows.Codec(kind, 0).store, memory.compute_type(kind)
     get, put = rows.Codec("fp64", 1).load, rows.Codec("fp64", 2).store
+    one = np.float64(1)
 
     def reduce_sums(args, task):
-        sums, n_sums, out, divisor, _, _, _, _, _, _, _, _, _, _ = _args(args, 0)
-        total, weights = np.float64(0), np.float64(0)
-        for i in range(n_sums):
-            total = total + get(sums, 2 * i)
-            weights = weights + get(sums, 2 * i + 1)
-        by = weights if mean else np.float64(1)
-        store(out, 0, compute(total / by))
-        put(divisor, 0, by)
+        _, _, _, _, stats, sums, n_rows, _, _, _, _, loss, n_sums, _ = _args(args, 0)
+        divisor = one
+        if reduction != NONE:
+            total, weights = np.float64(0), np.float64(0)
+            for i in range(n_sums):
+                total = total + get(sums, 2 * i + 1)
+                weights = weights + get(sums, 2 * i + 2)
+            divisor = weights if reduction == MEAN else one
+            store(loss, 0, compute(total / divisor))
+        put(stats, 2 * n_rows, divisor)
 
     return reduce_sums
 
@@ -174,7 +174,7 @@ def _probs_loss(tag, kind, weighted):
     zero, one = compute(0), compute(1)
 
     def cross_entropy_probs(args, task):
-        x, probs, weight, out, stats, sums, _, n_rows, n_cols, stride, _, s, _, n_task = _args(
+        x, probs, weight, out, stats, sums, n_rows, n_cols, stride, _, s, _, _, n_task = _args(
             args, 0
         )
         spread = compute(bits_to_double(s))
@@ -205,8 +205,8 @@ def _probs_loss(tag, kind, weighted):
             n_summed = n_summed + np.float64(1)
             if out != 0:
                 store(out, row, total)
-        put_double(sums, 2 * task, sum_of_losses)
-        put_double(sums, 2 * task + 1, n_summed)
+        put_double(sums, 2 * task + 1, sum_of_losses)
+        put_double(sums, 2 * task + 2, n_summed)
 
     return cross_entropy_probs
 
@@ -221,7 +221,7 @@ def _probs_loss_backward(tag, kind, weighted):
     (exp, unit), zero, one = exp_of(compute), compute(0), compute(1)
 
     def cross_entropy_probs_backward(args, task):
-        x, probs, weight, stats, dloss, dx, each, n_rows, n_cols, stride, s, n_task = _args12(
+        x, probs, weight, stats, dloss, dx, each, n_rows, n_cols, stride, _, s, n_task = _args13(
             args, 0
         )
         spread = compute(bits_to_double(s))
@@ -273,10 +273,6 @@ def _from_rows(rows_of_dx: Tensor, dx: Tensor, shape: Shape) -> None:
         dx.view(shape).copy_(rows_of_dx.view(n_outer, n_inner, n_cols).transpose(1, 2))
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def cross_entropy(
     x: Tensor,
     target: Tensor,
@@ -295,18 +291,9 @@ def cross_entropy(
     """
     x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
     task = rows.task_of(_loss, rows.KINDS[x.dtype], weight is not None, smoothing != 0.0)
-    bad = array("q", (0,))
-    numbers = (
-        bad.buffer_info()[0],
-        n_rows,
-        n_cols,
-        stride,
-        ignore_index,
-        double_bits(smoothing),
-        0,
-    )
-    stats = _run_loss(task, x, target, weight, numbers, reduction, loss)
-    if not bad[0]:
+    options = (n_rows, n_cols, stride, ignore_index, double_bits(smoothing))
+    stats, all_inside = _run_loss(task, x, target, weight, options, reduction, loss)
+    if all_inside:
         return stats, None
     outside = (target != ignore_index) & ((target < 0) | (target >= n_cols))
     return stats, int(target[outside][0])
@@ -327,8 +314,8 @@ def cross_entropy_probs(
     x, n_rows, n_cols, stride = _as_rows(x, shape, strides)
     probs, *_ = _as_rows(probs, shape, (n_cols * n_inner, n_inner))
     task = rows.task_of(_probs_loss, rows.KINDS[x.dtype], weight is not None)
-    numbers = (0, n_rows, n_cols, stride, 0, double_bits(smoothing), 0)
-    return _run_loss(task, x, probs, weight, numbers, reduction, loss)
+    options = (n_rows, n_cols, stride, 0, double_bits(smoothing))
+    return _run_loss(task, x, probs, weight, options, reduction, loss)[0]
 
 
 def _run_loss(
@@ -336,25 +323,23 @@ def _run_loss(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    numbers: tuple[int, ...],
+    options: tuple[int, ...],
     reduction: int,
     loss: Tensor,
-) -> Tensor:
-    _, n_rows, n_cols, *_ = numbers
+) -> tuple[Tensor, bool]:
+    """(stats, whether all targets are classes)."""
+    n_rows, n_cols, *_ = options
     stats = torch.empty(2 * n_rows + 1, dtype=torch.float64)
-    n_sums = -(-n_rows // rows.rows_of(n_cols))
-    sums = array("d", bytes(16 * n_sums))
-    where = sums.buffer_info()[0]
-    out = loss.data_ptr() if reduction == NONE else 0
-    pointers = (x.data_ptr(), target.data_ptr(), _address(weight), out, stats.data_ptr(), where)
-    task.run_rows(n_rows, n_cols, *pointers, *numbers)
-    if reduction == NONE:
-        stats[2 * n_rows] = 1.0
-    else:
-        last = rows.task_of(_reduced, rows.KINDS[x.dtype], reduction == MEAN)
-        pointers = (where, n_sums, loss.data_ptr(), stats.data_ptr() + 16 * n_rows)
-        last.run(1, 0, *pointers, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    return stats
+    n_task = rows.rows_of(n_cols)
+    n_tasks = -(-n_rows // n_task)
+    # Whether a target is out of range, then of each task the sums of its losses and weights.
+    sums = array("q", bytes(8 + 16 * n_tasks))
+    each, all_of_them = (rows.address(loss), 0) if reduction == NONE else (0, rows.address(loss))
+    pointers = (x.data_ptr(), target.data_ptr(), rows.address(weight), each, stats.data_ptr())
+    numbers = (*pointers, sums.buffer_info()[0], *options, all_of_them, n_tasks, n_task)
+    last = rows.task_of(_reduced, rows.KINDS[x.dtype], reduction)
+    rows.run(task, n_tasks, n_rows * n_cols, numbers, last, 1)
+    return stats, not sums[0]
 
 
 def cross_entropy_backward(
@@ -374,9 +359,9 @@ def cross_entropy_backward(
     task = rows.task_of(_loss_backward, rows.KINDS[x.dtype], weight is not None, smoothing != 0.0)
     out = _like_rows(dx, shape)
     pointers = (x, target, weight, stats, dloss, out)
-    options = array("q", (ignore_index, double_bits(smoothing)))
-    numbers = (int(dloss.numel() > 1), n_rows, n_cols, stride, options.buffer_info()[0])
-    task.run_rows(n_rows, n_cols, *map(_address, pointers), *numbers)
+    each = int(dloss.numel() > 1)
+    numbers = (each, n_rows, n_cols, stride, ignore_index, double_bits(smoothing))
+    rows.run_rows(task, n_rows, n_cols, *map(rows.address, pointers), *numbers)
     _from_rows(out, dx, shape)
 
 
@@ -397,7 +382,7 @@ def cross_entropy_probs_backward(
     probs, *_ = _as_rows(probs, shape, (n_cols * n_inner, n_inner))
     task = rows.task_of(_probs_loss_backward, rows.KINDS[x.dtype], weight is not None)
     out = _like_rows(dx, shape)
-    pointers = map(_address, (x, probs, weight, stats, dloss, out))
-    numbers = (int(dloss.numel() > 1), n_rows, n_cols, stride, double_bits(smoothing))
-    task.run_rows(n_rows, n_cols, *pointers, *numbers)
+    pointers = map(rows.address, (x, probs, weight, stats, dloss, out))
+    numbers = (int(dloss.numel() > 1), n_rows, n_cols, stride, 0, double_bits(smoothing))
+    rows.run_rows(task, n_rows, n_cols, *pointers, *numbers)
     _from_rows(out, dx, shape)

@@ -20,11 +20,17 @@ from fastopt_kernels.cpu import memory, rows
 from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
 
-_args = memory.make_row(types.int64, 14)
+_args = memory.make_row(types.int64, 11)
+_backward_args = memory.make_row(types.int64, 13)
+# Elements a row begins with, whose mean is the center of its moments.
+PIVOT = 64
 # Blocks of rows whose weight gradients are summed apart: at most so many, of at least so many rows.
-BLOCKS, BLOCK_ROWS = 64, 16
+BLOCKS, BLOCK_ROWS = 64, 32
 # Rows summed in the compute type before they are added to the block's sum in float64.
 FLUSHED = 128
+# Rows walked together, so that their share of a weight gradient is read and written once; not where
+# they would leave the L2 cache.
+TOGETHER, TOGETHER_COLS = 4, 16384
 # Columns of the blocks that one task adds up.
 SUMMED = 256
 
@@ -42,28 +48,10 @@ def _make_deviation(tag, load, compute, centered):
     return deviation
 
 
-def _forward(tag, kind, weight_kind, bias_kind, centered):
-    own_nan = weight_kind in (None, kind) and bias_kind in (None, kind)
-    codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1, own_nan).store
-    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
-    put, put_double = rows.Codec(codec.wide, 2).store, rows.Codec("fp64", 3).store
-    weight_of = memory.make_loader(weight_kind or "fp32", compute, 4)
-    bias_of = memory.make_loader(bias_kind or "fp32", compute, 5)
-    weighted, biased, zero = weight_kind is not None, bias_kind is not None, compute(0)
+def _make_statistics(tag, codec, centered):
+    """statistics(x, n) -> the mean of a row in float64, and its variance about it."""
+    load, compute, zero = codec.load, codec.compute, codec.compute(0)
     deviation = _make_deviation(tag, load, compute, centered)
-
-    @rows.inlined(tag)
-    def row_sum(x, n):
-        total = np.float64(0)
-        start = 0
-        while start < n:
-            stop = block_end(start, n)
-            part = zero
-            for j in range(start, stop):
-                part = add(part, load(x, j))
-            total += np.float64(part)
-            start = stop
-        return total
 
     @rows.inlined(tag)
     def moments(x, n, center):
@@ -81,23 +69,50 @@ def _forward(tag, kind, weight_kind, bias_kind, centered):
             start = stop
         return first / n, second / n
 
+    @rows.inlined(tag)
+    def statistics(x, n):
+        center = zero
+        if centered:
+            n_pivot = min(n, PIVOT)
+            for j in range(n_pivot):
+                center = add(center, load(x, j))
+            center = center / compute(n_pivot)
+        left, squares = moments(x, n, center)
+        if centered and not left * left <= squares - left * left < np.inf:
+            # Off by more than a standard deviation, too much would cancel: once more.
+            center = compute(np.float64(center) + left)
+            left, squares = moments(x, n, center)
+        return np.float64(center) + left, squares - left * left
+
+    return statistics
+
+
+def _forward(tag, kind, weight_kind, bias_kind, centered):
+    own_nan = weight_kind in (None, kind) and bias_kind in (None, kind)
+    codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1, own_nan).store
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    put, put_double = rows.Codec(codec.wide, 2).store, rows.Codec("fp64", 3).store
+    weight_of = memory.make_loader(weight_kind or "fp32", compute, 4)
+    bias_of = memory.make_loader(bias_kind or "fp32", compute, 5)
+    weighted, biased, zero = weight_kind is not None, bias_kind is not None, compute(0)
+    deviation = _make_deviation(tag, load, compute, centered)
+    statistics = _make_statistics(tag, codec, centered)
+
     def norm(args, task):
-        x, weight, bias, y, mean, rstd, n_rows, n_cols, stride, eps, _, _, _, n_task = _args(
-            args, 0
-        )
+        x, weight, bias, y, stats, n_rows, n_cols, stride, eps, _, n_task = _args(args, 0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             y_row = y + row * n_cols * itemsize
-            high = compute(row_sum(x_row, n_cols) / n_cols) if centered else zero
-            left, squares = moments(x_row, n_cols, high)
-            low = compute(left)
-            variance = squares - left * left
+            mean, variance = statistics(x_row, n_cols)
+            high = compute(mean) if centered else zero
+            low = compute(mean - np.float64(high)) if centered else zero
             scale = compute(1.0 / math.sqrt(variance + bits_to_double(eps)))
-            if mean != 0:
-                put_double(mean, row, np.float64(high) + left)
-            if rstd != 0:
-                put(rstd, row, scale)
+            if stats != 0 and centered:
+                put_double(stats, 2 * row, mean)
+                put_double(stats, 2 * row + 1, np.float64(scale))
+            elif stats != 0:
+                put(stats, row, scale)
             for j in range(n_cols):
                 result = deviation(x_row, j, high, low) * scale
                 if weighted:
@@ -109,134 +124,206 @@ def _forward(tag, kind, weight_kind, bias_kind, centered):
     return norm
 
 
-def _backward(tag, kind, weight_kind, centered, wants_dx, wants_dw, wants_db):
-    codec, wide = rows.Codec(kind, 0), rows.Codec(rows.wide(kind), 1)
-    store = rows.Codec(kind, 2, own_nan=weight_kind in (None, kind)).store
-    load, load_dy, itemsize, compute = (
-        codec.load,
-        rows.Codec(kind, 3).load,
-        codec.itemsize,
-        codec.compute,
-    )
-    get, get_double, put_double = wide.load, rows.Codec("fp64", 4).load, rows.Codec("fp64", 4).store
-    sum_type = np.float64 if codec.wide == "fp64" else np.float32
-    sum_dw, sum_db = rows.Codec(wide.wide, 5), rows.Codec(wide.wide, 6)
+def _make_row_reader(tag, kind, weight_kind, centered, wants_dx):
+    """read(dy, x, weight, stats, row, n, stride), all that a row brings into its backward:
+    addresses of dy and x, the mean in two parts, rstd, mean(g normal) and mean(g)."""
+    codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 3).load
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    get, get_double = rows.Codec(codec.wide, 1).load, rows.Codec("fp64", 4).load
     weight_of = memory.make_loader(weight_kind or "fp32", compute, 7)
-    get_dw, put_dw, get_db, put_db = sum_dw.load, sum_dw.store, sum_db.load, sum_db.store
-    weighted, zero, one, wide_size = weight_kind is not None, compute(0), compute(1), wide.itemsize
+    weighted, zero, one = weight_kind is not None, compute(0), compute(1)
     deviation = _make_deviation(tag, load, compute, centered)
 
     @rows.inlined(tag)
-    def upstream(dy, weight, j):
-        """g = dy weight, the gradient of the normalized row."""
-        return product(load_dy(dy, j), weight_of(weight, j) if weighted else one)
-
-    @rows.inlined(tag)
-    def means(dy, x, weight, n, high, low, scale):
+    def read(dy, x, weight, stats, row, n, stride):
+        x, dy = x + row * stride * itemsize, dy + row * n * itemsize
+        center = get_double(stats, 2 * row) if centered else np.float64(0)
+        high = compute(center)
+        low = compute(center - np.float64(high))
+        scale = compute(get_double(stats, 2 * row + 1)) if centered else get(stats, row)
         along, across = np.float64(0), np.float64(0)
-        start = 0
+        start = 0 if wants_dx else n
         while start < n:
             stop = block_end(start, n)
             part, plain = zero, zero
             for j in range(start, stop):
-                g = upstream(dy, weight, j)
+                g = product(load_dy(dy, j), weight_of(weight, j) if weighted else one)
                 part = add(part, g * (deviation(x, j, high, low) * scale))
                 plain = add(plain, g) if centered else plain
             along += np.float64(part)
             across += np.float64(plain)
             start = stop
-        return compute(along / n), compute(across / n)
+        return dy, x, high, low, scale, compute(along / n), compute(across / n)
+
+    return read
+
+
+def _make_gradients(tag, kind, weight_kind, centered, wanted):
+    """one(..., row, ...) and four(..., row, ...): the gradients of a row, and of that and the next
+    three; dw and db: addresses of this block's sums, in the compute type."""
+    wants_dx, wants_dw, wants_db = wanted
+    own_nan = weight_kind in (None, kind)
+    codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 3).load
+    itemsize, compute = codec.itemsize, codec.compute
+    sum_dw, sum_db = rows.Codec(codec.wide, 5), rows.Codec(codec.wide, 6)
+    get_dw, put_dw, get_db, put_db = sum_dw.load, sum_dw.store, sum_db.load, sum_db.store
+    weight_of = memory.make_loader(weight_kind or "fp32", compute, 7)
+    store, store_1, store_2, store_3 = (rows.Codec(kind, k, own_nan).store for k in (2, 8, 9, 10))
+    weighted, one_ = weight_kind is not None, compute(1)
+    deviation = _make_deviation(tag, codec.load, compute, centered)
+    read = _make_row_reader(tag, kind, weight_kind, centered, wants_dx)
+
+    @rows.inlined(tag)
+    def dx_of(dy, w, normal, scale, along, across):
+        """dx = rstd (g - mean(g) - normal mean(g normal)),  g = dy weight"""
+        return scale * (product(dy, w) - across - normal * along)
+
+    @rows.inlined(tag)
+    def one(dy, x, weight, stats, dx, dw, db, row, n, stride):
+        dy, x, high, low, scale, along, across = read(dy, x, weight, stats, row, n, stride)
+        dx = dx + row * n * itemsize
+        for j in range(n):
+            w = weight_of(weight, j) if weighted else one_
+            upstream = load_dy(dy, j)
+            normal = deviation(x, j, high, low) * scale
+            if wants_dx:
+                store(dx, j, dx_of(upstream, w, normal, scale, along, across))
+            if wants_dw:
+                put_dw(dw, j, get_dw(dw, j) + upstream * normal)
+            if wants_db:
+                put_db(db, j, get_db(db, j) + upstream)
+
+    @rows.inlined(tag)
+    def four(dy, x, weight, stats, dx, dw, db, row, n, stride):
+        dy0, x0, h0, l0, s0, a0, c0 = read(dy, x, weight, stats, row, n, stride)
+        dy1, x1, h1, l1, s1, a1, c1 = read(dy, x, weight, stats, row + 1, n, stride)
+        dy2, x2, h2, l2, s2, a2, c2 = read(dy, x, weight, stats, row + 2, n, stride)
+        dy3, x3, h3, l3, s3, a3, c3 = read(dy, x, weight, stats, row + 3, n, stride)
+        dx, down = dx + row * n * itemsize, n * itemsize
+        for j in range(n):
+            w = weight_of(weight, j) if weighted else one_
+            g0, g1, g2, g3 = load_dy(dy0, j), load_dy(dy1, j), load_dy(dy2, j), load_dy(dy3, j)
+            n0, n1 = deviation(x0, j, h0, l0) * s0, deviation(x1, j, h1, l1) * s1
+            n2, n3 = deviation(x2, j, h2, l2) * s2, deviation(x3, j, h3, l3) * s3
+            if wants_dx:
+                store(dx, j, dx_of(g0, w, n0, s0, a0, c0))
+                store_1(dx + down, j, dx_of(g1, w, n1, s1, a1, c1))
+                store_2(dx + 2 * down, j, dx_of(g2, w, n2, s2, a2, c2))
+                store_3(dx + 3 * down, j, dx_of(g3, w, n3, s3, a3, c3))
+            if wants_dw:
+                put_dw(dw, j, get_dw(dw, j) + ((g0 * n0 + g1 * n1) + (g2 * n2 + g3 * n3)))
+            if wants_db:
+                put_db(db, j, get_db(db, j) + ((g0 + g1) + (g2 + g3)))
+
+    return one, four
+
+
+def _make_flush(tag, part, total):
+    """flush(parts, totals, n, is_first): add what was summed to float64 sums, and begin anew."""
+    get, put, zero = part.load, part.store, part.compute(0)
+    get_total, put_total = total.load, total.store
+
+    @rows.inlined(tag)
+    def flush(parts, totals, n, is_first):
+        for j in range(n):
+            before = np.float64(0) if is_first else get_total(totals, j)
+            put_total(totals, j, before + np.float64(get(parts, j)))
+            put(parts, j, zero)
+
+    return flush
+
+
+def _backward(tag, kind, weight_kind, centered, *wanted):
+    _, wants_dw, wants_db = wanted
+    one, four = _make_gradients(tag, kind, weight_kind, centered, wanted)
+    sum_dw, sum_db = rows.Codec(rows.wide(kind), 5), rows.Codec(rows.wide(kind), 6)
+    put_dw, put_db, size, zero = sum_dw.store, sum_db.store, sum_dw.itemsize, sum_dw.compute(0)
+    total = rows.Codec("fp64", 11)
+    flush_dw, flush_db = _make_flush(tag, sum_dw, total), _make_flush(tag, sum_db, total)
 
     def norm_backward(args, task):
-        dy, x, weight, mean, rstd, dx, dws, dbs, n_rows, n_cols, stride, n_task, _, _ = _args(
+        dy, x, weight, stats, dx, blocks, _, _, n_rows, n_cols, stride, n_task, _ = _backward_args(
             args, 0
         )
         first = task * n_task
         last = min(first + n_task, n_rows)
-        all_dw, all_db = dws + task * n_cols * 8, dbs + task * n_cols * 8
-        scratch = np.zeros(2 * n_cols, sum_type)
-        dw = scratch.ctypes.data
-        db = dw + n_cols * wide_size
+        all_dw = blocks + task * n_cols * 32
+        all_db, dw = all_dw + 8 * n_cols, all_dw + 16 * n_cols
+        db = dw + size * n_cols
+        for j in range(n_cols):
+            if wants_dw:
+                put_dw(dw, j, zero)
+            if wants_db:
+                put_db(db, j, zero)
         for start in range(first, last, FLUSHED):
-            for row in range(start, min(start + FLUSHED, last)):
-                x_row, dy_row = x + row * stride * itemsize, dy + row * n_cols * itemsize
-                dx_row, scale = dx + row * n_cols * itemsize, get(rstd, row)
-                center = get_double(mean, row) if centered else np.float64(0)
-                high = compute(center)
-                low = compute(center - np.float64(high))
-                along, across = zero, zero
-                if wants_dx:
-                    along, across = means(dy_row, x_row, weight, n_cols, high, low, scale)
-                for j in range(n_cols):
-                    normal = deviation(x_row, j, high, low) * scale
-                    if wants_dx:  # dx = rstd (g - mean(g) - normal mean(g normal))
-                        g = upstream(dy_row, weight, j)
-                        store(dx_row, j, scale * (g - across - normal * along))
-                    if wants_dw:
-                        put_dw(dw, j, get_dw(dw, j) + load_dy(dy_row, j) * normal)
-                    if wants_db:
-                        put_db(db, j, get_db(db, j) + load_dy(dy_row, j))
-            for j in range(n_cols):
-                if wants_dw:
-                    before = get_double(all_dw, j) if start > first else np.float64(0)
-                    put_double(all_dw, j, before + np.float64(get_dw(dw, j)))
-                    put_dw(dw, j, zero)
-                if wants_db:
-                    before = get_double(all_db, j) if start > first else np.float64(0)
-                    put_double(all_db, j, before + np.float64(get_db(db, j)))
-                    put_db(db, j, zero)
-        rows.alive(scratch)
+            stop = min(start + FLUSHED, last)
+            fours = (stop - start) // TOGETHER if n_cols <= TOGETHER_COLS else 0
+            for k in range(fours):
+                row = start + k * TOGETHER
+                four(dy, x, weight, stats, dx, dw, db, row, n_cols, stride)
+            for row in range(start + fours * TOGETHER, stop):
+                one(dy, x, weight, stats, dx, dw, db, row, n_cols, stride)
+            if wants_dw:
+                flush_dw(dw, all_dw, n_cols, start == first)
+            if wants_db:
+                flush_db(db, all_db, n_cols, start == first)
 
     return norm_backward
 
 
-def _sum_blocks(tag, weight_kind, bias_kind, partial_kind):
-    get_dw, get_db = rows.Codec(partial_kind, 0).load, rows.Codec(partial_kind, 1).load
-    dweight_codec, dbias_codec = (
-        rows.Codec(weight_kind or "fp32", 2),
-        rows.Codec(bias_kind or "fp32", 3),
-    )
-    store_dw, store_db = dweight_codec.store, dbias_codec.store
-    as_dw, as_db = dweight_codec.compute, dbias_codec.compute
-    weighted, biased = weight_kind is not None, bias_kind is not None
-    sums_dw, sums_db = rows.Codec("fp64", 4), rows.Codec("fp64", 5)
-    get_along, put_along, get_across, put_across = (
-        sums_dw.load,
-        sums_dw.store,
-        sums_db.load,
-        sums_db.store,
-    )
+def _sum_blocks(tag, dweight_kind, dbias_kind):
+    """Add up the blocks' sums, in columns; the first block has room for the totals."""
+    to_dw, to_db = rows.Codec(dweight_kind or "fp32", 2), rows.Codec(dbias_kind or "fp32", 3)
+    sums, totals = rows.Codec("fp64", 0), rows.Codec("fp64", 4)
+    get, get_total, put_total = sums.load, totals.load, totals.store
+    weighted, biased = dweight_kind is not None, dbias_kind is not None
+
+    def make_add(to):
+        store, compute = to.store, to.compute
+
+        @rows.inlined(tag)
+        def add_up(blocks, total, out, first, width, n_blocks, n_cols):
+            for j in range(width):
+                put_total(total, j, np.float64(0))
+            for block in range(n_blocks):
+                at = block * 4 * n_cols + first
+                for j in range(width):
+                    put_total(total, j, get_total(total, j) + get(blocks, at + j))
+            for j in range(width):
+                store(out, first + j, compute(get_total(total, j)))
+
+        return add_up
+
+    add_dw, add_db = make_add(to_dw), make_add(to_db)
 
     def sum_blocks(args, task):
-        dws, dbs, dw, db, n_blocks, n_cols, n_task, _, _, _, _, _, _, _ = _args(args, 0)
-        first = task * n_task
-        width = min(n_task, n_cols - first)
-        scratch = np.zeros(2 * n_task, np.float64)
-        along = scratch.ctypes.data
-        across = along + 8 * n_task
-        for block in range(n_blocks):
-            at = block * n_cols + first
-            for j in range(width):
-                if weighted:
-                    put_along(along, j, get_along(along, j) + np.float64(get_dw(dws, at + j)))
-                if biased:
-                    put_across(across, j, get_across(across, j) + np.float64(get_db(dbs, at + j)))
-        for j in range(width):
-            if weighted:
-                store_dw(dw, first + j, as_dw(get_along(along, j)))
-            if biased:
-                store_db(db, first + j, as_db(get_across(across, j)))
-        rows.alive(scratch)
+        _, _, _, _, _, blocks, dw, db, _, n_cols, _, _, n_blocks = _backward_args(args, 0)
+        first = task * SUMMED
+        width = min(SUMMED, n_cols - first)
+        total = blocks + 8 * (2 * n_cols + first)
+        if weighted:
+            add_dw(blocks, total, dw, first, width, n_blocks, n_cols)
+        if biased:
+            add_db(blocks + 8 * n_cols, total, db, first, width, n_blocks, n_cols)
 
     return sum_blocks
 
 
-def _kind(tensor: Tensor | None) -> str | None:
-    return None if tensor is None else rows.KINDS[tensor.dtype]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _run_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    stats: Tensor | None,
+    sizes: tuple[int, int, int],
+    eps: float,
+    centered: bool,
+) -> None:
+    kinds = rows.kind_of(x), rows.kind_of(weight), rows.kind_of(bias)
+    task = rows.task_of(_forward, *kinds, centered)
+    inputs = (x.data_ptr(), rows.address(weight), rows.address(bias))
+    outputs = (y.data_ptr(), rows.address(stats))
+    rows.run_rows(task, sizes[0], sizes[1], *inputs, *outputs, *sizes, double_bits(eps), 0)
 
 
 def layer_norm(
@@ -244,93 +331,82 @@ def layer_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    n_rows: int,
-    n_cols: int,
-    stride_row: int,
+    stats: Tensor | None,
+    sizes: tuple[int, int, int],
     eps: float,
 ) -> None:
-    """Normalize every row of x into y; mean and rstd are what the backward needs, if any."""
-    task = rows.task_of(_forward, _kind(x), _kind(weight), _kind(bias), True)
-    pointers = map(_address, (x, weight, bias, y, mean, rstd))
-    task.run_rows(n_rows, n_cols, *pointers, n_rows, n_cols, stride_row, double_bits(eps), 0, 0, 0)
+    """Normalize every row of x into y. sizes: rows, columns, stride of a row.
+
+    stats: float64 (rows, 2), mean and rstd for the backward, if any
+    """
+    _run_forward(x, weight, bias, y, stats, sizes, eps, True)
 
 
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
     y: Tensor,
-    rstd: Tensor | None,
-    n_rows: int,
-    n_cols: int,
-    stride_row: int,
+    stats: Tensor | None,
+    sizes: tuple[int, int, int],
     eps: float,
 ) -> None:
-    """Scale every row of x to unit mean square into y; rstd is what the backward needs, if any."""
-    task = rows.task_of(_forward, _kind(x), _kind(weight), None, False)
-    pointers = map(_address, (x, weight, None, y, None, rstd))
-    task.run_rows(n_rows, n_cols, *pointers, n_rows, n_cols, stride_row, double_bits(eps), 0, 0, 0)
+    """Scale every row of x to unit mean square into y; stats: rstd for the backward, if any."""
+    _run_forward(x, weight, None, y, stats, sizes, eps, False)
 
 
 def layer_norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
-    n_rows: int,
-    n_cols: int,
-    stride_row: int,
+    sizes: tuple[int, int, int],
 ) -> None:
     """Those of the three gradients that are wanted."""
-    _run_backward(dy, x, weight, mean, rstd, dx, dweight, dbias, n_rows, n_cols, stride_row)
+    _run_backward(dy, x, weight, stats, dx, dweight, dbias, sizes, True)
 
 
 def rms_norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    rstd: Tensor,
+    stats: Tensor,
     dx: Tensor | None,
     dweight: Tensor | None,
-    n_rows: int,
-    n_cols: int,
-    stride_row: int,
+    sizes: tuple[int, int, int],
 ) -> None:
     """Those of the two gradients that are wanted."""
-    _run_backward(dy, x, weight, None, rstd, dx, dweight, None, n_rows, n_cols, stride_row)
+    _run_backward(dy, x, weight, stats, dx, dweight, None, sizes, False)
 
 
 def _run_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
+    stats: Tensor,
     dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
-    n_rows: int,
-    n_cols: int,
-    stride_row: int,
+    sizes: tuple[int, int, int],
+    centered: bool,
 ) -> None:
-    sums = dweight is not None or dbias is not None
-    wanted = (dx is not None, dweight is not None, dbias is not None)
-    task = rows.task_of(_backward, _kind(x), _kind(weight), mean is not None, *wanted)
-    n_task = max(BLOCK_ROWS, -(-n_rows // BLOCKS)) if sums else rows.rows_of(n_cols)
-    n_blocks = -(-n_rows // n_task)
-    partials = torch.empty(2 * n_blocks * n_cols if sums else 0, dtype=torch.float64)
-    dws = partials.data_ptr()
-    dbs = dws + n_blocks * n_cols * partials.element_size()
-    pointers = map(_address, (dy, x, weight, mean, rstd, dx))
-    shape = (n_rows, n_cols, stride_row, n_task, 0, 0)
-    task.run(n_blocks, n_rows * n_cols, *pointers, dws, dbs, *shape)
-    if sums:
-        last = rows.task_of(_sum_blocks, _kind(dweight), _kind(dbias), "fp64")
-        pointers = (dws, dbs, _address(dweight), _address(dbias))
-        shape = (n_blocks, n_cols, SUMMED, 0, 0, 0, 0, 0, 0, 0)
-        last.run(-(-n_cols // SUMMED), n_blocks * n_cols, *pointers, *shape)
+    n_rows, n_cols, _ = sizes
+    wanted = dx is not None, dweight is not None, dbias is not None
+    kinds = rows.kind_of(x), rows.kind_of(weight)
+    task, last, n_last = rows.task_of(_backward, *kinds, centered, *wanted), None, 0
+    if wanted[1] or wanted[2]:
+        n_task = max(BLOCK_ROWS, -(-n_rows // BLOCKS))
+        n_blocks = -(-n_rows // n_task)
+        last = rows.task_of(_sum_blocks, rows.kind_of(dweight), rows.kind_of(dbias))
+        n_last = -(-n_cols // SUMMED)
+    else:
+        n_task = rows.rows_of(n_cols)
+        n_blocks = -(-n_rows // n_task)
+    # Of each block: dweight and dbias in float64, and room to sum them in the compute type.
+    blocks = torch.empty(4 * n_blocks * n_cols if n_last else 0, dtype=torch.float64)
+    inputs = (dy.data_ptr(), x.data_ptr(), rows.address(weight), stats.data_ptr())
+    outputs = (rows.address(dx), blocks.data_ptr(), rows.address(dweight), rows.address(dbias))
+    numbers = (*inputs, *outputs, *sizes, n_task, n_blocks)
+    rows.run(task, n_blocks, n_rows * n_cols, numbers, last, n_last)

@@ -8,7 +8,6 @@ there are.
 from __future__ import annotations
 
 import struct
-from array import array
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 from fastopt_kernels.cpu import cache as disk
 from fastopt_kernels.cpu import memory, threads
@@ -38,6 +39,16 @@ TASK = 8192
 BLOCK, VECTORS = 512, 64
 
 _I64 = ir.IntType(64)
+
+
+def kind_of(tensor: Tensor | None) -> str | None:
+    """What a kernel is compiled for where it may be given this tensor, or none."""
+    return None if tensor is None else KINDS[tensor.dtype]
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's first element is; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def wide(kind: str) -> str:
@@ -96,16 +107,36 @@ def _call(typingctx, function, args, task):
     return types.void(function, args, task), codegen
 
 
+@intrinsic
+def _on_stack(typingctx, numbers):
+    """The address of these integers, for as long as the caller runs."""
+
+    def codegen(context, builder, signature, args):
+        place = cgutils.alloca_once_value(builder, args[0])
+        return builder.ptrtoint(place, _I64)
+
+    return types.int64(numbers), codegen
+
+
+# Integers that a task is given, at most.
+N_ARGS = 14
+_ZEROS = (0,) * N_ARGS
+
+
 @cache
 def _loop(parallel: bool) -> Any:
     tasks = prange if parallel else range
 
-    def run_tasks(function, args, n_tasks):
+    def run_tasks(function, n_tasks, last, n_last, numbers):
+        args = _on_stack(numbers)
         for task in tasks(n_tasks):
             _call(function, args, task)
+        for task in tasks(n_last):
+            _call(last, args, task)
 
     def make(tag):
-        signature = types.void(*[types.int64] * 3)
+        numbers = types.UniTuple(types.int64, N_ARGS)
+        signature = types.void(*[types.int64] * 4, numbers)
         jitted = njit(signature, parallel=parallel, **JIT)(disk.named(run_tasks, tag))
         return next(iter(jitted.overloads.values()))
 
@@ -113,7 +144,7 @@ def _loop(parallel: bool) -> Any:
 
 
 class Task:
-    """A compiled task: `run` calls it for every task number, on one thread or several."""
+    """A compiled task, by the address of its C function."""
 
     def __init__(self, build: Callable[..., Any], *specialization: object) -> None:
         """build(tag, *specialization) returns the body, a function of (args, task)."""
@@ -125,23 +156,33 @@ class Task:
 
         self._compiled = disk.obtain(disk.key(build, *specialization), make)
         name = self._compiled.fndesc.llvm_cfunc_wrapper_name
-        self._address = self._compiled.library.get_pointer_to_function(name)
-        self._one_thread = _loop(False)
+        self.address = self._compiled.library.get_pointer_to_function(name)
 
-    def run(self, n_tasks: int, n_elements: int, *args: int) -> None:
-        """Task numbers 0 to n_tasks - 1; n_elements says whether several threads are worth it."""
-        packed = array("q", args)
-        where = packed.buffer_info()[0]
+
+def run(
+    task: Task,
+    n_tasks: int,
+    n_elements: int,
+    numbers: tuple[int, ...],
+    last: Task | None = None,
+    n_last: int = 0,
+) -> None:
+    """Task numbers 0 to n_tasks - 1, then those of `last`, each given the same numbers;
+    n_elements says whether several threads are worth it."""
+    address = 0 if last is None else last.address
+    args = (task.address, n_tasks, address, n_last, numbers + _ZEROS[len(numbers) :])
+    if n_elements >= threads.SERIAL_BELOW and n_tasks > 1:
         n_threads = torch.get_num_threads()
-        if n_tasks > 1 and threads.worth_it(n_threads, n_elements):
-            threads.run_parallel(_loop(True), (self._address, where, n_tasks), n_threads)
-        else:
-            self._one_thread(self._address, where, n_tasks)
+        if threads.worth_it(n_threads, n_elements):
+            threads.run_parallel(_loop(True), args, n_threads)
+            return
+    _loop(False)(*args)
 
-    def run_rows(self, n_rows: int, n_cols: int, *args: int) -> None:
-        """Tasks of some rows each; how many is the last argument of each task."""
-        n_task = rows_of(n_cols)
-        self.run(-(-n_rows // n_task), n_rows * n_cols, *args, n_task)
+
+def run_rows(task: Task, n_rows: int, n_cols: int, *numbers: int) -> None:
+    """Tasks of some rows each; how many is the last of the numbers each is given."""
+    n_task = rows_of(n_cols)
+    run(task, -(-n_rows // n_task), n_rows * n_cols, (*numbers, n_task))
 
 
 def rows_of(n_cols: int) -> int:

@@ -19,13 +19,11 @@ from fastopt_kernels.cpu import columns, memory, rows
 from fastopt_kernels.cpu.rows import block_end
 from fastopt_kernels.cpu.vecmath import add, exp_of, larger
 
-# The statistics of logsumexp are kept in two parts.
-IN_PARTS = True
-
 Shape = tuple[int, int, int]
 Strides = tuple[int, int]
 
 _args = memory.make_row(types.int64, 6)
+_args7 = memory.make_row(types.int64, 7)
 _args8 = memory.make_row(types.int64, 8)
 
 
@@ -168,7 +166,7 @@ def _logsumexp(tag, kind):
     peak, exp_sum = make_row_parts(tag, codec)
 
     def logsumexp(args, task):
-        x, out, stats, n_rows, n_cols, stride, n_task, _ = _args8(args, 0)
+        x, out, stats, n_rows, n_cols, stride, n_task = _args7(args, 0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
@@ -212,7 +210,7 @@ def softmax(x: Tensor, y: Tensor, shape: Shape, strides: Strides, log: bool) -> 
     kind, pointers = rows.KINDS[x.dtype], (x.data_ptr(), y.data_ptr())
     if n_inner == 1:
         task = rows.task_of(_log_softmax if log else _softmax, kind)
-        task.run_rows(n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
+        rows.run_rows(task, n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
     else:
         wait = not log and 4 * n_cols * columns.WIDTH <= columns.WAITING
         task = rows.task_of(columns.softmax, kind, log, wait)
@@ -225,7 +223,7 @@ def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, shape: Shape, log: bool)
     kind, pointers = rows.KINDS[y.dtype], (dy.data_ptr(), y.data_ptr(), dx.data_ptr())
     if n_inner == 1:
         task = rows.task_of(_softmax_backward, kind, log)
-        task.run_rows(n_outer, n_cols, *pointers, n_outer, n_cols)
+        rows.run_rows(task, n_outer, n_cols, *pointers, n_outer, n_cols)
     else:
         task = rows.task_of(columns.softmax_backward, kind, log)
         columns.run(task, shape, *pointers, n_cols, n_inner)
@@ -238,9 +236,7 @@ def logsumexp(x: Tensor, out: Tensor, stats: Tensor, shape: Shape, strides: Stri
     kind, pointers = rows.KINDS[x.dtype], (x.data_ptr(), out.data_ptr(), stats.data_ptr())
     if n_inner == 1:
         task = rows.task_of(_logsumexp, kind)
-        n_task = rows.rows_of(n_cols)
-        args = (*pointers, n_outer, n_cols, strides[0], n_task, 0)
-        task.run(-(-n_outer // n_task), n_outer * n_cols, *args)
+        rows.run_rows(task, n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
     else:
         task = rows.task_of(columns.logsumexp, kind)
         columns.run(task, shape, *pointers, n_cols, n_inner, *strides)
@@ -255,7 +251,7 @@ def logsumexp_backward(
     kind = rows.KINDS[x.dtype]
     if n_inner == 1:
         task = rows.task_of(_logsumexp_backward, kind)
-        task.run_rows(n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
+        rows.run_rows(task, n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
     else:
         task = rows.task_of(columns.logsumexp_backward, kind)
         columns.run(task, shape, *pointers, n_cols, n_inner, *strides)

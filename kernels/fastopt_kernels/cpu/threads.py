@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import numba
-from numba.np.ufunc.parallel import _launch_threads
+from numba.np.ufunc import parallel
 
 # The OpenMP fork costs 2-5 us: below this many elements one thread is done sooner.
 SERIAL_BELOW = 32768
@@ -31,14 +31,16 @@ def worth_it(n_threads: int, n_elements: int) -> bool:
     return n_threads > 1 and n_elements >= SERIAL_BELOW and not _forked
 
 
-def run_parallel(entry: Any, args: tuple[int, ...], n_threads: int) -> None:
+def run_parallel(entry: Any, args: tuple[Any, ...], n_threads: int) -> None:
     """Call a kernel with a parallel loop in it, on at most `n_threads` threads."""
+    one_at_a_time = _one_at_a_time()  # launches the threads
     n_threads = min(n_threads, numba.config.NUMBA_NUM_THREADS)
-    before = numba.get_num_threads()
+    # Numba's own get_num_threads takes a lock first: 1.5 us.
+    before = parallel._get_num_threads()
     if before != n_threads:
         numba.set_num_threads(n_threads)
     try:
-        if _one_at_a_time():
+        if one_at_a_time:
             with _workqueue_lock:
                 entry(*args)
         else:
@@ -51,5 +53,5 @@ def run_parallel(entry: Any, args: tuple[int, ...], n_threads: int) -> None:
 @cache
 def _one_at_a_time() -> bool:
     """Numba's workqueue aborts the process when two threads enter it at once."""
-    _launch_threads()
+    parallel._launch_threads()
     return numba.threading_layer() == "workqueue"

@@ -16,6 +16,8 @@ from fastopt_kernels.gpu import rows
 
 # What changes from call to call, and must not compile a kernel anew.
 EXTENTS = ["n_rows", "n_cols", "stride_row"]
+# Halves of one tensor: aligned or not as the number of rows has it.
+STATISTICS = ["mean_ptr", "rstd_ptr"]
 # The longest row whose x, dy, weight and two sums registers hold.
 WIDEST = {tl.float32: 8192, tl.float64: 4096}
 # Threads that sum weight gradients: as many as 132 multiprocessors hold at 100 registers, so that
@@ -49,7 +51,7 @@ def _normalized(x, mean_ptr, rstd_ptr, lines, here, COMPUTE: tl.constexpr):
     return x * rstd, rstd
 
 
-@triton.jit(do_not_specialize=[*EXTENTS, "rows_each"])
+@triton.jit(do_not_specialize=[*EXTENTS, "rows_each"], do_not_specialize_on_alignment=STATISTICS)
 def norm_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -108,7 +110,7 @@ def norm_backward_kernel(
         rows.store(dbiases_ptr, program * n_cols + cols, tl.sum(dbias, 0), inside)
 
 
-@triton.jit(do_not_specialize=EXTENTS)
+@triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STATISTICS)
 def norm_dx_kernel(
     dy_ptr,
     x_ptr,
@@ -157,7 +159,7 @@ def norm_dx_kernel(
         rows.store(dx_ptr, dx_start + cols[None, :], dx * rstd, mask)
 
 
-@triton.jit(do_not_specialize=[*EXTENTS, "rows_each"])
+@triton.jit(do_not_specialize=[*EXTENTS, "rows_each"], do_not_specialize_on_alignment=STATISTICS)
 def norm_weight_kernel(
     dy_ptr,
     x_ptr,

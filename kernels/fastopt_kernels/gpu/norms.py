@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastopt_kernels.gpu import norm_gradients, rows
-from fastopt_kernels.gpu.norm_gradients import EXTENTS, scaled
+from fastopt_kernels.gpu.norm_gradients import EXTENTS, STATISTICS, scaled
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _walked_moments(
     return mean, drift, square * each
 
 
-@triton.jit(do_not_specialize=EXTENTS)
+@triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STATISTICS)
 def norm_kernel(
     x_ptr,
     weight_ptr,
@@ -159,74 +159,63 @@ def layer_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    n_rows: int,
-    n_cols: int,
-    stride_row: int,
+    stats: Tensor | None,
+    sizes: tuple[int, int, int],
     eps: float,
 ) -> None:
     """y = (x - mean) rstd weight + bias,  rstd = 1 / sqrt(var + eps)
 
-    x: (n_rows, n_cols) with stride_row; y: the same, contiguous; weight, bias: (n_cols,), of any
-    dtype each; mean, rstd: (n_rows,), in the compute type, written where there are any
+    sizes: rows, columns, stride of a row of x; y: contiguous; weight, bias: (n_cols,), of any dtype
+    each; stats: (2, n_rows), mean and rstd, in the compute type, written if there is one
     """
-    _forward(x, weight, bias, y, mean, rstd, (n_rows, n_cols, stride_row), eps, centered=True)
+    mean, rstd = (None, None) if stats is None else stats.unbind()
+    _forward(x, weight, bias, y, mean, rstd, sizes, eps, centered=True)
 
 
 def layer_norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
-    n_rows: int,
-    n_cols: int,
-    stride_row: int,
+    sizes: tuple[int, int, int],
 ) -> None:
     """dx = rstd (weight dy - mean(weight dy) - x_hat mean(weight dy x_hat))
 
     dweight = sum dy x_hat,  dbias = sum dy,  x_hat = (x - mean) rstd
     dy, dx: (n_rows, n_cols), contiguous; dx, dweight, dbias: None where not wanted
     """
-    sizes = (n_rows, n_cols, stride_row)
-    norm_gradients.gradients(dy, x, weight, mean, rstd, (dx, dweight, dbias), sizes)
+    norm_gradients.gradients(dy, x, weight, *stats.unbind(), (dx, dweight, dbias), sizes)
 
 
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
     y: Tensor,
-    rstd: Tensor | None,
-    n_rows: int,
-    n_cols: int,
-    stride_row: int,
+    stats: Tensor | None,
+    sizes: tuple[int, int, int],
     eps: float,
 ) -> None:
     """y = x rstd weight,  rstd = 1 / sqrt(mean(x^2) + eps)
 
-    Tensors as those of `layer_norm`.
+    Tensors as those of `layer_norm`; stats: (n_rows,), rstd.
     """
-    _forward(x, weight, None, y, None, rstd, (n_rows, n_cols, stride_row), eps, centered=False)
+    _forward(x, weight, None, y, None, stats, sizes, eps, centered=False)
 
 
 def rms_norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    rstd: Tensor,
+    stats: Tensor,
     dx: Tensor | None,
     dweight: Tensor | None,
-    n_rows: int,
-    n_cols: int,
-    stride_row: int,
+    sizes: tuple[int, int, int],
 ) -> None:
     """dx = rstd (weight dy - x_hat mean(weight dy x_hat)),  x_hat = x rstd,  dweight = sum dy x_hat
 
     Tensors as those of `layer_norm_backward`.
     """
-    sizes = (n_rows, n_cols, stride_row)
-    norm_gradients.gradients(dy, x, weight, None, rstd, (dx, dweight, None), sizes)
+    norm_gradients.gradients(dy, x, weight, None, stats, (dx, dweight, None), sizes)
