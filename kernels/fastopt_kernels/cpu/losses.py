@@ -43,12 +43,13 @@ def _loss(tag, kind, weighted, smooth):
             _args(args, 0)
         )
         spread = compute(bits_to_double(s))
+        ahead = rows.ahead_of(n_rows, n_cols, stride, itemsize)
         sum_of_losses, sum_of_weights = np.float64(0), np.float64(0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             top = peak(x_row, n_cols)
-            log_sum = math.log(exp_sum(x_row, n_cols, top))
+            log_sum = math.log(exp_sum(x_row, n_cols, top, ahead))
             put_double(stats, 2 * row, np.float64(top))
             put_double(stats, 2 * row + 1, log_sum)
             log_total = compute(log_sum)
@@ -179,13 +180,14 @@ def _probs_loss(tag, kind, weighted):
         )
         spread = compute(bits_to_double(s))
         share = spread / compute(n_cols)
+        ahead = rows.ahead_of(n_rows, n_cols, stride, itemsize)
         sum_of_losses, n_summed = np.float64(0), np.float64(0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             probs_row = probs + row * n_cols * itemsize
             top = peak(x_row, n_cols)
-            log_sum = math.log(exp_sum(x_row, n_cols, top))
+            log_sum = math.log(exp_sum(x_row, n_cols, top, ahead))
             put_double(stats, 2 * row, np.float64(top))
             put_double(stats, 2 * row + 1, log_sum)
             log_total = compute(log_sum)

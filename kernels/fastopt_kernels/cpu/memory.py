@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 KINDS = ("fp32", "bf16", "fp16", "fp64")
 
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _IN_MEMORY_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64}
 _IN_MEMORY = {"fp32": _F32, "bf16": _I16, "fp16": ir.HalfType(), "fp64": _F64}
@@ -233,6 +233,21 @@ def make_order(kind: str, compute: types.Float, stream: int | None = None):
 
     infinity = {"fp32": 0x7F800000, "bf16": 0x7F80, "fp16": 0x7C00, "fp64": 0x7FF << 52}[kind]
     return load_order, unorder, getattr(np, f"int{width}")(-1 - infinity)
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Have the cache line of an address read into the second cache, beyond the array's end too."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _I8.as_pointer())
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer.type], ir.FunctionType(ir.VoidType(), [pointer.type, *3 * [_I32]])
+        )
+        builder.call(function, [pointer, *(ir.Constant(_I32, k) for k in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(address), codegen
 
 
 @intrinsic

@@ -100,7 +100,7 @@ def _forward(tag, kind, weight_kind, bias_kind, centered):
 
     def norm(args, task):
         x, weight, bias, y, stats, n_rows, n_cols, stride, eps, _, n_task = _args(args, 0)
-        first = task * n_task
+        ahead, first = rows.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             y_row = y + row * n_cols * itemsize
@@ -113,13 +113,18 @@ def _forward(tag, kind, weight_kind, bias_kind, centered):
                 put_double(stats, 2 * row + 1, np.float64(scale))
             elif stats != 0:
                 put(stats, row, scale)
-            for j in range(n_cols):
-                result = deviation(x_row, j, high, low) * scale
-                if weighted:
-                    result = result * weight_of(weight, j)
-                if biased:
-                    result = result + bias_of(bias, j)
-                store(y_row, j, result)
+            start = 0
+            while start < n_cols:
+                stop = block_end(start, n_cols)
+                rows.fetch(x_row, ahead, start, stop, itemsize)
+                for j in range(start, stop):
+                    result = deviation(x_row, j, high, low) * scale
+                    if weighted:
+                        result = result * weight_of(weight, j)
+                    if biased:
+                        result = result + bias_of(bias, j)
+                    store(y_row, j, result)
+                start = stop
 
     return norm
 

@@ -87,6 +87,25 @@ def block_end(start, n):
     return n
 
 
+# Inputs larger than this come from memory, not from a cache.
+FAR = 4 << 20
+
+
+@njit(**JIT)
+def ahead_of(n_rows, n_cols, stride, itemsize):
+    """Bytes to the row to fetch while another is computed; 0 where all lie in cache."""
+    return stride * itemsize if n_rows * n_cols * itemsize > FAR else 0
+
+
+@njit(**JIT)
+def fetch(row, ahead, start, stop, itemsize):
+    """Have elements start to stop of the row that is `ahead` bytes on read into cache: memory is
+    idle while a row that lies there is computed."""
+    if ahead != 0:
+        for at in range(row + ahead + start * itemsize, row + ahead + stop * itemsize, 64):
+            memory.prefetch(at)
+
+
 @njit(**JIT)
 def alive(array):
     """Called on a scratch array after its last use through an address: Numba frees an array when

@@ -28,9 +28,12 @@ _args8 = memory.make_row(types.int64, 8)
 
 
 def make_row_parts(tag, codec):
-    """peak(x, n), the largest element of a row, and exp_sum(x, n, peak), sum exp(x - peak)."""
+    """peak(x, n), the largest element of a row, and exp_sum(x, n, peak, ahead), sum exp(x - peak).
+
+    ahead: as `rows.fetch` has it
+    """
     load, load_order, unorder, lowest = codec.load, codec.load_order, codec.unorder, codec.lowest
-    (exp, unit), zero = exp_of(codec.compute), codec.compute(0)
+    (exp, unit), zero, itemsize = exp_of(codec.compute), codec.compute(0), codec.itemsize
 
     @rows.inlined(tag)
     def peak(x, n):
@@ -40,12 +43,13 @@ def make_row_parts(tag, codec):
         return unorder(top)
 
     @rows.inlined(tag)
-    def exp_sum(x, n, peak):
+    def exp_sum(x, n, peak, ahead):
         total = np.float64(0)
         start = 0
         while start < n:
             stop = block_end(start, n)
             part = zero
+            rows.fetch(x, ahead, start, stop, itemsize)
             for j in range(start, stop):
                 part = add(part, exp(load(x, j) - peak))
             total += np.float64(part)
@@ -68,7 +72,7 @@ def _softmax(tag, kind):
 
     def softmax(args, task):
         x, y, n_rows, n_cols, stride, n_task = _args(args, 0)
-        first = task * n_task
+        ahead, first = rows.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
         buffer = np.empty(1 if in_place else n_cols, np.float32)
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
@@ -80,6 +84,7 @@ def _softmax(tag, kind):
             while start < n_cols:
                 stop = block_end(start, n_cols)
                 part = zero
+                rows.fetch(x_row, ahead, start, stop, itemsize)
                 for j in range(start, stop):
                     e = exp(load(x_row, j) - top)
                     keep(e_row, j, e)
@@ -101,12 +106,12 @@ def _log_softmax(tag, kind):
 
     def log_softmax(args, task):
         x, y, n_rows, n_cols, stride, n_task = _args(args, 0)
-        first = task * n_task
+        ahead, first = rows.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             y_row = y + row * n_cols * itemsize
             top = peak(x_row, n_cols)
-            log_total = compute(math.log(exp_sum(x_row, n_cols, top)))
+            log_total = compute(math.log(exp_sum(x_row, n_cols, top, ahead)))
             for j in range(n_cols):
                 store(y_row, j, (load(x_row, j) - top) - log_total)
 
@@ -122,7 +127,7 @@ def _softmax_backward(tag, kind, log):
 
     def softmax_backward(args, task):
         dy, y, dx, n_rows, n_cols, n_task = _args(args, 0)
-        first = task * n_task
+        ahead, first = rows.ahead_of(n_rows, n_cols, n_cols, itemsize), task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
             whole = np.float64(0)
@@ -135,12 +140,18 @@ def _softmax_backward(tag, kind, log):
                 whole += np.float64(part)
                 start = stop
             total = compute(whole)
-            for j in range(n_cols):  # dx = y (dy - sum dy y)
-                store(dx + at, j, load_y(y + at, j) * (load_dy(dy + at, j) - total))
+            start = 0
+            while start < n_cols:
+                stop = block_end(start, n_cols)
+                rows.fetch(dy + at, ahead, start, stop, itemsize)
+                rows.fetch(y + at, ahead, start, stop, itemsize)
+                for j in range(start, stop):  # dx = y (dy - sum dy y)
+                    store(dx + at, j, load_y(y + at, j) * (load_dy(dy + at, j) - total))
+                start = stop
 
     def log_softmax_backward(args, task):
         dy, y, dx, n_rows, n_cols, n_task = _args(args, 0)
-        first = task * n_task
+        ahead, first = rows.ahead_of(n_rows, n_cols, n_cols, itemsize), task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
             whole = np.float64(0)
@@ -153,8 +164,13 @@ def _softmax_backward(tag, kind, log):
                 whole += np.float64(part)
                 start = stop
             total = compute(whole / np.float64(unit))
-            for j in range(n_cols):  # dx = dy - exp(y) sum dy
-                store(dx + at, j, load_dy(dy + at, j) - exp(load_y(y + at, j)) * total)
+            start = 0
+            while start < n_cols:
+                stop = block_end(start, n_cols)
+                rows.fetch(dy + at, ahead, start, stop, itemsize)
+                for j in range(start, stop):  # dx = dy - exp(y) sum dy
+                    store(dx + at, j, load_dy(dy + at, j) - exp(load_y(y + at, j)) * total)
+                start = stop
 
     return log_softmax_backward if log else softmax_backward
 
@@ -167,11 +183,11 @@ def _logsumexp(tag, kind):
 
     def logsumexp(args, task):
         x, out, stats, n_rows, n_cols, stride, n_task = _args7(args, 0)
-        first = task * n_task
+        ahead, first = rows.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             top = peak(x_row, n_cols)
-            log_total = math.log(exp_sum(x_row, n_cols, top))
+            log_total = math.log(exp_sum(x_row, n_cols, top, ahead))
             if top - top != zero:  # infinite: its own logsumexp, unless there is a NaN
                 log_total = np.float64(0)
                 for j in range(n_cols):
@@ -212,9 +228,10 @@ def softmax(x: Tensor, y: Tensor, shape: Shape, strides: Strides, log: bool) -> 
         task = rows.task_of(_log_softmax if log else _softmax, kind)
         rows.run_rows(task, n_outer, n_cols, *pointers, n_outer, n_cols, strides[0])
     else:
-        wait = not log and 4 * n_cols * columns.WIDTH <= columns.WAITING
-        task = rows.task_of(columns.softmax, kind, log, wait)
-        columns.run(task, shape, *pointers, n_cols, n_inner, *strides)
+        wait = 0 if log else columns.width_to_wait(n_cols, kind)
+        task = rows.task_of(columns.softmax, kind, log, wait > 0)
+        width = wait or columns.WIDTH
+        columns.run(task, shape, *pointers, n_cols, n_inner, *strides, width=width)
 
 
 def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, shape: Shape, log: bool) -> None:
