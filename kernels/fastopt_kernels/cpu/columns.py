@@ -87,7 +87,7 @@ def _make_exp_sums(tag, codec, finite, e_codec=None):
     load, compute, itemsize = codec.load, codec.compute, codec.itemsize
     of_top, _, of_part = make_scratch(codec.wide)
     get_top, get_part, put_part = of_top.load, of_part.load, of_part.store
-    (exp, _), keep, put_e = exp_of(compute), e_codec is not None, (e_codec or codec).store
+    (exp, _), keep, put_e = exp_of(codec.kind), e_codec is not None, (e_codec or codec).store
     lowest = compute(np.finfo(np.float64 if codec.wide == "fp64" else np.float32).min)
 
     @rows.inlined(tag)
@@ -133,7 +133,7 @@ def make_waiting(tag, codec, e_codec):
     get_part, put_part = of_part.load, of_part.store
     peaks = _make_peaks(tag, codec, of_top)
     exp_sums = _make_exp_sums(tag, codec, False, e_codec)
-    (_, unit), zero, lowest = exp_of(compute), compute(0), compute(-np.inf)
+    (_, unit), zero, lowest = exp_of(codec.kind), compute(0), compute(-np.inf)
 
     @rows.inlined(tag)
     def totals(x, n_cols, step, width, top, total, part, kept, kept_down):
@@ -145,9 +145,7 @@ def make_waiting(tag, codec, e_codec):
         peaks(x, n_cols, down, width, top)
         for start in range(0, n_cols, LINES):
             line, kept_line = x + start * down, kept + start * kept_down
-            exp_sums(
-                line, min(LINES, n_cols - start), down, width, top, part, kept_line, kept_down
-            )
+            exp_sums(line, min(LINES, n_cols - start), down, width, top, part, kept_line, kept_down)
             for i in range(width):
                 put_total(total, i, get_total(total, i) + get_part(part, i))
                 put_part(part, i, zero)
@@ -169,7 +167,7 @@ def make_online(tag, codec):
     get_part, put_part = of_part.load, of_part.store
     peaks = _make_peaks(tag, codec, of_part)
     exp_sums = _make_exp_sums(tag, codec, True)
-    (exp, unit), zero, lowest = exp_of(compute), compute(0), compute(-np.inf)
+    (exp, unit), zero, lowest = exp_of(codec.kind), compute(0), compute(-np.inf)
     floor = compute(np.finfo(np.float64 if codec.wide == "fp64" else np.float32).min)
 
     @rows.inlined(tag)
@@ -207,7 +205,7 @@ def softmax(tag, kind, log, wait):
     e_codec = rows.Codec(codec.wide, 2)
     get_e, e_size = e_codec.load, e_codec.itemsize
     waiting, online = make_waiting(tag, codec, e_codec), make_online(tag, codec)
-    (exp, unit), one, n_kept = exp_of(compute), compute(1), WAITING if wait else 1
+    (exp, unit), one, n_kept = exp_of(codec.kind), compute(1), WAITING if wait else 1
 
     @rows.inlined(tag)
     def write(x_line, y_line, kept_line, width, top, total):
@@ -254,7 +252,7 @@ def softmax_backward(tag, kind, log):
     _, of_total, of_part = make_scratch(codec.wide)
     get_total, put_total = of_total.load, of_total.store
     get_part, put_part = of_part.load, of_part.store
-    (exp, unit), zero = exp_of(codec.compute), codec.compute(0)
+    (exp, unit), zero = exp_of(codec.kind), codec.compute(0)
 
     def softmax_backward_columns(args, task):
         dy, y, dx, n_cols, n_inner, columns = _args6(args, 0)
@@ -339,7 +337,7 @@ def logsumexp_backward(tag, kind):
     of_high, of_low, _ = make_scratch(codec.wide)
     get_high, put_high, get_low, put_low = of_high.load, of_high.store, of_low.load, of_low.store
     of_stats, compute = rows.Codec("fp64", 2).load, codec.compute
-    exp, unit = exp_of(codec.compute)
+    exp, unit = exp_of(codec.kind)
 
     def logsumexp_backward_columns(args, task):
         dlse, x, stats, dx, n_cols, n_inner, stride_outer, step, columns = _args9(args, 0)

@@ -87,7 +87,7 @@ def _loss_backward(tag, kind, weighted, smooth):
     store = out_codec.store
     load_upstream = rows.Codec(kind, 4).load
     get, get_double = rows.Codec(rows.wide(kind), 2).load, rows.Codec("fp64", 3).load
-    (exp, unit), zero, one = exp_of(compute), compute(0), compute(1)
+    (exp, unit), zero, one = exp_of(codec.kind), compute(0), compute(1)
 
     def cross_entropy_backward(args, task):
         (
@@ -220,7 +220,7 @@ def _probs_loss_backward(tag, kind, weighted):
     load_upstream = rows.Codec(kind, 4).load
     load_probs = rows.Codec(kind, 5).load
     get, get_double = rows.Codec(rows.wide(kind), 2).load, rows.Codec("fp64", 3).load
-    (exp, unit), zero, one = exp_of(compute), compute(0), compute(1)
+    (exp, unit), zero, one = exp_of(codec.kind), compute(0), compute(1)
 
     def cross_entropy_probs_backward(args, task):
         x, probs, weight, stats, dloss, dx, each, n_rows, n_cols, stride, _, s, n_task = _args13(

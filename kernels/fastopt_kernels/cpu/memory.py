@@ -242,7 +242,9 @@ def prefetch(typingctx, address):
     def codegen(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], _I8.as_pointer())
         function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [pointer.type], ir.FunctionType(ir.VoidType(), [pointer.type, *3 * [_I32]])
+            "llvm.prefetch",
+            [pointer.type],
+            ir.FunctionType(ir.VoidType(), [pointer.type, *3 * [_I32]]),
         )
         builder.call(function, [pointer, *(ir.Constant(_I32, k) for k in (0, 2, 1))])
         return context.get_dummy_value()

@@ -64,7 +64,7 @@ class Codec:
     """
 
     def __init__(self, kind: str, stream: int, own_nan: bool = True) -> None:
-        self.compute, self.wide = memory.compute_type(kind), wide(kind)
+        self.kind, self.compute, self.wide = kind, memory.compute_type(kind), wide(kind)
         self.load = memory.make_loader(kind, self.compute, stream)
         self.store = memory.make_storer(kind, self.compute, own_nan, stream)
         self.load_order, self.unorder, self.lowest = memory.make_order(kind, self.compute, stream)

@@ -33,7 +33,7 @@ def make_row_parts(tag, codec):
     ahead: as `rows.fetch` has it
     """
     load, load_order, unorder, lowest = codec.load, codec.load_order, codec.unorder, codec.lowest
-    (exp, unit), zero, itemsize = exp_of(codec.compute), codec.compute(0), codec.itemsize
+    (exp, unit), zero, itemsize = exp_of(codec.kind), codec.compute(0), codec.itemsize
 
     @rows.inlined(tag)
     def peak(x, n):
@@ -63,7 +63,7 @@ def _softmax(tag, kind):
     x_codec, y_codec = rows.Codec(kind, 0), rows.Codec(kind, 1)
     load, store, itemsize = x_codec.load, y_codec.store, x_codec.itemsize
     peak, _ = make_row_parts(tag, x_codec)
-    (exp, _), compute = exp_of(x_codec.compute), x_codec.compute
+    (exp, _), compute = exp_of(kind), x_codec.compute
     zero, one = compute(0), np.float64(1)
     # The exponentials wait in the output where it is wide enough.
     in_place = kind == rows.wide(kind)
@@ -122,7 +122,7 @@ def _softmax_backward(tag, kind, log):
     codec = rows.Codec(kind, 0)
     itemsize = codec.itemsize
     load_dy, load_y, store = codec.load, rows.Codec(kind, 1).load, rows.Codec(kind, 2).store
-    (exp, unit), compute = exp_of(codec.compute), codec.compute
+    (exp, unit), compute = exp_of(codec.kind), codec.compute
     zero = compute(0)
 
     def softmax_backward(args, task):
@@ -204,7 +204,7 @@ def _logsumexp_backward(tag, kind):
     codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1).store
     load, itemsize, load_upstream = codec.load, codec.itemsize, rows.Codec(kind, 3).load
     get, compute = rows.Codec("fp64", 2).load, codec.compute
-    exp, unit = exp_of(codec.compute)
+    exp, unit = exp_of(codec.kind)
 
     def logsumexp_backward(args, task):
         dlse, x, stats, dx, n_rows, n_cols, stride, n_task = _args8(args, 0)

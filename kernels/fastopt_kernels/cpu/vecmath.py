@@ -72,6 +72,8 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-0.00021219444)
 _Q0, _Q1, _Q2, _Q3, _Q4 = map(
     np.float32, (0.49999994, 0.1666652113, 0.041668388993, 0.008368716575, 0.00138145986)
 )
+# 2^f = 1 + f (...) on |f| <= 1/2, relative error 3e-6: a hundredth of what 16 bits round away.
+_P1, _P2, _P3, _P4 = map(np.float32, (0.69312419, 0.24024099, 0.05590643, 0.00958285))
 _LOWEST, _ONE = np.float32(-104.0), np.float32(1)
 
 
@@ -99,15 +101,25 @@ def _exp32(x):
 
 
 @njit(**JIT)
+def _exp16(x):
+    x = larger_float(_LOWEST, x)
+    t = x * _LOG2_E + _MAGIC
+    f = x * _LOG2_E - (t - _MAGIC)
+    y = (((_P4 * f + _P3) * f + _P2) * f + _P1) * f + _ONE
+    return _times_power(y, t)
+
+
+@njit(**JIT)
 def _exp64(x):
     return math.exp(x)
 
 
-def exp_of(compute: types.Float):
-    """(exp, unit): exp(x) / unit is e^x to 1 ulp, for x up to rounding errors above 0, or NaN.
+def exp_of(kind: str):
+    """(exp, unit): exp(x) / unit is e^x for x up to rounding errors above 0, or NaN; to 1 ulp for
+    fp32 and fp64, to what their rounding leaves for bf16 and fp16.
 
     Scaled so that no factor is subnormal, it takes half the instructions of an exp for all x.
     """
-    if compute is types.float64:
+    if kind == "fp64":
         return _exp64, np.float64(1)
-    return _exp32, np.float32(2.0**64)
+    return _exp32 if kind == "fp32" else _exp16, np.float32(2.0**64)
