@@ -97,6 +97,22 @@ def test_mean_1e4_standard_deviation_1(name: str, dtype: torch.dtype) -> None:
     assert found["output"].isfinite().all()
 
 
+@pytest.mark.parametrize("first", [-1e4, 0.0, 40.0, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_rows_that_begin_far_from_their_mean(name: str, dtype: torch.dtype, first: float) -> None:
+    """Moments about the first elements' mean would cancel."""
+    x = 30.0 + draw(33, 700, dtype=torch.float64)
+    x[:, :64] += first - 30.0
+    oracle.check(problem(name, x.to(dtype)), luck=2.0)
+
+
+@pytest.mark.parametrize("shape", [(1100, 1024), (9, 17000)], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_rows_larger_than_the_cache(name: str, shape: tuple[int, int]) -> None:
+    oracle.check(problem(name, draw(*shape)))
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NORMS)

@@ -36,6 +36,26 @@ def test_columns_of_every_length(name: str, dtype: torch.dtype) -> None:
         oracle.check(problem(name, x, dim=1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OVER_DIM)
+def test_long_columns(name: str, dtype: torch.dtype) -> None:
+    """Read once, with a maximum that is raised on the way, from -inf too."""
+    n = 1600
+    x = draw(n, 9, dtype=torch.float64) + torch.linspace(0, 30, n).unsqueeze(1)
+    x[:40, 1] = -cases.INF
+    x[:, 2] = x[:, 2].flip(0)
+    x[1555, 3], x[1555, 4], x[1555, 5] = cases.INF, -cases.INF, cases.NAN
+    x[:, 6] = -cases.INF
+    x[3, 7] = cases.NAN
+    oracle.check(problem(name, x.to(dtype), dim=0))
+
+
+@pytest.mark.parametrize("name", OVER_DIM)
+def test_rows_larger_than_the_cache(name: str) -> None:
+    """Which are fetched while the one before is computed; the last has none after it."""
+    oracle.check(problem(name, draw(1100, 1024)))
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OVER_DIM)
