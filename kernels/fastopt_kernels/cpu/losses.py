@@ -90,21 +90,9 @@ def _loss_backward(tag, kind, weighted, smooth):
     (exp, unit), zero, one = exp_of(codec.kind), compute(0), compute(1)
 
     def cross_entropy_backward(args, task):
-        (
-            x,
-            target,
-            weight,
-            stats,
-            dloss,
-            dx,
-            each,
-            n_rows,
-            n_cols,
-            stride,
-            ignore,
-            s,
-            n_task,
-        ) = _args13(args, 0)
+        numbers = _args13(args, 0)
+        x, target, weight, stats, dloss, dx = numbers[:6]
+        each, n_rows, n_cols, stride, ignore, s, n_task = numbers[6:]
         spread = compute(bits_to_double(s))
         share = spread / compute(n_cols)
         weights = compute(n_cols)

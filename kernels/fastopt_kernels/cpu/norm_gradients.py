@@ -1,0 +1,256 @@
+"""The gradients of LayerNorm and RMSNorm for CPU.
+
+    dx = rstd (g - mean(g) - x_hat mean(g x_hat)),  g = dy weight,  x_hat = (x - mean) rstd
+    dweight = sum dy x_hat,  dbias = sum dy
+
+The sums run over blocks of rows that follow from the shape alone, and over the blocks in order: the
+same bits in every run and for any number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import types
+from torch import Tensor
+
+from fastopt_kernels.cpu import memory, rows
+from fastopt_kernels.cpu.rows import block_end
+from fastopt_kernels.cpu.vecmath import add, product
+
+_args = memory.make_row(types.int64, 13)
+# Blocks of rows whose weight gradients are summed apart: at most so many, of at least so many rows.
+BLOCKS, BLOCK_ROWS = 64, 32
+# Rows summed in the compute type before they are added to the block's sum in float64.
+FLUSHED = 128
+# Rows walked together, so that their share of a weight gradient is read and written once; not where
+# they would leave the L2 cache.
+TOGETHER, TOGETHER_COLS = 4, 16384
+# Columns of the blocks that one task adds up.
+SUMMED = 256
+
+
+def make_deviation(tag, load, compute, centered):
+    """deviation(x, j, high, low), x_j minus the mean in two parts: rounded to one, a mean of 1e4
+    would be as far off as 1e-3 of a standard deviation of 1."""
+
+    @rows.inlined(tag)
+    def deviation(x, j, high, low):
+        if centered:
+            return (load(x, j) - high) - low
+        return load(x, j)
+
+    return deviation
+
+
+def _make_row_reader(tag, kind, weight_kind, centered, wants_dx):
+    """read(dy, x, weight, stats, row, n, stride), all that a row brings into its backward:
+    addresses of dy and x, the mean in two parts, rstd, mean(g normal) and mean(g)."""
+    codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 3).load
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    get, get_double = rows.Codec(codec.wide, 1).load, rows.Codec("fp64", 4).load
+    weight_of = memory.make_loader(weight_kind or "fp32", compute, 7)
+    weighted, zero, one = weight_kind is not None, compute(0), compute(1)
+    deviation = make_deviation(tag, load, compute, centered)
+
+    @rows.inlined(tag)
+    def read(dy, x, weight, stats, row, n, stride):
+        x, dy = x + row * stride * itemsize, dy + row * n * itemsize
+        center = get_double(stats, 2 * row) if centered else np.float64(0)
+        high = compute(center)
+        low = compute(center - np.float64(high))
+        scale = compute(get_double(stats, 2 * row + 1)) if centered else get(stats, row)
+        along, across = np.float64(0), np.float64(0)
+        start = 0 if wants_dx else n
+        while start < n:
+            stop = block_end(start, n)
+            part, plain = zero, zero
+            for j in range(start, stop):
+                g = product(load_dy(dy, j), weight_of(weight, j) if weighted else one)
+                part = add(part, g * (deviation(x, j, high, low) * scale))
+                plain = add(plain, g) if centered else plain
+            along += np.float64(part)
+            across += np.float64(plain)
+            start = stop
+        return dy, x, high, low, scale, compute(along / n), compute(across / n)
+
+    return read
+
+
+def _make_gradients(tag, kind, weight_kind, centered, wanted):
+    """one(..., row, ...) and four(..., row, ...): the gradients of a row, and of that and the next
+    three; dw and db: addresses of this block's sums, in the compute type."""
+    wants_dx, wants_dw, wants_db = wanted
+    own_nan = weight_kind in (None, kind)
+    codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 3).load
+    itemsize, compute = codec.itemsize, codec.compute
+    sum_dw, sum_db = rows.Codec(codec.wide, 5), rows.Codec(codec.wide, 6)
+    get_dw, put_dw, get_db, put_db = sum_dw.load, sum_dw.store, sum_db.load, sum_db.store
+    weight_of = memory.make_loader(weight_kind or "fp32", compute, 7)
+    store, store_1, store_2, store_3 = (rows.Codec(kind, k, own_nan).store for k in (2, 8, 9, 10))
+    weighted, one_ = weight_kind is not None, compute(1)
+    deviation = make_deviation(tag, codec.load, compute, centered)
+    read = _make_row_reader(tag, kind, weight_kind, centered, wants_dx)
+
+    @rows.inlined(tag)
+    def dx_of(dy, w, normal, scale, along, across):
+        """dx = rstd (g - mean(g) - normal mean(g normal)),  g = dy weight"""
+        return scale * (product(dy, w) - across - normal * along)
+
+    @rows.inlined(tag)
+    def one(dy, x, weight, stats, dx, dw, db, row, n, stride):
+        dy, x, high, low, scale, along, across = read(dy, x, weight, stats, row, n, stride)
+        dx = dx + row * n * itemsize
+        for j in range(n):
+            w = weight_of(weight, j) if weighted else one_
+            upstream = load_dy(dy, j)
+            normal = deviation(x, j, high, low) * scale
+            if wants_dx:
+                store(dx, j, dx_of(upstream, w, normal, scale, along, across))
+            if wants_dw:
+                put_dw(dw, j, get_dw(dw, j) + upstream * normal)
+            if wants_db:
+                put_db(db, j, get_db(db, j) + upstream)
+
+    @rows.inlined(tag)
+    def four(dy, x, weight, stats, dx, dw, db, row, n, stride):
+        dy0, x0, h0, l0, s0, a0, c0 = read(dy, x, weight, stats, row, n, stride)
+        dy1, x1, h1, l1, s1, a1, c1 = read(dy, x, weight, stats, row + 1, n, stride)
+        dy2, x2, h2, l2, s2, a2, c2 = read(dy, x, weight, stats, row + 2, n, stride)
+        dy3, x3, h3, l3, s3, a3, c3 = read(dy, x, weight, stats, row + 3, n, stride)
+        dx, down = dx + row * n * itemsize, n * itemsize
+        for j in range(n):
+            w = weight_of(weight, j) if weighted else one_
+            g0, g1, g2, g3 = load_dy(dy0, j), load_dy(dy1, j), load_dy(dy2, j), load_dy(dy3, j)
+            n0, n1 = deviation(x0, j, h0, l0) * s0, deviation(x1, j, h1, l1) * s1
+            n2, n3 = deviation(x2, j, h2, l2) * s2, deviation(x3, j, h3, l3) * s3
+            if wants_dx:
+                store(dx, j, dx_of(g0, w, n0, s0, a0, c0))
+                store_1(dx + down, j, dx_of(g1, w, n1, s1, a1, c1))
+                store_2(dx + 2 * down, j, dx_of(g2, w, n2, s2, a2, c2))
+                store_3(dx + 3 * down, j, dx_of(g3, w, n3, s3, a3, c3))
+            if wants_dw:
+                put_dw(dw, j, get_dw(dw, j) + ((g0 * n0 + g1 * n1) + (g2 * n2 + g3 * n3)))
+            if wants_db:
+                put_db(db, j, get_db(db, j) + ((g0 + g1) + (g2 + g3)))
+
+    return one, four
+
+
+def _make_flush(tag, part, total):
+    """flush(parts, totals, n, is_first): add what was summed to float64 sums, and begin anew."""
+    get, put, zero = part.load, part.store, part.compute(0)
+    get_total, put_total = total.load, total.store
+
+    @rows.inlined(tag)
+    def flush(parts, totals, n, is_first):
+        for j in range(n):
+            before = np.float64(0) if is_first else get_total(totals, j)
+            put_total(totals, j, before + np.float64(get(parts, j)))
+            put(parts, j, zero)
+
+    return flush
+
+
+def _backward(tag, kind, weight_kind, centered, *wanted):
+    _, wants_dw, wants_db = wanted
+    one, four = _make_gradients(tag, kind, weight_kind, centered, wanted)
+    sum_dw, sum_db = rows.Codec(rows.wide(kind), 5), rows.Codec(rows.wide(kind), 6)
+    put_dw, put_db, size, zero = sum_dw.store, sum_db.store, sum_dw.itemsize, sum_dw.compute(0)
+    total = rows.Codec("fp64", 11)
+    flush_dw, flush_db = _make_flush(tag, sum_dw, total), _make_flush(tag, sum_db, total)
+
+    def norm_backward(args, task):
+        dy, x, weight, stats, dx, blocks, _, _, n_rows, n_cols, stride, n_task, _ = _args(args, 0)
+        first = task * n_task
+        last = min(first + n_task, n_rows)
+        all_dw = blocks + task * n_cols * 32
+        all_db, dw = all_dw + 8 * n_cols, all_dw + 16 * n_cols
+        db = dw + size * n_cols
+        for j in range(n_cols):
+            if wants_dw:
+                put_dw(dw, j, zero)
+            if wants_db:
+                put_db(db, j, zero)
+        for start in range(first, last, FLUSHED):
+            stop = min(start + FLUSHED, last)
+            fours = (stop - start) // TOGETHER if n_cols <= TOGETHER_COLS else 0
+            for k in range(fours):
+                row = start + k * TOGETHER
+                four(dy, x, weight, stats, dx, dw, db, row, n_cols, stride)
+            for row in range(start + fours * TOGETHER, stop):
+                one(dy, x, weight, stats, dx, dw, db, row, n_cols, stride)
+            if wants_dw:
+                flush_dw(dw, all_dw, n_cols, start == first)
+            if wants_db:
+                flush_db(db, all_db, n_cols, start == first)
+
+    return norm_backward
+
+
+def _sum_blocks(tag, dweight_kind, dbias_kind):
+    """Add up the blocks' sums, in columns; the first block has room for the totals."""
+    to_dw, to_db = rows.Codec(dweight_kind or "fp32", 2), rows.Codec(dbias_kind or "fp32", 3)
+    sums, totals = rows.Codec("fp64", 0), rows.Codec("fp64", 4)
+    get, get_total, put_total = sums.load, totals.load, totals.store
+    weighted, biased = dweight_kind is not None, dbias_kind is not None
+
+    def make_add(to):
+        store, compute = to.store, to.compute
+
+        @rows.inlined(tag)
+        def add_up(blocks, total, out, first, width, n_blocks, n_cols):
+            for j in range(width):
+                put_total(total, j, np.float64(0))
+            for block in range(n_blocks):
+                at = block * 4 * n_cols + first
+                for j in range(width):
+                    put_total(total, j, get_total(total, j) + get(blocks, at + j))
+            for j in range(width):
+                store(out, first + j, compute(get_total(total, j)))
+
+        return add_up
+
+    add_dw, add_db = make_add(to_dw), make_add(to_db)
+
+    def sum_blocks(args, task):
+        _, _, _, _, _, blocks, dw, db, _, n_cols, _, _, n_blocks = _args(args, 0)
+        first = task * SUMMED
+        width = min(SUMMED, n_cols - first)
+        total = blocks + 8 * (2 * n_cols + first)
+        if weighted:
+            add_dw(blocks, total, dw, first, width, n_blocks, n_cols)
+        if biased:
+            add_db(blocks + 8 * n_cols, total, db, first, width, n_blocks, n_cols)
+
+    return sum_blocks
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    sizes: tuple[int, int, int],
+    centered: bool,
+) -> None:
+    """Fill those of dx, dweight and dbias that there are; sizes: rows, columns, stride of a row."""
+    (dx, dweight, dbias), (n_rows, n_cols, _) = outputs, sizes
+    wanted = dx is not None, dweight is not None, dbias is not None
+    kinds = rows.kind_of(x), rows.kind_of(weight)
+    task, last, n_last = rows.task_of(_backward, *kinds, centered, *wanted), None, 0
+    if wanted[1] or wanted[2]:
+        n_task = max(BLOCK_ROWS, -(-n_rows // BLOCKS))
+        n_blocks = -(-n_rows // n_task)
+        last = rows.task_of(_sum_blocks, rows.kind_of(dweight), rows.kind_of(dbias))
+        n_last = -(-n_cols // SUMMED)
+    else:
+        n_task = rows.rows_of(n_cols)
+        n_blocks = -(-n_rows // n_task)
+    # Of each block: dweight and dbias in float64, and room to sum them in the compute type.
+    blocks = torch.empty(4 * n_blocks * n_cols if n_last else 0, dtype=torch.float64)
+    inputs = (dy.data_ptr(), x.data_ptr(), rows.address(weight), stats.data_ptr())
+    results = (rows.address(dx), blocks.data_ptr(), rows.address(dweight), rows.address(dbias))
+    numbers = (*inputs, *results, *sizes, n_task, n_blocks)
+    rows.run(task, n_blocks, n_rows * n_cols, numbers, last, n_last)
