@@ -8,6 +8,8 @@ Both are one kernel: CENTERED tells them apart.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -143,6 +145,9 @@ def _forward(
     vector = rows.vector_of((x, y, weight, bias), (n_cols, stride_row), x.element_size())
     # Welford in float64 takes 128 registers for more, and spills (sm_90).
     tile = rows.tile_of_rows(n_cols, compute, vector, halved=compute == tl.float64)
+    if vector == 1:
+        # Addresses of single elements take registers too (sm_100).
+        tile = replace(tile, threads=min(512, 2 * tile.threads))
     rows.launch(
         norm_kernel,
         (triton.cdiv(n_rows, tile.lines),),
