@@ -21,6 +21,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench.report --out bench/results
 	$(BIN)/python -m bench.row_report --out bench/results
+	$(BIN)/python -m bench.pass_report --out bench/results
 
 gate: $(READY)
 	$(BIN)/python -m tests.gpu.gate

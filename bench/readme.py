@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import accuracy, render, row_render
+from bench import accuracy, pass_report, render, row_render
 from bench.cases import LIMIT, NEVER_SLOWER
 from bench.providers import FASTOPT
 from fastopt.cli.files import write_whole
@@ -76,6 +76,7 @@ def _row(record: dict[str, Any], goal: dict[str, Any]) -> str:
 
 PLACES = (
     Place(ROOT / "README.md", "figures", "cpu_optim.json", figures),
+    Place(ROOT / "README.md", "passes", "cpu_passes.json", pass_report.at_a_glance),
     Place(ROOT / "README.md", "rows", "cpu_rows.json", row_render.at_a_glance),
     Place(ROOT / "docs" / "functions.md", "rows", "cpu_rows.json", row_render.at_a_glance),
     Place(ROOT / "docs" / "functions.md", "accuracy", "cpu_accuracy.json", accuracy.at_a_glance),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.optim import eager
+from fastopt.optim import eager, passes
 from fastopt.optim.bucket import Bucket
-from fastopt.optim.hooks import hooked
+from fastopt.optim.hooks import hooked, pre_hooks
+from fastopt.optim.passes import AVERAGED, LastStep, Verdict
 from fastopt.optim.plan import GroupKey, Odd, Plan, build
+from fastopt.optim.scale import NO_SCALE, Scale
 from fastopt.optim.update import Update, sign
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
@@ -59,9 +62,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Whether anybody else could have reached the states. Until somebody reads `state`, nobody can
     # have replaced or saved one of them, and a step need not look.
     _exposed: bool = True
+    _verdict: Verdict | None = None
+    # What was seen of the gradients ahead of the step, and the plan for them.
+    _seen: tuple[Plan, Verdict] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        init = cls.__init__
+        if init is not torch.optim.Optimizer.__init__ and not hasattr(init, "takes_options"):
+            cls.__init__ = passes.with_options(init)  # type: ignore[method-assign]
         if "rule" in cls.__dict__:
             cls._update = Update(cls.rule, cls.scalars, cls.state_names, cls.carried_names)
 
@@ -110,8 +119,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     # torch's contract.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        own = isinstance(param_group, dict) and param_group.get("max_grad_norm") is not None
+        if own:
+            passes.check(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if own:
+            group[passes.ALONE] = True
         if group.get("fused"):
             if group.get("differentiable"):
                 raise RuntimeError("`fused` does not support `differentiable`")
@@ -120,15 +134,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._note_amp()
         self._plan = None
 
-    def _add_option(self, name: str, value: bool) -> None:
+    def _add_option(self, name: str, value: Any) -> None:
         """An option torch's class does not have; groups show it only where it is set."""
         if value:
             self.defaults[name] = value
             for group in self.param_groups:
                 group.setdefault(name, value)
 
+    def _set_options(self, options: dict[str, Any]) -> None:
+        """What stands around the update; groups show only what is set."""
+        passes.check({**self.defaults, **options})
+        for name, value in options.items():
+            if value != passes.DEFAULTS[name]:
+                self._add_option(name, value)
+        self._note_amp()
+
     def _note_amp(self) -> None:
-        if any(group.get("fused") for group in self.param_groups):
+        clips = ("fused", "max_grad_norm", "clip_value")
+        if any(group.get(name) for group in self.param_groups for name in clips):
             self._step_supports_amp_scaling = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -142,8 +165,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim's class of that name.
 
-        torch casts every state but "step" to the parameter's dtype and device; numbers that are
-        one a parameter keep theirs here.
+        torch casts every state but "step" to the parameter's dtype and device; averages and numbers
+        that are one a parameter keep their dtype here.
         """
         handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
         loaded: list[dict[str, Any]] = []
@@ -155,10 +178,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         state_dict = loaded[0]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, param in zip(saved, self._all_params(), strict=True):
+            saved_state = state_dict["state"].get(index, {})
             for name in self.carried_names:
-                if name in (numbers := state_dict["state"].get(index, {})):
-                    value = torch.as_tensor(numbers[name], dtype=_number_dtype()).clone()
+                if name in saved_state:
+                    value = torch.as_tensor(saved_state[name], dtype=_number_dtype()).clone()
                     self.state[param][name] = value
+            if isinstance(average := saved_state.get(AVERAGED), Tensor):
+                self.state[param][AVERAGED] = average.detach().to(param.device, copy=True)
 
     def _all_params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -172,17 +198,80 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if _cuda_in_use() and torch.cuda.is_current_stream_capturing():
             self._check_capturable()
-        scale = _NO_SCALE
+        scale = NO_SCALE
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
-            scale = _Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-            if scale.on_host() and scale.skip():
+            scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        seen, self._seen = self._seen, None
+        if scale.on_host() and scale.skip():
+            self._verdict = seen and seen[1].given(scale.inverse(), skip=True)
+            return loss
+        plan = self._current_plan() if seen is None else seen[0]
+        coefficients = None
+        if self.looks():
+            verdict = (self._see(plan) if seen is None else seen[1]).given(scale.inverse())
+            self._verdict = verdict
+            if verdict.skip:
                 return loss
-        plan = self._current_plan()
+            coefficients = verdict.coefficients
         for bucket in plan.buckets:
-            self._run(bucket, scale)
+            self._run(bucket, scale, coefficients)
         for odd in plan.odd:
             self._step_odd(odd, plan.keys[odd.group].update, scale)
         return loss
+
+    def looks(self) -> bool:
+        """Whether a step looks at all gradients before any parameter is written."""
+        return passes.measures(self.param_groups)
+
+    def look(self) -> bool:
+        """Look now, for the step that follows at once: whether an element is infinite or NaN."""
+        plan = self._current_plan()
+        verdict = self._see(plan)
+        if not plan.odd and not pre_hooks(self):
+            self._seen = plan, verdict
+        return verdict.nonfinite > 0
+
+    def forget_look(self) -> None:
+        """What was seen holds no longer."""
+        self._seen = None
+
+    def _see(self, plan: Plan) -> Verdict:
+        verdict = Verdict(self.param_groups)
+        for bucket in plan.buckets:
+            bucket.measure(verdict)
+        return verdict
+
+    @property
+    def last_step(self) -> LastStep:
+        """What the last step found in its gradients, as tensors; made when it is asked for.
+
+        Raises RuntimeError where no option had the step look (max_grad_norm, skip_nonfinite).
+        """
+        if self._verdict is None:
+            raise RuntimeError(
+                f"no step of this {type(self).__name__} has looked at its gradients: construct it "
+                "with max_grad_norm or skip_nonfinite=True, and call step()."
+            )
+        return self._verdict.report()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Parameters hold their running averages inside (ema_decay), and their own values again
+        after; one that has not been stepped yet keeps its own."""
+        if not any(group.get("ema_decay") is not None for group in self.param_groups):
+            raise RuntimeError(f"construct {type(self).__name__} with ema_decay to keep averages")
+        states = self.state
+        pairs = [(p, states[p][AVERAGED]) for p in self._all_params() if AVERAGED in states[p]]
+        with torch.no_grad():
+            kept = [param.clone() for param, _ in pairs]
+            for param, average in pairs:
+                param.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (param, _), own in zip(pairs, kept, strict=True):
+                    param.copy_(own)
 
     def _check_capturable(self) -> None:
         if not all(group.get("capturable") for group in self.param_groups):
@@ -203,6 +292,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.get("capturable", False),
                 group.get("fused", False),
                 group.get("differentiable", False),
+                passes.extras_of(group),
+                passes.measures((group,)),
             )
             for group in self.param_groups
         ]
@@ -226,19 +317,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._plan = plan
         return plan
 
-    def _run(self, bucket: Bucket, scale: _Scale) -> None:
+    def _run(self, bucket: Bucket, scale: Scale, coefficients: list[float] | None) -> None:
         """One launch: stage, count, update, and tell autograd what was written."""
         if bucket.empty:
             return
         if bucket.on_device:
             bucket.run_on_device(self.param_groups, scale.grad_scale, scale.found_inf)
         elif not scale.skip():
-            bucket.run(self.param_groups, scale.inverse(), self._exposed)
+            inverse = scale.inverse()
+            factors = [inverse * c for c in coefficients or [1.0] * len(self.param_groups)]
+            bucket.run(self.param_groups, factors, self._exposed)
         else:
             return
         increment_version(bucket.touched(states=self._exposed))
 
-    def _step_odd(self, odd: Odd, update: Update, scale: _Scale) -> None:
+    def _step_odd(self, odd: Odd, update: Update, scale: Scale) -> None:
         group, param = self.param_groups[odd.group], odd.param
         grad = param.grad
         if grad is None or scale.skip():
@@ -257,9 +350,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         with torch.set_grad_enabled(bool(group.get("differentiable"))):
             eager.step_param(update, param, grad, state, numbers, group, factor)
 
-    def _state_of(self, param: Tensor, update: Update) -> dict[str, Any]:
+    def _state_of(self, param: Tensor, update: Update, averaged: bool = False) -> dict[str, Any]:
         """The state of a parameter; an update without any leaves no entry, as with torch."""
-        if not update.counted and not update.state_names:
+        if not update.counted and not update.state_names and not averaged:
             return {}
         state: dict[str, Any] = self.__dict__["state"][param]
         return state
@@ -270,22 +363,30 @@ class FusedOptimizer(torch.optim.Optimizer):
             return self._state_of(param, update)
         return self._hidden.setdefault(param, {})
 
+    def _first(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+        if name != AVERAGED:
+            return self.initial_state(name, param, group)
+        # In 16 bits an average stands still: a step of 1e-3 of it is rounded away.
+        low = param.dtype in (torch.bfloat16, torch.float16)
+        return param.detach().to(torch.float32) if low else param.detach().clone()
+
     def _init_missing_state(
         self, param: Tensor, group: dict[str, Any], key: GroupKey
     ) -> list[tuple[dict[str, Any], str]]:
         """Make the states a parameter lacks; returns what was made, to be undone on an error."""
         made = []
         update = key.update
-        state, numbers = self._state_of(param, update), self._numbers_of(param, update)
+        numbers = self._numbers_of(param, update)
+        state = self._state_of(param, update, key.extras.averaged)
         # Without a count in its state (SGD), a parameter begins where its buffer does.
         started = all(state.get(name) is not None for name in update.state_names)
         if "step" not in numbers or not (update.counted or started):
             first = 0.0 if update.counted or not started else 1.0
             numbers["step"] = self.initial_number(first, param, group)
             made.append((numbers, "step"))
-        for name in (*update.carried, *update.state_names):
+        for name in (*update.carried, *key.state_names):
             if state.get(name) is None:
-                state[name] = self.initial_state(name, param, group)
+                state[name] = self._first(name, param, group)
                 made.append((state, name))
         return made
 
@@ -294,29 +395,3 @@ def _number_dtype(on_device: bool = False) -> torch.dtype:
     """What torch keeps its step counts in."""
     double = torch.get_default_dtype() == torch.float64 and not on_device
     return torch.float64 if double else torch.float32
-
-
-class _Scale:
-    """GradScaler's word to a fused step; read on the host only where a launch needs it there."""
-
-    def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        self.grad_scale, self.found_inf = grad_scale, found_inf
-        self._skip: bool | None = None
-        self._inverse: float | None = None
-
-    def on_host(self) -> bool:
-        """Whether the verdict can be read without waiting for a device."""
-        return self.found_inf is not None and self.found_inf.device.type == "cpu"
-
-    def skip(self) -> bool:
-        if self._skip is None:
-            self._skip = self.found_inf is not None and bool(self.found_inf.item())
-        return self._skip
-
-    def inverse(self) -> float:
-        if self._inverse is None:
-            self._inverse = 1.0 if self.grad_scale is None else 1.0 / self.grad_scale.item()
-        return self._inverse
-
-
-_NO_SCALE = _Scale(None, None)

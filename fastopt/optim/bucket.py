@@ -18,6 +18,7 @@ from torch import Tensor
 from fastopt.optim import layout
 from fastopt.optim.layout import Staged
 from fastopt.optim.metadata import Metadata
+from fastopt.optim.passes import Verdict
 from fastopt.optim.steps import DeviceSteps, Steps
 from fastopt.optim.update import Update, sign
 
@@ -64,6 +65,7 @@ class Member:
         self.param, self.source, self.group, self.position = param, source, group, position
         self.target = layout.reference(source)
         self.state: dict[str, Any] = {}
+        self.state_names: tuple[str, ...] = ()
         self.states: list[Tensor] = []
         self.staged: list[Staged] = []
         self.grad_buffer: Tensor | None = None
@@ -79,7 +81,7 @@ class Member:
         grad: Tensor,
         group: int,
         position: int,
-        update: Update,
+        state_names: tuple[str, ...],
     ) -> Member:
         """Lay out a parameter, its gradient and its states alike, staging those that are not."""
         member = cls(param, layout.local(param), group, position)
@@ -89,7 +91,8 @@ class Member:
         own = layout.local_grad(grad, param)
         if member.target is not member.source or not _readable(own, member.target):
             member.grad_buffer = torch.empty_like(member.target, dtype=own.dtype)
-        for name in update.state_names:
+        member.state_names = state_names
+        for name in state_names:
             _check_state(name, state[name], param)
             tensor = layout.local(state[name])
             if not layout.same_layout(tensor, member.target):
@@ -99,7 +102,7 @@ class Member:
             member.states.append(tensor)
         streams = [member.target, own, *member.states]
         member.grad_dtype = own.dtype
-        roles = ["a parameter", "a gradient", *(f"the state {n!r}" for n in update.state_names)]
+        roles = ["a parameter", "a gradient", *(f"the state {n!r}" for n in state_names)]
         member.kinds = tuple(map(layout.kind, streams, roles))
         return member
 
@@ -139,6 +142,7 @@ class Bucket:
         steps: Steps | DeviceSteps,
     ) -> None:
         self.members, self.update, self.launch, self.steps = members, update, launch, steps
+        self.group_of = np.array([member.group for member in members])
         self.groups = sorted({member.group for member in members})
         self.positions = [member.position for member in members]
         self.targets = [member.target for member in members]
@@ -160,7 +164,7 @@ class Bucket:
 
     def _take_states(self) -> None:
         """Remember the states by object and by address, and write their addresses to the table."""
-        names = self.update.state_names
+        names = self.members[0].state_names
         self.state_objects = {n: [m.state[n] for m in self.members] for n in names}
         self.state_tensors = [
             layout.local(tensor) for tensors in self.state_objects.values() for tensor in tensors
@@ -179,11 +183,17 @@ class Bucket:
         """Whether the device counts the steps."""
         return isinstance(self.steps, DeviceSteps)
 
-    def run(self, groups: list[dict[str, Any]], inverse_scale: float, exposed: bool) -> None:
-        """Count a step on the host and launch; groups are the optimizer's."""
+    def measure(self, verdict: Verdict) -> None:
+        """Let the verdict see the gradients; their addresses are those taken last."""
+        measured = self.launch.measure(verdict.maximum)
+        verdict.add(self.group_of, measured.parts, measured.nonfinite)
+
+    def run(self, groups: list[dict[str, Any]], factors: list[float], exposed: bool) -> None:
+        """Count a step on the host and launch; groups are the optimizer's, factors what the
+        gradients of each are multiplied by."""
         assert isinstance(self.steps, Steps)
         self._stage(Staged.read)
-        self.steps.advance(groups, inverse_scale, self.launch, self.active, exposed)
+        self.steps.advance(groups, factors, self.launch, self.active, exposed)
         self.launch.run(torch.get_num_threads())
         self._stage(Staged.write)
 

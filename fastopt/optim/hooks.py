@@ -52,7 +52,7 @@ def hooked(step: F) -> F:
             return step(self, *args, **kwargs)
         handle = _enter(f"Optimizer.step#{cls.__name__}.step")
         try:
-            if theirs._global_optimizer_pre_hooks or self._optimizer_step_pre_hooks:
+            if pre_hooks(self):
                 self, args, kwargs = _run_pre_hooks(self, args, kwargs)
             result = step(self, *args, **kwargs)
             self._optimizer_step_code()
@@ -66,6 +66,11 @@ def hooked(step: F) -> F:
 
     wrapper.hooked = True  # type: ignore[attr-defined]
     return outside_dynamo(wrapper)  # type: ignore[return-value]
+
+
+def pre_hooks(optimizer: Any) -> bool:
+    """Whether anybody is called before a step of this optimizer."""
+    return bool(theirs._global_optimizer_pre_hooks or optimizer._optimizer_step_pre_hooks)
 
 
 def _run_pre_hooks(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

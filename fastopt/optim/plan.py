@@ -16,8 +16,11 @@ from torch import Tensor
 from fastopt import backend
 from fastopt.optim import layout
 from fastopt.optim.bucket import Bucket, Member
+from fastopt.optim.passes import AVERAGED
+from fastopt.optim.passes import DEFAULTS as PASSES
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
 from fastopt.optim.update import Update
+from fastopt_kernels.chunks import NO_EXTRAS, Extras
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
@@ -30,6 +33,14 @@ class GroupKey(NamedTuple):
     capturable: bool
     fused: bool | None
     differentiable: bool
+    extras: Extras
+    looks: bool
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Tensors that are kept for each parameter: the rule's states, and its average."""
+        own = self.update.state_names
+        return (*own, AVERAGED) if self.extras.averaged else own
 
 
 class Odd(NamedTuple):
@@ -103,6 +114,7 @@ def build(
     for param, grad, number, position in found:
         sparse = grad.layout is not torch.strided
         if sparse or keys[number].differentiable or not layout.has_memory(param):
+            _check_odd(optimizer, param, keys)
             plan.odd.append(Odd(param, number, sparse))
         else:
             _check_param(param, keys[number])
@@ -116,12 +128,12 @@ def build(
                 made += optimizer._init_missing_state(param, group, keys[number])
         members = [
             Member.make(
-                optimizer._state_of(p, keys[number].update),
+                optimizer._state_of(p, keys[number].update, keys[number].extras.averaged),
                 p,
                 g,
                 number,
                 position,
-                keys[number].update,
+                keys[number].state_names,
             )
             for p, g, number, position in dense
         ]
@@ -132,6 +144,44 @@ def build(
             state.pop(name, None)
         raise
     return plan
+
+
+def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -> None:
+    if any(key.looks or key.extras != NO_EXTRAS for key in keys):
+        what = ", ".join(k for k in PASSES if any(k in g for g in optimizer.param_groups))
+        raise RuntimeError(
+            f"{type(optimizer).__name__} with {what} takes dense gradients in memory, but got one "
+            f"of layout {param.grad.layout if param.grad is not None else None} for a "
+            f"{type(param).__name__} of shape {tuple(param.shape)}. Give such parameters an "
+            "optimizer of their own, without these options."
+        )
+
+
+def _check_passes(
+    optimizer: FusedOptimizer, member: Member, keys: list[GroupKey], on_device: bool
+) -> None:
+    """Refuse what the options around the update cannot do with a parameter."""
+    device, looks, extras = (
+        member.target.device,
+        any(k.looks for k in keys),
+        keys[member.group].extras,
+    )
+    if looks and device.type != "cpu":
+        raise RuntimeError(
+            "max_grad_norm and skip_nonfinite run on CPU so far, but got parameters on "
+            f"{device}. Call torch.nn.utils.clip_grad_norm_ before step()."
+        )
+    if on_device and extras != NO_EXTRAS:
+        raise RuntimeError(
+            "clip_value and ema_decay need a step that the host counts, but got capturable or "
+            f"fused=True on {device}. Leave both unset."
+        )
+    largest = looks and optimizer.param_groups[0].get("norm_type", 2.0) != 2.0
+    if member.param.is_complex() and (extras.clipped or largest):
+        raise RuntimeError(
+            "clip_value and norm_type=inf have no meaning for complex gradients, but got a "
+            f"parameter of dtype {member.param.dtype}. Use max_grad_norm with norm_type=2."
+        )
 
 
 def _check_grad(
@@ -189,12 +239,18 @@ def _make_buckets(
         key = keys[member.group]
         device = member.target.device
         on_device = counts_on_device(device, key)
-        split[_Kind(wave, device, key.update, member.kinds, on_device)].append(member)
+        _check_passes(optimizer, member, keys, on_device)
+        split[_Kind(wave, device, key.update, member.kinds, on_device, key.extras)].append(member)
     buckets = []
     for kind, chosen in split.items():
         numels = [layout.numel(member.target) for member in chosen]
         launch = backend.engine(kind.device.type).Launch(
-            kind.update.rule, kind.kinds, numels, kind.update.n_scalars + 1, kind.device
+            kind.update.rule,
+            kind.kinds,
+            numels,
+            1 + kind.update.n_scalars + sum(kind.extras),
+            kind.device,
+            kind.extras,
         )
         launch.prepare(torch.get_num_threads())
         buckets.append((kind, chosen, launch))
@@ -213,6 +269,7 @@ class _Kind(NamedTuple):
     update: Update
     kinds: tuple[str, ...]
     on_device: bool
+    extras: Extras
 
 
 def _make_steps(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastopt.optim.passes import extra_scalars
 from fastopt.optim.update import Update, sign
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -153,14 +154,14 @@ class Steps:
     def advance(
         self,
         groups: Sequence[Mapping[str, Any]],
-        inverse_scale: float,
+        factors: Sequence[float],
         launch: Any,
         active: Array | None,
         exposed: bool,
     ) -> None:
         """Count one step of the active parameters and fill in their rows of scalars, on the host.
 
-        groups: the optimizer's parameter groups;
+        groups: the optimizer's parameter groups; factors: of each group's gradients
         exposed: somebody may have set the numbers since the last step
         """
         if self.numbers.shared:
@@ -172,7 +173,8 @@ class Steps:
         for row, (group, first, kin) in enumerate(self._classes):
             numbers = [array.item(first) for array in self._arrays]
             values = self.update.scalars(*numbers, *self.update.floats(groups[group]))
-            launch.scalars[row] = (sign(groups[group]) * inverse_scale, *values[:n])
+            extra = extra_scalars(groups[group], launch.extras, numbers[0])
+            launch.scalars[row] = (sign(groups[group]) * factors[group], *values[:n], *extra)
             for array, value in zip(self._arrays[1:], values[n:], strict=True):
                 array[kin] = value
         if active is not None:

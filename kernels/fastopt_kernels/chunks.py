@@ -1,10 +1,21 @@
-"""The chunk table of a launch, for both engines."""
+"""What both engines are told of a launch beside its rule: the chunk table, and the extras."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Extras(NamedTuple):
+    """What stands around a rule. Each takes one scalar, after those of the rule, in this order; an
+    average is one more stream, after the states."""
+
+    clipped: bool = False
+    averaged: bool = False
+
+
+NO_EXTRAS = Extras()
 
 
 def chunk_table(numels: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:

@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 
 import fastopt.optim
 from fastopt.optim.update import Update
+from fastopt_kernels.chunks import NO_EXTRAS, Extras
 from fastopt_kernels.gpu import engine
 
 TARGETS = {
@@ -243,11 +244,18 @@ def scalars_faults(kernel: Any) -> tuple[Read, list[str]]:
     return found, faults
 
 
-def launch_of(update: Update, kinds: Sequence[str], rule: Callable[..., Any]) -> engine.Launch:
+def launch_of(
+    update: Update,
+    kinds: Sequence[str],
+    rule: Callable[..., Any],
+    extras: Extras = NO_EXTRAS,
+) -> engine.Launch:
     """A launch over one tensor of two chunks; nothing of it is ever read."""
     p, g, state = kinds
-    streams = (p, g, *(state for _ in update.state_names))
-    return engine.Launch(rule, streams, [engine.CHUNK + 1], update.n_scalars + 1, CPU)
+    average = ("fp64" if p == "fp64" else "fp32",) if extras.averaged else ()
+    streams = (p, g, *(state for _ in update.state_names), *average)
+    n_scalars = update.n_scalars + 1 + sum(extras)
+    return engine.Launch(rule, streams, [engine.CHUNK + 1], n_scalars, CPU, extras)
 
 
 def check_update(
@@ -256,10 +264,11 @@ def check_update(
     target: str,
     skip: bool = False,
     rule: Callable[..., Any] | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> tuple[Read, list[str]]:
     """Compile the update as a host-counted launch has it, or (skip) as one with found_inf."""
     with compiling(target) as compiled:
-        launch = launch_of(update, kinds, rule or update.rule)
+        launch = launch_of(update, kinds, rule or update.rule, extras)
         if skip:
             _run_on_device(launch, update, scaled=True)
         else:
@@ -291,6 +300,14 @@ def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]
         for kinds, skip in itertools.product(sorted(kinds_here), (False, True)):
             label = f"{target:7} {name:26} {'-'.join(kinds):15} {'skip' if skip else '':5}"
             yield label, lambda u=update, k=kinds, t=target, s=skip: check_update(u, k, t, s)
+        for kinds in sorted(kinds_here):
+            label = f"{target:7} {name:26} {'-'.join(kinds):15} clip, average"
+            yield (
+                label,
+                lambda u=update, k=kinds, t=target: check_update(
+                    u, k, t, extras=Extras(True, True)
+                ),
+            )
         if counted[update.scalars] is not update:
             continue
         for kinds, scaled in itertools.product((KINDS[0], KINDS[3]), (False, True)):

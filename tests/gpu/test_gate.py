@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastopt_kernels import rules
+from fastopt_kernels.chunks import Extras
 from fastopt_kernels.gpu import engine, memory
 from tests.gpu import gate
 
@@ -37,6 +38,12 @@ def test_the_gate_finds_every_rule_there_is() -> None:
 @pytest.mark.parametrize(("name", "kinds", "target"), SAMPLE)
 def test_an_update_kernel_passes(name: str, kinds: tuple[str, str, str], target: str) -> None:
     _, faults = gate.check_update(UPDATES[name], kinds, target)
+    assert faults == []
+
+
+@pytest.mark.parametrize("kinds", [FLOAT32, BFLOAT16], ids="-".join)
+def test_an_update_kernel_that_clips_and_averages_passes(kinds: tuple[str, str, str]) -> None:
+    _, faults = gate.check_update(ADAM, kinds, "sm_90", extras=Extras(True, True))
     assert faults == []
 
 

@@ -255,3 +255,30 @@ def test_a_wrong_optimizer_does_not_pass(wrong: type, dtype: torch.dtype) -> Non
 
     with pytest.raises(AssertionError, match="off, the worst at"):
         take_three_steps()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_clipping_by_value_and_averages(name: str, dtype: torch.dtype) -> None:
+    """What stands around the rule, in the same launch."""
+    cls, limit, decay = getattr(fastopt.optim, name), 0.5, 0.75
+    params, plain = parameters(dtype), parameters(dtype)
+    ours = cls(params, lr=0.01, clip_value=limit, ema_decay=decay)
+    theirs = cls(plain, lr=0.01)
+    averages = [p.detach().float().clone() for p in params]
+    for step in range(1, 6):
+        for owned in (params, plain):
+            for param, grad in zip(owned, gradients(owned, step), strict=True):
+                param.grad = grad
+        torch.nn.utils.clip_grad_value_(plain, limit)
+        ours.step()
+        theirs.step()
+        for average, param in zip(averages, plain, strict=True):
+            if param.grad is not None:
+                average.lerp_(param.detach().float(), 1.0 - decay)
+    room = 4 * torch.finfo(dtype).eps
+    for mine, other, average in zip(params, plain, averages, strict=True):
+        assert torch.equal(mine.detach(), other.detach())
+        torch.testing.assert_close(
+            ours.state[mine]["averaged"].float(), average, rtol=room, atol=room
+        )

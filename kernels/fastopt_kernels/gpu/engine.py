@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.compiler import CompilationError
 
-from fastopt_kernels.chunks import chunk_table
+from fastopt_kernels.chunks import NO_EXTRAS, Extras, chunk_table
 from fastopt_kernels.gpu import memory
 from fastopt_kernels.gpu import xp as gpu_xp
 from fastopt_kernels.xp import rebind, uncompilable
@@ -44,11 +44,30 @@ _captured: list[torch.Tensor] = []
 
 
 @triton.jit
-def _update_block(pointers, offsets, mask, scalars, RULE: tl.constexpr, COMPUTE: tl.constexpr):
+def _update_block(
+    pointers,
+    offsets,
+    mask,
+    scalars,
+    RULE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    AVERAGED: tl.constexpr,
+):
+    """The rule on a block of every stream. With extras: CLIPPED and AVERAGED are 0 or 1."""
     values = ()
     for k in tl.static_range(len(pointers)):
         values += (tl.load(pointers[k] + offsets, mask=mask).to(COMPUTE),)
-    new = RULE(values[0], scalars[0] * values[1], *values[2:], *scalars[1:])
+    g = scalars[0] * values[1]
+    # The extras are the last of the scalars, and of the streams.
+    own: tl.constexpr = len(scalars) - CLIPPED - AVERAGED
+    states: tl.constexpr = len(pointers) - AVERAGED
+    if CLIPPED:
+        g = tl.where(g < -scalars[own], -scalars[own], g)
+        g = tl.where(g > scalars[own], scalars[own], g)
+    new = RULE(values[0], g, *values[2:states], *scalars[1:own])
+    if AVERAGED:
+        new += (gpu_xp.lerp(values[states], new[0], scalars[own + CLIPPED]),)
     # What is stored is computed before the first store: nothing may hang on the order of aliases.
     tl.store(pointers[0] + offsets, new[0].to(pointers[0].dtype.element_ty), mask=mask)
     for k in tl.static_range(1, len(new)):
@@ -68,6 +87,8 @@ def update_kernel(
     N_SCALARS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    AVERAGED: tl.constexpr,
 ):
     """p, *states = RULE(p, g_scale * g, *states, *scalars) for the chunk of this program.
 
@@ -99,10 +120,12 @@ def update_kernel(
     lanes = tl.arange(0, BLOCK)
     full = tl.where(bits % 16 == 0, n // BLOCK, 0)
     for block in range(full):
-        _update_block(aligned_ptrs, block * BLOCK + lanes, None, scalars, RULE, COMPUTE)
+        offsets = block * BLOCK + lanes
+        _update_block(aligned_ptrs, offsets, None, scalars, RULE, COMPUTE, CLIPPED, AVERAGED)
     for start in range(full * BLOCK, n, BLOCK):
         offsets = start + lanes
-        _update_block(any_ptrs, offsets, offsets < n, scalars, RULE, COMPUTE)
+        mask = offsets < n
+        _update_block(any_ptrs, offsets, mask, scalars, RULE, COMPUTE, CLIPPED, AVERAGED)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -203,9 +226,11 @@ class Launch:
         numels: list[int],
         n_scalars: int,
         device: torch.device,
+        extras: Extras = NO_EXTRAS,
     ) -> None:
         n = len(numels)
         self.rule, self.kinds, self.n_scalars, self.device = rule, kinds, n_scalars, device
+        self.extras = extras
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
         self.scalars = np.zeros((n, n_scalars), dtype=np.float64 if self._wide else np.float32)
@@ -311,6 +336,8 @@ class Launch:
             N_SCALARS=self.n_scalars,
             HAS_SKIP=found_inf is not None,
             BLOCK=block_size(self.kinds),
+            CLIPPED=int(self.extras.clipped),
+            AVERAGED=int(self.extras.averaged),
             num_warps=THREADS // _warp_size(),
             enable_fp_fusion=True,
         )

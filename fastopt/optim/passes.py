@@ -1,0 +1,197 @@
+"""What a step does around the update, as options of every optimizer.
+
+    max_grad_norm   g <- g min(1, max_grad_norm / (norm + 1e-6)), one norm over all parameters, or
+                    over those of a group that was given a limit of its own
+    norm_type       2 or inf
+    clip_value      g <- min(max(g, -clip_value), clip_value)
+    skip_nonfinite  no step where an element of a gradient is infinite or NaN
+    ema_decay       a <- a + (1 - d) (p' - a), d = min(ema_decay, (1 + t) / (10 + t)) in the first
+                    ema_warmup steps
+
+Gradients are read, never written. torch.nn.utils.clip_grad_norm_ and clip_grad_value_; averages as
+Polyak & Juditsky 1992.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastopt.optim.update import number
+from fastopt_kernels.chunks import NO_EXTRAS, Extras
+
+DEFAULTS: dict[str, Any] = {
+    "max_grad_norm": None,
+    "norm_type": 2.0,
+    "clip_value": None,
+    "skip_nonfinite": False,
+    "ema_decay": None,
+    "ema_warmup": 0,
+}
+# What marks a group whose limit is its own.
+ALONE = "clip_alone"
+AVERAGED = "averaged"
+
+
+def with_options(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that also takes these options, by keyword, and shows them in its signature."""
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in DEFAULTS if name in kwargs}
+        init(self, *args, **kwargs)
+        if given:
+            self._set_options(given)
+
+    signature = inspect.signature(init)
+    parameters = list(signature.parameters.values())
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in DEFAULTS.items()
+    ]
+    last = len(parameters)
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        last -= 1
+    parameters[last:last] = added
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.takes_options = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that mean nothing, or not together."""
+    for name in ("max_grad_norm", "clip_value"):
+        value = group.get(name)
+        if value is not None and not number(value) > 0.0:
+            raise ValueError(f"Invalid {name}: {value} (it must be positive, or None for no limit)")
+    if group.get("norm_type", 2.0) not in (2, math.inf):
+        raise ValueError(f"Invalid norm_type: {group['norm_type']} (supported: 2 and inf)")
+    if group.get("max_grad_norm") is not None and group.get("clip_value") is not None:
+        raise ValueError(
+            f"max_grad_norm={group['max_grad_norm']} and clip_value={group['clip_value']} cannot "
+            "be given together: the norm would be of gradients that are not used. Give one."
+        )
+    decay = group.get("ema_decay")
+    if decay is not None and not 0.0 <= decay < 1.0:
+        raise ValueError(f"Invalid ema_decay: {decay} (it must be at least 0 and below 1)")
+    if group.get("differentiable") and any(
+        group.get(name) for name in ("max_grad_norm", "clip_value", "skip_nonfinite", "ema_decay")
+    ):
+        raise ValueError(
+            "differentiable=True cannot clip, skip or average inside the step: do so with torch's "
+            "operators, which autograd follows."
+        )
+
+
+def extras_of(group: Mapping[str, Any]) -> Extras:
+    """What stands around the rule in a parameter group."""
+    if "clip_value" not in group and "ema_decay" not in group:
+        return NO_EXTRAS
+    return Extras(group.get("clip_value") is not None, group.get("ema_decay") is not None)
+
+
+def extra_scalars(group: Mapping[str, Any], extras: Extras, step: float) -> list[float]:
+    """The scalars of the extras, in their order."""
+    scalars = [number(group["clip_value"])] if extras.clipped else []
+    if extras.averaged:
+        decay = group["ema_decay"]
+        if step <= group.get("ema_warmup", 0):
+            decay = min(decay, (1.0 + step) / (10.0 + step))
+        scalars.append(1.0 - decay)
+    return scalars
+
+
+def measures(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a step must look at all gradients before it begins."""
+    for group in groups:
+        if group.get("max_grad_norm") is not None or group.get("skip_nonfinite"):
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """What the last step that looked at its gradients found.
+
+    grad_norm: of all gradients, unscaled; clip_coefficient: what they were multiplied by, one for
+    all groups, or (groups,) where one has a limit of its own; nonfinite: elements that were
+    infinite or NaN; skipped: whether nothing was updated for it
+    """
+
+    grad_norm: Tensor
+    clip_coefficient: Tensor
+    nonfinite: Tensor
+    skipped: Tensor
+
+
+class Verdict:
+    """The coefficients of a step's parameter groups, and whether it is to be skipped."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._groups, self._inverse_scale, self._skip = groups, 1.0, False
+        kinds = {float(group.get("norm_type", 2.0)) for group in groups}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"Invalid norm_type: {sorted(kinds)} in one optimizer (one norm is over all of its "
+                "parameters: give all groups the same)"
+            )
+        self.maximum = groups[0].get("norm_type", 2.0) == math.inf
+        self._parts = np.zeros(len(groups))
+        self.nonfinite = 0.0
+
+    def add(self, group: np.ndarray[Any, Any], parts: Any, nonfinite: Any) -> None:
+        """Take in what was measured: sum g^2 or max |g| of tensors, and whose they are."""
+        merge = np.maximum if self.maximum else np.add
+        with np.errstate(invalid="ignore"):
+            merge.at(self._parts, group, parts)
+        self.nonfinite += float(nonfinite.sum())
+
+    def given(self, inverse_scale: float, skip: bool = False) -> Verdict:
+        """The same, of gradients that are multiplied by this first; skip: somebody else says so."""
+        self._inverse_scale, self._skip = inverse_scale, skip
+        return self
+
+    def _norm(self, parts: Any) -> float:
+        merged = float(np.max(parts, initial=0.0) if self.maximum else np.sum(parts))
+        return abs(self._inverse_scale) * (merged if self.maximum else math.sqrt(merged))
+
+    def _coefficient(self, index: int) -> float:
+        limit = self._groups[index].get("max_grad_norm")
+        if limit is None:
+            return 1.0
+        alone = bool(self._groups[index].get(ALONE))
+        shared = [k for k, group in enumerate(self._groups) if not group.get(ALONE)]
+        coefficient = number(limit) / (self._norm(self._parts[[index] if alone else shared]) + 1e-6)
+        # As torch's clamp: NaN stays.
+        return 1.0 if coefficient > 1.0 else coefficient
+
+    @functools.cached_property
+    def coefficients(self) -> list[float]:
+        """One a parameter group."""
+        return [self._coefficient(index) for index in range(len(self._groups))]
+
+    @property
+    def skip(self) -> bool:
+        """Whether nothing is to be updated."""
+        return self._skip or (
+            self.nonfinite > 0 and any(group.get("skip_nonfinite") for group in self._groups)
+        )
+
+    def report(self) -> LastStep:
+        """The same as tensors."""
+        same = len(set(self.coefficients)) == 1 or not any(map(math.isfinite, self.coefficients))
+        coefficients = self.coefficients[0] if same else self.coefficients
+        return LastStep(
+            torch.tensor(self._norm(self._parts), dtype=torch.float32),
+            torch.tensor(coefficients, dtype=torch.float32),
+            torch.tensor(int(self.nonfinite)),
+            torch.tensor(self.skip),
+        )
