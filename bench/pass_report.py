@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ LIMIT, DECAY = 1.0, 0.999
 GOALS = {"gpt2": 1.4, "1000x1000": 10.0}
 # Clipping alone: at most so many times reading the gradients.
 CLIPPING = 1.25
+# bf16 parameters, gradients and states at 33M against torch's fused AdamW: at least so many times
+# as fast; and bytes an element: gradient read, parameter, two moments and what is kept of the
+# rounding read and written.
+ROUNDINGS = {"nearest": (1.4, 14), "stochastic": (1.1, 14), "kahan": (1.1, 18), "master": (1.1, 18)}
 # Bytes an element that no such step can leave out, in float32: the gradient twice; parameter, two
 # moments and the average read and written.
 BYTES = 4 * (2 + 2 * 4)
@@ -93,6 +97,34 @@ def whole_step(model: str, seconds: float) -> Record:
         "goal": GOALS[model],
         "met": ratio.median >= GOALS[model],
     }
+
+
+def rounding(seconds: float) -> Iterator[Record]:
+    """AdamW of bf16 parameters, by how they are rounded."""
+    subjects: dict[str, Subject] = {}
+    for how in (*ROUNDINGS, "torch fused"):
+        params = make_parameters("33m", torch.bfloat16)
+        optimizer = (
+            torch.optim.AdamW(params, fused=True)
+            if how == "torch fused"
+            else fastopt.optim.AdamW(params, param_rounding=how)
+        )
+        prepare = Gradients("33m", torch.bfloat16, "rebound").binder(params)
+        subjects[how] = Subject(optimizer.step, prepare)
+        subjects[how].warm()
+    timings = timing.interleave(subjects, seconds)
+    for how, (goal, n_bytes) in ROUNDINGS.items():
+        n_bytes *= n_elements("33m")
+        ratio = Ratio.of(timings["torch fused"], timings[how])
+        both = {"fastopt": timings[how], "torch fused": timings["torch fused"]}
+        yield {
+            "case": f"AdamW 33m, all bf16, param_rounding {how}",
+            "bytes": n_bytes,
+            "times": {name: taken.record(n_bytes) for name, taken in both.items()},
+            "ratio": asdict(ratio),
+            "goal": goal,
+            "met": ratio.median >= goal,
+        }
 
 
 @njit(parallel=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
@@ -157,7 +189,7 @@ def main() -> int:
         "machine": machine.describe(),
         "quick": False,
         "copy_gb_per_s": copy_gb_per_s(),
-        "records": [case() for case in cases],
+        "records": [*(case() for case in cases), *rounding(2 * options.seconds)],
     }
     console = make_console()
     text = f"# The whole step in one pass\n\n{at_a_glance(report)}"

@@ -183,8 +183,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if name in saved_state:
                     value = torch.as_tensor(saved_state[name], dtype=_number_dtype()).clone()
                     self.state[param][name] = value
-            if isinstance(average := saved_state.get(AVERAGED), Tensor):
-                self.state[param][AVERAGED] = average.detach().to(param.device, copy=True)
+            for name in passes.OWN_DTYPE:
+                if isinstance(kept := saved_state.get(name), Tensor):
+                    self.state[param][name] = kept.detach().to(param.device, copy=True)
 
     def _all_params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -364,6 +365,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._hidden.setdefault(param, {})
 
     def _first(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+        if name in passes.OWN_DTYPE and name != AVERAGED:
+            return torch.zeros_like(param, dtype=passes.OWN_DTYPE[name])
         if name != AVERAGED:
             return self.initial_state(name, param, group)
         # In 16 bits an average stands still: a step of 1e-3 of it is rounded away.
@@ -377,14 +380,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         made = []
         update = key.update
         numbers = self._numbers_of(param, update)
-        state = self._state_of(param, update, key.extras.averaged)
+        state = self._state_of(param, update, bool(key.state_names(param)))
         # Without a count in its state (SGD), a parameter begins where its buffer does.
         started = all(state.get(name) is not None for name in update.state_names)
         if "step" not in numbers or not (update.counted or started):
             first = 0.0 if update.counted or not started else 1.0
             numbers["step"] = self.initial_number(first, param, group)
             made.append((numbers, "step"))
-        for name in (*update.carried, *key.state_names):
+        for name in (*update.carried, *key.state_names(param)):
             if state.get(name) is None:
                 state[name] = self._first(name, param, group)
                 made.append((state, name))

@@ -18,9 +18,10 @@ from torch import Tensor
 from fastopt.optim import layout
 from fastopt.optim.layout import Staged
 from fastopt.optim.metadata import Metadata
-from fastopt.optim.passes import Verdict
+from fastopt.optim.passes import Verdict, keys_of
 from fastopt.optim.steps import DeviceSteps, Steps
 from fastopt.optim.update import Update, sign
+from fastopt_kernels.chunks import STOCHASTIC
 
 
 def _check_state(name: str, state: Any, param: Tensor) -> None:
@@ -143,6 +144,7 @@ class Bucket:
     ) -> None:
         self.members, self.update, self.launch, self.steps = members, update, launch, steps
         self.group_of = np.array([member.group for member in members])
+        self._numbers = np.array([member.position for member in members])
         self.groups = sorted({member.group for member in members})
         self.positions = [member.position for member in members]
         self.targets = [member.target for member in members]
@@ -194,6 +196,9 @@ class Bucket:
         assert isinstance(self.steps, Steps)
         self._stage(Staged.read)
         self.steps.advance(groups, factors, self.launch, self.active, exposed)
+        if self.launch.extras.rounding == STOCHASTIC:
+            seed = int(groups[0].get("rounding_seed", 0))
+            self.launch.keys[:] = keys_of(seed, self.steps.counts(), self._numbers)
         self.launch.run(torch.get_num_threads())
         self._stage(Staged.write)
 

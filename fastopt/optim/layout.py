@@ -22,6 +22,8 @@ KINDS = {
     torch.complex64: "fp32",
     torch.complex128: "fp64",
 }
+# Who may be int16: the low bits of a bf16 parameter.
+LOW_BITS = "the state 'low_bits'"
 PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
@@ -29,6 +31,8 @@ def kind(tensor: Tensor, role: str) -> str:
     """The codec of a tensor's elements; TypeError for a dtype without one."""
     if tensor.dtype in KINDS:
         return KINDS[tensor.dtype]
+    if tensor.dtype == torch.int16 and role == LOW_BITS:
+        return "int16"
     raise TypeError(
         f"{role} has dtype {tensor.dtype}; fastopt supports "
         f"{', '.join(str(dtype).removeprefix('torch.') for dtype in KINDS)}. "

@@ -7,6 +7,10 @@
     skip_nonfinite  no step where an element of a gradient is infinite or NaN
     ema_decay       a <- a + (1 - d) (p' - a), d = min(ema_decay, (1 + t) / (10 + t)) in the first
                     ema_warmup steps
+    param_rounding  of bf16 parameters: "nearest", "stochastic" (by rounding_seed), "kahan" (what is
+                    rounded away is kept in bf16) or "master" (the 16 low bits are kept). Chance
+                    follows from seed, step, parameter and element; of SGD, which saves no count of
+                    its steps, it begins anew when a state is loaded
 
 Gradients are read, never written. torch.nn.utils.clip_grad_norm_ and clip_grad_value_; averages as
 Polyak & Juditsky 1992.
@@ -26,8 +30,11 @@ import torch
 from torch import Tensor
 
 from fastopt.optim.update import number
-from fastopt_kernels.chunks import NO_EXTRAS, Extras
+from fastopt_kernels.chunks import KAHAN, MASTER, NEAREST, NO_EXTRAS, STOCHASTIC, Extras
 
+# What marks a group whose limit is its own.
+ALONE = "clip_alone"
+AVERAGED = "averaged"
 DEFAULTS: dict[str, Any] = {
     "max_grad_norm": None,
     "norm_type": 2.0,
@@ -35,10 +42,14 @@ DEFAULTS: dict[str, Any] = {
     "skip_nonfinite": False,
     "ema_decay": None,
     "ema_warmup": 0,
+    "param_rounding": "nearest",
+    "rounding_seed": 0,
 }
-# What marks a group whose limit is its own.
-ALONE = "clip_alone"
-AVERAGED = "averaged"
+ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN, "master": MASTER}
+# What a rounding keeps beside a parameter: a state, and its dtype.
+KEPT = {KAHAN: ("compensation", torch.bfloat16), MASTER: ("low_bits", torch.int16)}
+# States that are not of their parameter's dtype, and what they are of; None: as they were made.
+OWN_DTYPE = {AVERAGED: None, **dict(KEPT.values())}
 
 
 def with_options(init: Callable[..., None]) -> Callable[..., None]:
@@ -79,6 +90,11 @@ def check(group: Mapping[str, Any]) -> None:
             f"max_grad_norm={group['max_grad_norm']} and clip_value={group['clip_value']} cannot "
             "be given together: the norm would be of gradients that are not used. Give one."
         )
+    if group.get("param_rounding", "nearest") not in ROUNDINGS:
+        raise ValueError(
+            f"Invalid param_rounding: {group['param_rounding']!r} (supported: "
+            f"{', '.join(map(repr, ROUNDINGS))})"
+        )
     decay = group.get("ema_decay")
     if decay is not None and not 0.0 <= decay < 1.0:
         raise ValueError(f"Invalid ema_decay: {decay} (it must be at least 0 and below 1)")
@@ -93,9 +109,37 @@ def check(group: Mapping[str, Any]) -> None:
 
 def extras_of(group: Mapping[str, Any]) -> Extras:
     """What stands around the rule in a parameter group."""
-    if "clip_value" not in group and "ema_decay" not in group:
+    if "clip_value" not in group and "ema_decay" not in group and "param_rounding" not in group:
         return NO_EXTRAS
-    return Extras(group.get("clip_value") is not None, group.get("ema_decay") is not None)
+    return Extras(
+        group.get("clip_value") is not None,
+        group.get("ema_decay") is not None,
+        ROUNDINGS[group.get("param_rounding", "nearest")],
+    )
+
+
+def of_param(extras: Extras, param: Tensor) -> Extras:
+    """The extras of one parameter: only bf16 is rounded otherwise than to nearest."""
+    if extras.rounding and param.dtype != torch.bfloat16:
+        return extras._replace(rounding=NEAREST)
+    return extras
+
+
+def state_names(own: tuple[str, ...], extras: Extras) -> tuple[str, ...]:
+    """Tensors kept for a parameter: the rule's states, its average, and what a rounding keeps."""
+    if extras.averaged:
+        own = (*own, AVERAGED)
+    return (*own, KEPT[extras.rounding][0]) if extras.rounding in KEPT else own
+
+
+def keys_of(seed: int, steps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> Any:
+    """(n,) int64: 32 bits of a seed, a step and a parameter's position, by splitmix64."""
+    with np.errstate(over="ignore"):
+        x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)
+        x = x * np.uint64(0xBF58476D1CE4E5B9) + steps.astype(np.uint64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        return ((x ^ (x >> np.uint64(31))) & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def extra_scalars(group: Mapping[str, Any], extras: Extras, step: float) -> list[float]:

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import layout
+from fastopt.optim import layout, passes
 from fastopt.optim.bucket import Bucket, Member
-from fastopt.optim.passes import AVERAGED
-from fastopt.optim.passes import DEFAULTS as PASSES
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import NO_EXTRAS, Extras
@@ -36,11 +34,9 @@ class GroupKey(NamedTuple):
     extras: Extras
     looks: bool
 
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """Tensors that are kept for each parameter: the rule's states, and its average."""
-        own = self.update.state_names
-        return (*own, AVERAGED) if self.extras.averaged else own
+    def state_names(self, param: Tensor) -> tuple[str, ...]:
+        """Tensors that are kept for a parameter."""
+        return passes.state_names(self.update.state_names, passes.of_param(self.extras, param))
 
 
 class Odd(NamedTuple):
@@ -128,12 +124,12 @@ def build(
                 made += optimizer._init_missing_state(param, group, keys[number])
         members = [
             Member.make(
-                optimizer._state_of(p, keys[number].update, keys[number].extras.averaged),
+                optimizer._state_of(p, keys[number].update, bool(keys[number].state_names(p))),
                 p,
                 g,
                 number,
                 position,
-                keys[number].state_names,
+                keys[number].state_names(p),
             )
             for p, g, number, position in dense
         ]
@@ -148,7 +144,7 @@ def build(
 
 def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -> None:
     if any(key.looks or key.extras != NO_EXTRAS for key in keys):
-        what = ", ".join(k for k in PASSES if any(k in g for g in optimizer.param_groups))
+        what = ", ".join(k for k in passes.DEFAULTS if any(k in g for g in optimizer.param_groups))
         raise RuntimeError(
             f"{type(optimizer).__name__} with {what} takes dense gradients in memory, but got one "
             f"of layout {param.grad.layout if param.grad is not None else None} for a "
@@ -173,8 +169,8 @@ def _check_passes(
         )
     if on_device and extras != NO_EXTRAS:
         raise RuntimeError(
-            "clip_value and ema_decay need a step that the host counts, but got capturable or "
-            f"fused=True on {device}. Leave both unset."
+            "clip_value, ema_decay and param_rounding need a step that the host counts, but got "
+            f"capturable or fused=True on {device}. Leave both unset."
         )
     largest = looks and optimizer.param_groups[0].get("norm_type", 2.0) != 2.0
     if member.param.is_complex() and (extras.clipped or largest):
@@ -240,7 +236,8 @@ def _make_buckets(
         device = member.target.device
         on_device = counts_on_device(device, key)
         _check_passes(optimizer, member, keys, on_device)
-        split[_Kind(wave, device, key.update, member.kinds, on_device, key.extras)].append(member)
+        extras = passes.of_param(key.extras, member.param)
+        split[_Kind(wave, device, key.update, member.kinds, on_device, extras)].append(member)
     buckets = []
     for kind, chosen in split.items():
         numels = [layout.numel(member.target) for member in chosen]
@@ -248,7 +245,7 @@ def _make_buckets(
             kind.update.rule,
             kind.kinds,
             numels,
-            1 + kind.update.n_scalars + sum(kind.extras),
+            1 + kind.update.n_scalars + kind.extras.n_scalars,
             kind.device,
             kind.extras,
         )

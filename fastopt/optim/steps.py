@@ -151,6 +151,10 @@ class Steps:
         """Whether every owner still holds its view."""
         return self.numbers.in_place()
 
+    def counts(self) -> Array:
+        """(n,) the step of each parameter."""
+        return self._arrays[0][self._all]
+
     def advance(
         self,
         groups: Sequence[Mapping[str, Any]],

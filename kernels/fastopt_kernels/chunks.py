@@ -6,13 +6,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# How a bf16 parameter is rounded: to nearest; up or down by chance, as far as it is from either;
+# with what was rounded away kept in bf16; or with its 16 low bits kept, which makes it a float32.
+NEAREST, STOCHASTIC, KAHAN, MASTER = range(4)
+
 
 class Extras(NamedTuple):
-    """What stands around a rule. Each takes one scalar, after those of the rule, in this order; an
-    average is one more stream, after the states."""
+    """What stands around a rule.
+
+    Clipping and averaging take one scalar each, after those of the rule, in this order. An average
+    is one more stream after the states, and what a rounding keeps another one after that.
+    """
 
     clipped: bool = False
     averaged: bool = False
+    rounding: int = NEAREST
+
+    @property
+    def n_scalars(self) -> int:
+        """Scalars beside the rule's."""
+        return int(self.clipped) + int(self.averaged)
 
 
 NO_EXTRAS = Extras()

@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 
 import fastopt.optim
 from fastopt.optim.update import Update
-from fastopt_kernels.chunks import NO_EXTRAS, Extras
+from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras
 from fastopt_kernels.gpu import engine
 
 TARGETS = {
@@ -55,7 +55,7 @@ KINDS = (
     ("fp32", "fp32", "bf16"),
     ("fp64", "fp32", "bf16"),
 )
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+ITEMSIZE = {"int16": 2, "fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 CPU = torch.device("cpu")
 # Triton keeps compiled kernels by device: numbers no real one has.
 NO_DEVICE = 1000
@@ -244,6 +244,10 @@ def scalars_faults(kernel: Any) -> tuple[Read, list[str]]:
     return found, faults
 
 
+# With all extras around the update.
+ROUNDINGS = {0: "extras", STOCHASTIC: "by chance", KAHAN: "kahan", MASTER: "master"}
+
+
 def launch_of(
     update: Update,
     kinds: Sequence[str],
@@ -253,8 +257,9 @@ def launch_of(
     """A launch over one tensor of two chunks; nothing of it is ever read."""
     p, g, state = kinds
     average = ("fp64" if p == "fp64" else "fp32",) if extras.averaged else ()
-    streams = (p, g, *(state for _ in update.state_names), *average)
-    n_scalars = update.n_scalars + 1 + sum(extras)
+    kept = {KAHAN: ("bf16",), MASTER: ("int16",)}.get(extras.rounding, ())
+    streams = (p, g, *(state for _ in update.state_names), *average, *kept)
+    n_scalars = update.n_scalars + 1 + extras.n_scalars
     return engine.Launch(rule, streams, [engine.CHUNK + 1], n_scalars, CPU, extras)
 
 
@@ -300,13 +305,14 @@ def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]
         for kinds, skip in itertools.product(sorted(kinds_here), (False, True)):
             label = f"{target:7} {name:26} {'-'.join(kinds):15} {'skip' if skip else '':5}"
             yield label, lambda u=update, k=kinds, t=target, s=skip: check_update(u, k, t, s)
-        for kinds in sorted(kinds_here):
-            label = f"{target:7} {name:26} {'-'.join(kinds):15} clip, average"
+        for kinds, rounding in itertools.product(sorted(kinds_here), ROUNDINGS):
+            if rounding and kinds[0] != "bf16":
+                continue
+            extras = Extras(clipped=True, averaged=True, rounding=rounding)
+            label = f"{target:7} {name:26} {'-'.join(kinds):15} {ROUNDINGS[rounding]}"
             yield (
                 label,
-                lambda u=update, k=kinds, t=target: check_update(
-                    u, k, t, extras=Extras(True, True)
-                ),
+                lambda u=update, k=kinds, t=target, e=extras: check_update(u, k, t, extras=e),
             )
         if counted[update.scalars] is not update:
             continue

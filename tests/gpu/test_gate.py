@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastopt_kernels import rules
-from fastopt_kernels.chunks import Extras
+from fastopt_kernels.chunks import KAHAN, MASTER, STOCHASTIC, Extras
 from fastopt_kernels.gpu import engine, memory
 from tests.gpu import gate
 
@@ -44,6 +44,12 @@ def test_an_update_kernel_passes(name: str, kinds: tuple[str, str, str], target:
 @pytest.mark.parametrize("kinds", [FLOAT32, BFLOAT16], ids="-".join)
 def test_an_update_kernel_that_clips_and_averages_passes(kinds: tuple[str, str, str]) -> None:
     _, faults = gate.check_update(ADAM, kinds, "sm_90", extras=Extras(True, True))
+    assert faults == []
+
+
+@pytest.mark.parametrize("rounding", [STOCHASTIC, KAHAN, MASTER])
+def test_an_update_kernel_that_rounds_passes(rounding: int) -> None:
+    _, faults = gate.check_update(ADAM, BFLOAT16, "sm_90", extras=Extras(rounding=rounding))
     assert faults == []
 
 

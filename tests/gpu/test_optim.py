@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -282,3 +283,41 @@ def test_clipping_by_value_and_averages(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(
             ours.state[mine]["averaged"].float(), average, rtol=room, atol=room
         )
+
+
+@pytest.mark.parametrize("how", ["stochastic", "kahan", "master"])
+def test_roundings_are_those_of_the_cpu(how: str) -> None:
+    """SGD's steps one by one, with the functions that the CPU's kernels are made of."""
+    from fastopt.optim import passes
+    from fastopt_kernels.cpu import rounding
+
+    params = parameters(torch.bfloat16)
+    start = [p.detach().float().numpy().reshape(-1).copy() for p in params]
+    ours = fastopt.optim.SGD(params, lr=0.125, param_rounding=how, rounding_seed=3)
+    # What is kept beside the parameters: nothing, or zeros.
+    kept = [np.zeros_like(values) for values in start]
+    for step in range(1, 4):
+        for param, grad in zip(params, gradients(params, 9 + step), strict=True):
+            param.grad = grad
+        # SGD, without a buffer, counts from 2.
+        keys = passes.keys_of(3, np.full(len(params), step + 1), np.arange(len(params)))
+        ours.step()
+        for k, param in enumerate(params):
+            assert param.grad is not None
+            g = param.grad.float().numpy().reshape(-1)
+            for i in range(len(g)):
+                p = start[k][i]
+                if how == "kahan":
+                    p = np.float32(p + kept[k][i])
+                if how == "master":
+                    p = rounding.join(p, kept[k][i])
+                new = np.float32(p - np.float32(0.125) * g[i])
+                if how == "stochastic":
+                    start[k][i] = rounding.stochastic(new, i, keys[k])
+                    continue
+                start[k][i] = high = rounding.upper(new)
+                make = rounding.rest if how == "kahan" else rounding.lower
+                left = torch.tensor(make(new, np.float32(high)))
+                kept[k][i] = left.bfloat16().float() if how == "kahan" else left
+    for param, values in zip(params, start, strict=True):
+        assert torch.equal(param.detach().float().reshape(-1), torch.from_numpy(values))

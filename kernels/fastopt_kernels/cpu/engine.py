@@ -20,9 +20,9 @@ import numpy as np
 from numba import njit, prange, types
 from numba.core.errors import NumbaError
 
-from fastopt_kernels.chunks import NO_EXTRAS, Extras, chunk_table
+from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, chunk_table
 from fastopt_kernels.cpu import cache as disk
-from fastopt_kernels.cpu import memory
+from fastopt_kernels.cpu import memory, rounding
 from fastopt_kernels.cpu import xp as cpu_xp
 from fastopt_kernels.cpu.measure import Measured, measure
 from fastopt_kernels.cpu.threads import run_parallel, worth_it
@@ -35,44 +35,62 @@ CHUNK = ((262_144, 2048), (1 << 62, 16384))
 
 
 def _make_around(rule, extras, tag):
-    """around(x, row): the rule on one element of every stream, with the extras; they are the last
-    stream, and the last of the scalars."""
+    """around(x, row, i, key): the rule on element i of every stream, with the extras; they are the
+    last streams, and the last of the scalars."""
     update = njit(disk.named(rebind(rule, cpu_xp), tag), **cpu_xp.JIT)
-    clipped, averaged = extras
+    clipped, averaged, rounded = extras
+    by_chance, kahan, master = (rounded == k for k in (STOCHASTIC, KAHAN, MASTER))
 
-    def around(x, row):
-        g, scalars = row[0] * x[1], row[1:]
+    def around(x, row, i, key):
+        p, g, states, scalars = x[0], row[0] * x[1], x[2:], row[1:]
+        if kahan:
+            p, states = p + states[-1], states[:-1]
+        if master:
+            p, states = rounding.join(p, states[-1]), states[:-1]
         if averaged:
+            average, states = states[-1], states[:-1]
             weight, scalars = scalars[-1], scalars[:-1]
         if clipped:
             limit, scalars = scalars[-1], scalars[:-1]
             g = -limit if g < -limit else g
             g = limit if g > limit else g
+        new = update(p, g, *(states + scalars))
+        p, new = new[0], new[1:]
         if averaged:
-            new = update(x[0], g, *(x[2:-1] + scalars))
-            return new + (cpu_xp.lerp(x[-1], new[0], weight),)  # noqa: RUF005 (Numba)
-        return update(x[0], g, *(x[2:] + scalars))
+            new = new + (cpu_xp.lerp(average, p, weight),)  # noqa: RUF005 (Numba)
+        if by_chance:
+            return (rounding.stochastic(p, i, key),) + new  # noqa: RUF005
+        if kahan:
+            high = rounding.upper(p)
+            return (high,) + new + (rounding.rest(p, high),)  # noqa: RUF005
+        if master:
+            high = rounding.upper(p)
+            return (high,) + new + (rounding.lower(p, high),)  # noqa: RUF005
+        return (p,) + new  # noqa: RUF005
 
     return njit(disk.named(around, tag), **cpu_xp.JIT)
 
 
 def _make_chunk(rule, kinds, n_scalars, extras, tag):
-    """update_chunk(tensors, chunks, index, scalars, c): the loop over one chunk."""
+    """update_chunk(tensors, chunks, index, scalars, keys, c): the loop over one chunk."""
     compute = memory.compute_type(kinds[0])
     load = memory.make_load(kinds, compute)
-    store = memory.make_store(kinds, compute)
+    # A parameter that is rounded here need not be rounded again.
+    stored = ("top16", *kinds[1:]) if extras.rounding else kinds
+    store = memory.make_store(stored, compute)
     int64_triple = memory.make_row(types.int64, 3)
     int64_row = memory.make_row(types.int64, len(kinds))
     int64_single = memory.make_row(types.int64, 1)
     scalar_row = memory.make_row(compute, n_scalars)
     around = _make_around(rule, extras, tag)
 
-    def update_chunk(tensors, chunks, index, scalars, c):
+    def update_chunk(tensors, chunks, index, scalars, keys, c):
         tensor, first, last = int64_triple(chunks, c)
         addresses = int64_row(tensors, tensor)
         row = scalar_row(scalars, int64_single(index, tensor)[0])
+        key = rounding.key_of_chunk(int64_single(keys, tensor)[0], first)
         for i in range(first, last):
-            store(addresses, i, around(load(addresses, i), row))
+            store(addresses, i, around(load(addresses, i), row, i, key))
 
     return njit(disk.named(update_chunk, tag), **cpu_xp.JIT)
 
@@ -81,11 +99,11 @@ def _make_kernel(rule, kinds, n_scalars, extras, parallel, tag):
     update_chunk = _make_chunk(rule, kinds, n_scalars, extras, tag)
     chunk_range = prange if parallel else range
 
-    def kernel(tensors, chunks, index, scalars, n_chunks):
+    def kernel(tensors, chunks, index, scalars, keys, n_chunks):
         for c in chunk_range(n_chunks):
-            update_chunk(tensors, chunks, index, scalars, c)
+            update_chunk(tensors, chunks, index, scalars, keys, c)
 
-    signature = types.void(*[types.int64] * 5)
+    signature = types.void(*[types.int64] * 6)
     jitted = njit(signature, parallel=parallel, **cpu_xp.JIT)(disk.named(kernel, tag))
     return next(iter(jitted.overloads.values()))
 
@@ -115,6 +133,7 @@ class Launch:
     tensors: (n, 2 + states) int64, the addresses of p, g and each state
     index:   (n,) int64, the row of scalars each tensor takes
     scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
+    keys:    (n,) int64, what chance depends on beside the element (stochastic rounding)
     """
 
     walk = staticmethod(take_addresses)
@@ -133,6 +152,7 @@ class Launch:
         self.numels = np.asarray(numels, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
+        self.keys = np.zeros(n, dtype=np.int64)
         dtype = np.float64 if kinds[0] == "fp64" else np.float32
         self.scalars = np.zeros((n, n_scalars), dtype=dtype)
         total = int(self.numels.sum())
@@ -149,7 +169,8 @@ class Launch:
             chunks = np.ascontiguousarray(chunks[active[chunks[:, 0]]])
         self.chunks = chunks
         tensors, index = self._addresses
-        self._args = (tensors, chunks.ctypes.data, index, self._scalars_address, len(chunks))
+        where = (tensors, chunks.ctypes.data, index, self._scalars_address, self.keys.ctypes.data)
+        self._args = (*where, len(chunks))
         self.n_elements = int((chunks[:, 2] - chunks[:, 1]).sum())
 
     def prepare(self, n_threads: int) -> None:

@@ -16,8 +16,16 @@ KINDS = ("fp32", "bf16", "fp16", "fp64")
 
 _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
-_IN_MEMORY_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64}
-_IN_MEMORY = {"fp32": _F32, "bf16": _I16, "fp16": ir.HalfType(), "fp64": _F64}
+_IN_MEMORY_BITS = {"int16": 16, "fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64}
+# int16: whole numbers; top16: a float32 that is a bf16 already, for stores.
+_IN_MEMORY = {
+    "int16": _I16,
+    "top16": _I16,
+    "fp32": _F32,
+    "bf16": _I16,
+    "fp16": ir.HalfType(),
+    "fp64": _F64,
+}
 
 
 def compute_type(kind: str) -> types.Float:
@@ -65,6 +73,8 @@ def _widen(builder, kind, x, compute):
         x = builder.bitcast(bits, _F32)
     elif kind == "fp16":
         x = builder.fpext(x, _F32)
+    elif kind == "int16":
+        x = builder.sitofp(x, _F32)
     if kind == "fp64" and compute is types.float32:
         return builder.fptrunc(x, _F32)
     if kind != "fp64" and compute is types.float64:
@@ -98,6 +108,10 @@ def _emit_store(builder, kind, address, i, x, compute, own_nan=False, stream=Non
         x = _bf16_bits(builder, x, own_nan)
     elif kind == "fp16":
         x = builder.fptrunc(x, ir.HalfType())
+    elif kind == "int16":
+        x = builder.fptosi(x, _I16)
+    elif kind == "top16":
+        x = builder.trunc(builder.lshr(builder.bitcast(x, _I32), ir.Constant(_I32, 16)), _I16)
     _mark(builder, builder.store(x, _element(builder, kind, address, i)), stream)
 
 

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from triton.compiler import CompilationError
 
-from fastopt_kernels.chunks import NO_EXTRAS, Extras, chunk_table
-from fastopt_kernels.gpu import memory
+from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, chunk_table
+from fastopt_kernels.gpu import memory, rounding
 from fastopt_kernels.gpu import xp as gpu_xp
 from fastopt_kernels.xp import rebind, uncompilable
 
@@ -33,8 +33,10 @@ CHUNK = 4096
 THREADS = 128
 # Elements a block: 16 bytes a thread of the narrowest stream, so each access is one of 128 bits.
 # Twice that took 153 registers instead of 40 on sm_90 (AdamW, float32) and a third of the warps.
-BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024}
+BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024, "int16": 1024}
 SCALARS_BLOCK = 128
+# The roundings as kernels see them.
+BY_CHANCE, WITH_REST, WITH_LOW = map(tl.constexpr, (STOCHASTIC, KAHAN, MASTER))
 # Pinned buffers held ready for captures; a step that is not captured makes one up to this many.
 SPARES = 4
 
@@ -53,25 +55,49 @@ def _update_block(
     COMPUTE: tl.constexpr,
     CLIPPED: tl.constexpr,
     AVERAGED: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    first,
+    key,
 ):
-    """The rule on a block of every stream. With extras: CLIPPED and AVERAGED are 0 or 1."""
+    """The rule on a block of every stream, with the extras: CLIPPED and AVERAGED are 0 or 1.
+
+    first, key: where the chunk begins, and what chance depends on beside the element
+    """
     values = ()
     for k in tl.static_range(len(pointers)):
         values += (tl.load(pointers[k] + offsets, mask=mask).to(COMPUTE),)
     g = scalars[0] * values[1]
     # The extras are the last of the scalars, and of the streams.
     own: tl.constexpr = len(scalars) - CLIPPED - AVERAGED
-    states: tl.constexpr = len(pointers) - AVERAGED
+    kept: tl.constexpr = len(pointers) - (ROUNDING >= WITH_REST)
+    states: tl.constexpr = kept - AVERAGED
+    p = values[0]
+    if ROUNDING == WITH_REST:
+        p += values[kept]
+    if ROUNDING == WITH_LOW:
+        p = rounding.join(p, values[kept])
     if CLIPPED:
         g = tl.where(g < -scalars[own], -scalars[own], g)
         g = tl.where(g > scalars[own], scalars[own], g)
-    new = RULE(values[0], g, *values[2:states], *scalars[1:own])
+    new = RULE(p, g, *values[2:states], *scalars[1:own])
+    p = new[0]
+    new = new[1:]
     if AVERAGED:
-        new += (gpu_xp.lerp(values[states], new[0], scalars[own + CLIPPED]),)
+        new += (gpu_xp.lerp(values[states], p, scalars[own + CLIPPED]),)
+    if ROUNDING == BY_CHANCE:
+        p = rounding.stochastic(p, first + offsets, key)
+    if ROUNDING == WITH_REST:
+        high = rounding.upper(p)
+        new += (rounding.rest(p, high),)
+        p = high
+    if ROUNDING == WITH_LOW:
+        high = rounding.upper(p)
+        new += (rounding.lower(p, high),)
+        p = high
     # What is stored is computed before the first store: nothing may hang on the order of aliases.
-    tl.store(pointers[0] + offsets, new[0].to(pointers[0].dtype.element_ty), mask=mask)
-    for k in tl.static_range(1, len(new)):
-        tl.store(pointers[k + 1] + offsets, new[k].to(pointers[k + 1].dtype.element_ty), mask=mask)
+    tl.store(pointers[0] + offsets, p.to(pointers[0].dtype.element_ty), mask=mask)
+    for k in tl.static_range(len(new)):
+        tl.store(pointers[k + 2] + offsets, new[k].to(pointers[k + 2].dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -80,6 +106,7 @@ def update_kernel(
     chunks_ptr,
     index_ptr,
     scalars_ptr,
+    keys_ptr,
     skip_ptr,
     RULE: tl.constexpr,
     DTYPES: tl.constexpr,
@@ -89,11 +116,13 @@ def update_kernel(
     BLOCK: tl.constexpr,
     CLIPPED: tl.constexpr,
     AVERAGED: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """p, *states = RULE(p, g_scale * g, *states, *scalars) for the chunk of this program.
 
     tensors_ptr: (n, len(DTYPES)) int64 addresses; chunks_ptr: (programs, 3) int64;
-    index_ptr: (n,) int64 row of scalars_ptr; skip_ptr: (1,) float, nothing is written where not 0
+    index_ptr: (n,) int64 row of scalars_ptr; keys_ptr: (n,) int64, for chance, or None;
+    skip_ptr: (1,) float, nothing is written where not 0
     """
     chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 3
     tensor = tl.load(chunk_ptr)
@@ -117,15 +146,40 @@ def update_kernel(
         aligned_ptrs += (memory.pointer(address, first, DTYPES[k], True),)
         any_ptrs += (memory.pointer(address, first, DTYPES[k], False),)
 
+    key = tensor
+    if ROUNDING == BY_CHANCE:
+        key = rounding.key_of_chunk(tl.load(keys_ptr + tensor), first)
     lanes = tl.arange(0, BLOCK)
     full = tl.where(bits % 16 == 0, n // BLOCK, 0)
     for block in range(full):
-        offsets = block * BLOCK + lanes
-        _update_block(aligned_ptrs, offsets, None, scalars, RULE, COMPUTE, CLIPPED, AVERAGED)
+        _update_block(
+            aligned_ptrs,
+            block * BLOCK + lanes,
+            None,
+            scalars,
+            RULE,
+            COMPUTE,
+            CLIPPED,
+            AVERAGED,
+            ROUNDING,
+            first,
+            key,
+        )
     for start in range(full * BLOCK, n, BLOCK):
         offsets = start + lanes
-        mask = offsets < n
-        _update_block(any_ptrs, offsets, mask, scalars, RULE, COMPUTE, CLIPPED, AVERAGED)
+        _update_block(
+            any_ptrs,
+            offsets,
+            offsets < n,
+            scalars,
+            RULE,
+            COMPUTE,
+            CLIPPED,
+            AVERAGED,
+            ROUNDING,
+            first,
+            key,
+        )
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -217,6 +271,7 @@ class Launch:
     tensors: (n, 2 + states) int64, the addresses of p, g and each state
     index:   (n,) int64, the row of scalars each tensor takes
     scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
+    keys:    (n,) int64, what chance depends on beside the element (stochastic rounding)
     """
 
     def __init__(
@@ -231,6 +286,7 @@ class Launch:
         n = len(numels)
         self.rule, self.kinds, self.n_scalars, self.device = rule, kinds, n_scalars, device
         self.extras = extras
+        self.keys = np.zeros(n, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
         self.scalars = np.zeros((n, n_scalars), dtype=np.float64 if self._wide else np.float32)
@@ -258,8 +314,11 @@ class Launch:
         """Update every selected tensor, with the scalars the host has filled in."""
         if len(self._host_chunks):
             with self._on_device():
-                tables, chunks = self._upload([self.tensors, self.index, self.scalars])
-                self._update(*tables, chunks, None)
+                arrays = [self.tensors, self.index, self.scalars]
+                if self.extras.rounding == STOCHASTIC:
+                    arrays.append(self.keys)
+                tables, chunks = self._upload(arrays)
+                self._update(*tables[:3], chunks, None, *tables[3:])
 
     def run_on_device(
         self,
@@ -323,12 +382,14 @@ class Launch:
         scalars: torch.Tensor,
         chunks: torch.Tensor,
         found_inf: torch.Tensor | None,
+        keys: torch.Tensor | None = None,
     ) -> None:
         update_kernel[(len(chunks),)](
             tensors,
             chunks,
             index,
             scalars,
+            keys,
             found_inf,
             RULE=compiled_rule(self.rule),
             DTYPES=tuple(memory.DTYPES[kind] for kind in self.kinds),
@@ -338,6 +399,7 @@ class Launch:
             BLOCK=block_size(self.kinds),
             CLIPPED=int(self.extras.clipped),
             AVERAGED=int(self.extras.averaged),
+            ROUNDING=self.extras.rounding,
             num_warps=THREADS // _warp_size(),
             enable_fp_fusion=True,
         )

@@ -9,7 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
+DTYPES = {
+    "fp32": tl.float32,
+    "bf16": tl.bfloat16,
+    "fp16": tl.float16,
+    "fp64": tl.float64,
+    "int16": tl.int16,
+}
 
 
 def compute_dtype(kind: str) -> tl.dtype:
