@@ -84,9 +84,7 @@ def _layer_norm_grads(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias; None where one is not wanted."""
-    dx = layout.output(x) if wanted[0] else None
-    dweight = layout.output(weight) if wanted[1] and weight is not None else None
-    dbias = layout.output(bias) if wanted[2] and bias is not None else None
+    dx, dweight, dbias = map(_wanted, wanted, (x, weight, bias))
     if x.numel():
         x, sizes = layout.rows(x, n_dims)
         kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), _flat(weight)
@@ -105,8 +103,7 @@ def _rms_norm_grads(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, dweight; None where one is not wanted."""
-    dx = layout.output(x) if wanted[0] else None
-    dweight = layout.output(weight) if wanted[1] and weight is not None else None
+    dx, dweight = map(_wanted, wanted, (x, weight))
     if x.numel():
         x, sizes = layout.rows(x, n_dims)
         kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), _flat(weight)

@@ -208,7 +208,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return loss
         plan = self._current_plan() if seen is None else seen[0]
         coefficients = None
-        if self.looks():
+        if plan.looks:
             verdict = (self._see(plan) if seen is None else seen[1]).given(scale.inverse())
             self._verdict = verdict
             if verdict.skip:
@@ -365,13 +365,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._hidden.setdefault(param, {})
 
     def _first(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-        if name in passes.OWN_DTYPE and name != AVERAGED:
+        if name == AVERAGED:
+            # In 16 bits an average stands still: a step of 1e-3 of it is rounded away.
+            low = param.dtype in (torch.bfloat16, torch.float16)
+            return param.detach().to(torch.float32) if low else param.detach().clone()
+        if name in passes.OWN_DTYPE:
             return torch.zeros_like(param, dtype=passes.OWN_DTYPE[name])
-        if name != AVERAGED:
-            return self.initial_state(name, param, group)
-        # In 16 bits an average stands still: a step of 1e-3 of it is rounded away.
-        low = param.dtype in (torch.bfloat16, torch.float16)
-        return param.detach().to(torch.float32) if low else param.detach().clone()
+        return self.initial_state(name, param, group)
 
     def _init_missing_state(
         self, param: Tensor, group: dict[str, Any], key: GroupKey

@@ -52,6 +52,7 @@ class Plan:
 
     def __init__(self, params: list[Tensor], keys: list[GroupKey]) -> None:
         self.params, self.keys = params, keys
+        self.looks = any(key.looks for key in keys)
         self.buckets: list[Bucket] = []
         self.odd: list[Odd] = []
         self.idle: list[Tensor] = []
