@@ -1,0 +1,20 @@
+"""softmax, losses and norms with the signatures of torch.nn.functional, as fused kernels.
+
+Plain tensors on a device with kernels run through them. What a kernel cannot see into goes to
+torch's own function: tensor subclasses, functorch transforms (vmap, jvp, grad) and forward-mode AD;
+so their meaning is torch's. Under torch.compile, torch.export, fake tensors and dispatch modes the
+functions are the ops torch.ops.fastopt.*.
+
+All of them: float32, bfloat16, float16 and float64 on CPU and CUDA; any strides. Sums and
+statistics are kept in float32 (float64 for float64). A result is bitwise the same in every run and
+for any number of threads, and a row's does not depend on the other rows. NaN and infinity give what
+they give in torch. What torch refuses is refused with torch's exception.
+"""
+
+from __future__ import annotations
+
+from fastopt.functional.losses import cross_entropy
+from fastopt.functional.norms import layer_norm, rms_norm
+from fastopt.functional.softmaxes import log_softmax, logsumexp, softmax
+
+__all__ = ["cross_entropy", "layer_norm", "log_softmax", "logsumexp", "rms_norm", "softmax"]

@@ -1,0 +1,78 @@
+"""cross_entropy."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
+from torch import Tensor
+
+from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, autocast, by_torch, route_of, widen
+from fastopt.ops import losses
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The cross entropy of logits, without ever writing their softmax.
+
+        class indices  (1 - s) w_t (logsumexp(x) - x_t) + s / C sum_c w_c (logsumexp(x) - x_c)
+        probabilities  sum_c w_c ((1 - s) q_c + s / C) (logsumexp(x) - x_c)
+
+    input: (C), (N, C) or (N, C, d1, ...); target: int64 without C, or probabilities of input's
+    shape and dtype; weight: (C). reduction "mean" divides by the weights of the targets that
+    count. As torch.nn.functional.cross_entropy; a target out of range is an IndexError on CPU and
+    a NaN on CUDA. Szegedy et al. 2016, section 7, for label smoothing.
+    """
+    args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    route = route_of(input, target, weight)
+    if route == BY_TORCH:
+        return by_torch("cross_entropy", F.cross_entropy, *args)
+    x = input
+    if autocast("cross_entropy", x):
+        x, weight = widen(x), None if weight is None else widen(weight)
+        target = widen(target)
+    if (
+        size_average is not None
+        or reduce is not None
+        or reduction not in losses.REDUCTIONS
+        or not 0.0 <= label_smoothing <= 1.0
+        or not _loss_fits(x, target, weight, ignore_index)
+    ):
+        return by_torch("cross_entropy", F.cross_entropy, *args)
+    options = (losses.REDUCTIONS[reduction], ignore_index, float(label_smoothing))
+    if route == AS_OP:
+        result: Tensor = torch.ops.fastopt.cross_entropy(x, target, weight, *options)[0]
+        return result
+    if torch.is_grad_enabled() and x.requires_grad:
+        return losses.apply_cross_entropy(x, target, weight, *options)  # type: ignore[no-any-return]
+    return losses.run_cross_entropy(x, target, weight, *options)[0]
+
+
+def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
+    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
+    sizes = x.shape
+    if x.dtype not in DTYPES or not sizes or x.device != target.device:
+        return False
+    dim = 0 if len(sizes) == 1 else 1
+    if sizes[dim] == 0:
+        return False
+    if weight is not None and (
+        weight.shape != (sizes[dim],)
+        or weight.dtype not in DTYPES
+        or weight.device != x.device
+        or weight.requires_grad
+    ):
+        return False
+    if target.dtype == torch.int64:
+        return target.shape == sizes[:dim] + sizes[dim + 1 :]
+    if target.shape == sizes and target.dtype == x.dtype:
+        # Beside probabilities torch refuses an index to ignore.
+        return not target.requires_grad and ignore_index < 0
+    return False
