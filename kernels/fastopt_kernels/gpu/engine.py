@@ -25,6 +25,7 @@ from triton.compiler import CompilationError
 from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, chunk_table
 from fastopt_kernels.gpu import memory, rounding
 from fastopt_kernels.gpu import xp as gpu_xp
+from fastopt_kernels.gpu.tables import Tables
 from fastopt_kernels.xp import rebind, uncompilable
 
 # Elements a program updates. Small enough that 20 tensors of 1M fill 132 multiprocessors several
@@ -37,12 +38,6 @@ BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024, "int16": 1024}
 SCALARS_BLOCK = 128
 # The roundings as kernels see them.
 BY_CHANCE, WITH_REST, WITH_LOW = map(tl.constexpr, (STOCHASTIC, KAHAN, MASTER))
-# Pinned buffers held ready for captures; a step that is not captured makes one up to this many.
-SPARES = 4
-
-# A captured graph copies its tables from pinned memory at every replay, for as long as it lives,
-# which nobody tells us: what it reads outside its own memory is never freed.
-_captured: list[torch.Tensor] = []
 
 
 @triton.jit
@@ -51,46 +46,46 @@ def _update_block(
     offsets,
     mask,
     scalars,
+    place,
     RULE: tl.constexpr,
     COMPUTE: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    AVERAGED: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    first,
-    key,
+    EXTRAS: tl.constexpr,
 ):
-    """The rule on a block of every stream, with the extras: CLIPPED and AVERAGED are 0 or 1.
+    """The rule on a block of every stream, with the extras (chunks.Extras).
 
-    first, key: where the chunk begins, and what chance depends on beside the element
+    place: where the chunk begins, and what chance depends on beside the element
     """
+    clipped: tl.constexpr = EXTRAS[0]
+    averaged: tl.constexpr = EXTRAS[1]
+    rounded: tl.constexpr = EXTRAS[2]
     values = ()
     for k in tl.static_range(len(pointers)):
         values += (tl.load(pointers[k] + offsets, mask=mask).to(COMPUTE),)
     g = scalars[0] * values[1]
     # The extras are the last of the scalars, and of the streams.
-    own: tl.constexpr = len(scalars) - CLIPPED - AVERAGED
-    kept: tl.constexpr = len(pointers) - (ROUNDING >= WITH_REST)
-    states: tl.constexpr = kept - AVERAGED
+    own: tl.constexpr = len(scalars) - clipped - averaged
+    kept: tl.constexpr = len(pointers) - (rounded >= WITH_REST)
+    states: tl.constexpr = kept - averaged
     p = values[0]
-    if ROUNDING == WITH_REST:
+    if rounded == WITH_REST:
         p += values[kept]
-    if ROUNDING == WITH_LOW:
+    if rounded == WITH_LOW:
         p = rounding.join(p, values[kept])
-    if CLIPPED:
+    if clipped:
         g = tl.where(g < -scalars[own], -scalars[own], g)
         g = tl.where(g > scalars[own], scalars[own], g)
     new = RULE(p, g, *values[2:states], *scalars[1:own])
     p = new[0]
     new = new[1:]
-    if AVERAGED:
-        new += (gpu_xp.lerp(values[states], p, scalars[own + CLIPPED]),)
-    if ROUNDING == BY_CHANCE:
-        p = rounding.stochastic(p, first + offsets, key)
-    if ROUNDING == WITH_REST:
+    if averaged:
+        new += (gpu_xp.lerp(values[states], p, scalars[own + clipped]),)
+    if rounded == BY_CHANCE:
+        p = rounding.stochastic(p, place[0] + offsets, place[1])
+    if rounded == WITH_REST:
         high = rounding.upper(p)
         new += (rounding.rest(p, high),)
         p = high
-    if ROUNDING == WITH_LOW:
+    if rounded == WITH_LOW:
         high = rounding.upper(p)
         new += (rounding.lower(p, high),)
         p = high
@@ -114,9 +109,7 @@ def update_kernel(
     N_SCALARS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    AVERAGED: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    EXTRAS: tl.constexpr,
 ):
     """p, *states = RULE(p, g_scale * g, *states, *scalars) for the chunk of this program.
 
@@ -147,39 +140,17 @@ def update_kernel(
         any_ptrs += (memory.pointer(address, first, DTYPES[k], False),)
 
     key = tensor
-    if ROUNDING == BY_CHANCE:
+    if EXTRAS[2] == BY_CHANCE:
         key = rounding.key_of_chunk(tl.load(keys_ptr + tensor), first)
+    place = (first, key)
     lanes = tl.arange(0, BLOCK)
     full = tl.where(bits % 16 == 0, n // BLOCK, 0)
     for block in range(full):
-        _update_block(
-            aligned_ptrs,
-            block * BLOCK + lanes,
-            None,
-            scalars,
-            RULE,
-            COMPUTE,
-            CLIPPED,
-            AVERAGED,
-            ROUNDING,
-            first,
-            key,
-        )
+        offsets = block * BLOCK + lanes
+        _update_block(aligned_ptrs, offsets, None, scalars, place, RULE, COMPUTE, EXTRAS)
     for start in range(full * BLOCK, n, BLOCK):
         offsets = start + lanes
-        _update_block(
-            any_ptrs,
-            offsets,
-            offsets < n,
-            scalars,
-            RULE,
-            COMPUTE,
-            CLIPPED,
-            AVERAGED,
-            ROUNDING,
-            first,
-            key,
-        )
+        _update_block(any_ptrs, offsets, offsets < n, scalars, place, RULE, COMPUTE, EXTRAS)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -291,8 +262,7 @@ class Launch:
         self.index = np.zeros(n, dtype=np.int64)
         self.scalars = np.zeros((n, n_scalars), dtype=np.float64 if self._wide else np.float32)
         self._all_chunks = chunk_table(np.asarray(numels, dtype=np.int64), CHUNK)
-        self._spares: list[torch.Tensor] = []
-        self.select(None)
+        self._tables = Tables(device, self._all_chunks)
 
     @property
     def _wide(self) -> bool:
@@ -303,21 +273,19 @@ class Launch:
         chunks = self._all_chunks
         if active is not None:
             chunks = np.ascontiguousarray(chunks[active[chunks[:, 0]]])
-        self._host_chunks = chunks
-        # The table on the device and the stream it was copied on; None until the next launch.
-        self._chunks: tuple[torch.Tensor, Any] | None = None
+        self._tables.replace(chunks)
 
     def prepare(self, n_threads: int) -> None:
         """Triton compiles at the first launch; a rule it cannot take is refused there."""
 
     def run(self, n_threads: int) -> None:
         """Update every selected tensor, with the scalars the host has filled in."""
-        if len(self._host_chunks):
+        if len(self._tables.lasting):
             with self._on_device():
                 arrays = [self.tensors, self.index, self.scalars]
                 if self.extras.rounding == STOCHASTIC:
                     arrays.append(self.keys)
-                tables, chunks = self._upload(arrays)
+                tables, chunks = self._tables.send(arrays)
                 self._update(*tables[:3], chunks, None, *tables[3:])
 
     def run_on_device(
@@ -339,7 +307,7 @@ class Launch:
         everyone = np.arange(len(self.index), dtype=np.int64)
         arrays = [self.tensors, everyone, numbers, groups, np.asarray(known, dtype=np.float64)]
         with self._on_device():
-            tables, chunks = self._upload(arrays)
+            tables, chunks = self._tables.send(arrays)
             tensors, index, number_table, group_table, hyper_table = tables
             for row, values in enumerate(hypers):
                 for column, value in enumerate(values):
@@ -369,11 +337,9 @@ class Launch:
                 num_warps=THREADS // _warp_size(),
                 enable_fp_fusion=True,
             )
-            if len(self._host_chunks):
+            if len(self._tables.lasting):
                 self._update(tensors, index, table, chunks, found_inf)
-            if len(self._spares) < SPARES and not self._capturing():
-                nbytes = sum(map(_padded, [*arrays, self._all_chunks]))
-                self._spares.append(self._pinned(nbytes))
+            self._tables.keep_spare([*arrays, self._all_chunks])
 
     def _update(
         self,
@@ -397,9 +363,7 @@ class Launch:
             N_SCALARS=self.n_scalars,
             HAS_SKIP=found_inf is not None,
             BLOCK=block_size(self.kinds),
-            CLIPPED=int(self.extras.clipped),
-            AVERAGED=int(self.extras.averaged),
-            ROUNDING=self.extras.rounding,
+            EXTRAS=tuple(map(int, self.extras)),
             num_warps=THREADS // _warp_size(),
             enable_fp_fusion=True,
         )
@@ -413,53 +377,6 @@ class Launch:
                 yield
         except CompilationError as error:
             raise uncompilable(self.rule, "Triton", error) from error
-
-    def _capturing(self) -> bool:
-        return self.device.type != "cpu" and torch.cuda.is_current_stream_capturing()
-
-    def _pinned(self, nbytes: int) -> torch.Tensor:
-        pin = self.device.type != "cpu"
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
-
-    def _upload(self, arrays: list[np.ndarray]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Host tables, and the chunks where they have changed, to the device in one copy that the
-        host does not wait for.
-
-        The pinned buffer is a new one each time: torch's host allocator hands its memory out again
-        only when the copy has ended. It may not be asked for one during capture; a spare serves.
-        """
-        stream = None if self.device.type == "cpu" else torch.cuda.current_stream()
-        capturing = self._capturing()
-        known = self._chunks is not None and self._chunks[1] == stream
-        if not known:
-            arrays = [*arrays, self._host_chunks]
-        nbytes = sum(map(_padded, arrays))
-        pinned = self._spares.pop() if capturing and self._spares else None
-        if pinned is None or len(pinned) < nbytes:
-            pinned = self._pinned(nbytes)
-        target = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        tables, start = [], 0
-        for array in arrays:
-            source = torch.from_numpy(array)
-            span = slice(start, start + array.nbytes)
-            pinned[span].view(source.dtype).view(source.shape).copy_(source)
-            tables.append(target[span].view(source.dtype).view(source.shape))
-            start += _padded(array)
-        target.copy_(pinned[:nbytes], non_blocking=True)
-        if capturing:
-            _captured.append(pinned)
-            if known:
-                _captured.append(self._chunks[0])
-        if known:
-            return tables, self._chunks[0]
-        # A table that a captured copy fills holds nothing before the first replay.
-        self._chunks = None if capturing else (tables[-1], stream)
-        return tables[:-1], tables[-1]
-
-
-def _padded(array: np.ndarray) -> int:
-    """Bytes of an array, up to the next boundary of 16."""
-    return -(-array.nbytes // 16) * 16
 
 
 def _host_value(x: Any) -> float:
