@@ -17,4 +17,4 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
     """
 
     rule, scalars = rules.adadelta, rules.adadelta_scalars
-    state_names = ("square_avg", "acc_delta")
+    state_names = nonnegative_names = ("square_avg", "acc_delta")

@@ -21,7 +21,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     """
 
     rule, scalars = rules.adagrad, rules.adagrad_scalars
-    state_names = ("sum",)
+    state_names = nonnegative_names = ("sum",)
 
     def __init__(
         self,

@@ -11,13 +11,17 @@ from fastopt.optim.update import Update
 from fastopt_kernels import rules
 
 _AMSGRAD = Update(
-    rules.adam_amsgrad, rules.adam_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    rules.adam_amsgrad,
+    rules.adam_scalars,
+    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    nonnegative=("exp_avg_sq", "max_exp_avg_sq"),
 )
 
 
 class _AdamUpdate(FusedOptimizer):
     rule, scalars = rules.adam, rules.adam_scalars
     state_names = ("exp_avg", "exp_avg_sq")
+    nonnegative_names, eight_bit_names = ("exp_avg_sq",), state_names
 
     def update_of(self, group: dict[str, Any]) -> Update:
         return _AMSGRAD if group["amsgrad"] else self._update

@@ -17,3 +17,4 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
 
     rule, scalars = rules.adamax, rules.adamax_scalars
     state_names = ("exp_avg", "exp_inf")
+    nonnegative_names, eight_bit_names = ("exp_inf",), ("exp_avg",)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.optim import eager, passes
+from fastopt.optim import checkpoints, eager, formats, passes
 from fastopt.optim.bucket import Bucket
 from fastopt.optim.hooks import hooked, pre_hooks
 from fastopt.optim.passes import AVERAGED, LastStep, Verdict
 from fastopt.optim.plan import GroupKey, Odd, Plan, build
 from fastopt.optim.scale import NO_SCALE, Scale
-from fastopt.optim.update import Update, sign
+from fastopt.optim.update import Update, number_dtype, sign
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
 
@@ -41,6 +41,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         `betas[0]`.
     state_names: states of an element, zero at first unless `initial_state` says otherwise.
     carried_names: numbers kept one a parameter, such as NAdam's mu_product.
+    nonnegative_names: states that are never below zero, such as means of squares.
+    eight_bit_names: states that state_dtype="8bit" may keep in 8 bits.
 
     Options of every subclass, in the defaults or in a group: maximize, capturable, differentiable,
     foreach (a hint), fused (torch.amp.GradScaler's grad_scale and found_inf inside the step).
@@ -54,6 +56,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     scalars: ClassVar[Callable[..., Any]]
     state_names: ClassVar[tuple[str, ...]] = ()
     carried_names: ClassVar[tuple[str, ...]] = ()
+    nonnegative_names: ClassVar[tuple[str, ...]] = ()
+    eight_bit_names: ClassVar[tuple[str, ...]] = ()
 
     _update: ClassVar[Update]
     _plan: Plan | None = None
@@ -72,7 +76,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if init is not torch.optim.Optimizer.__init__ and not hasattr(init, "takes_options"):
             cls.__init__ = passes.with_options(init)  # type: ignore[method-assign]
         if "rule" in cls.__dict__:
-            cls._update = Update(cls.rule, cls.scalars, cls.state_names, cls.carried_names)
+            cls._update = Update(
+                cls.rule,
+                cls.scalars,
+                cls.state_names,
+                cls.carried_names,
+                nonnegative=cls.nonnegative_names,
+                eight_bit=cls.eight_bit_names,
+            )
 
     @property
     def state(self) -> Any:
@@ -103,7 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A number kept one a parameter: on its device where the step is counted there."""
         on_device = bool(group.get("capturable") or group.get("fused"))
         device = param.device if on_device else torch.device("cpu")
-        return torch.full((), value, dtype=_number_dtype(on_device), device=device)
+        return torch.full((), value, dtype=number_dtype(on_device), device=device)
 
     def step_sparse(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """One step of a parameter whose gradient is sparse, where the optimizer has one."""
@@ -131,6 +142,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise RuntimeError("`fused` does not support `differentiable`")
             if group.get("foreach"):
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        formats.check(self.update_of(group), group, type(self).__name__)
         self._note_amp()
         self._plan = None
 
@@ -147,6 +159,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, value in options.items():
             if value != passes.DEFAULTS[name]:
                 self._add_option(name, value)
+        for group in self.param_groups:
+            formats.check(self.update_of(group), group, type(self).__name__)
         self._note_amp()
 
     def _note_amp(self) -> None:
@@ -162,30 +176,39 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget(exposed=True)
         self._note_amp()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class or of torch.optim's class of that name.
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; states as they are stored, and a version where that is not torch's way."""
+        return checkpoints.stamped(super().state_dict())
 
-        torch casts every state but "step" to the parameter's dtype and device; averages and numbers
-        that are one a parameter keep their dtype here.
+    def torch_state_dict(self) -> dict[str, Any]:
+        """What torch.optim's class of this name would save: its states in floating point, its
+        options, and nothing else. Parameters are saved by the model, rounded as they are."""
+        return checkpoints.plain(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of torch.optim's class of that name, of any format.
+
+        How this optimizer stores stays as it was constructed (state_dtype, param_rounding): states
+        of another format are converted at the next step. torch casts every state but "step" to the
+        parameter's dtype and device; averages, numbers that are one a parameter and, with
+        state_dtype, all states keep the dtype they were saved in until then.
+
+        Raises ValueError for a state_dict of a later version.
         """
+        checkpoints.check_version(state_dict)
         handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
         loaded: list[dict[str, Any]] = []
+        stored = [{k: g[k] for k in passes.STORAGE if k in g} for g in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for group, storage in zip(self.param_groups, stored, strict=True):
+            for name in passes.STORAGE:
+                group.pop(name, None)
+            group.update(storage)
         self._forget(exposed=True)
-        state_dict = loaded[0]
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, param in zip(saved, self._all_params(), strict=True):
-            saved_state = state_dict["state"].get(index, {})
-            for name in self.carried_names:
-                if name in saved_state:
-                    value = torch.as_tensor(saved_state[name], dtype=_number_dtype()).clone()
-                    self.state[param][name] = value
-            for name in passes.OWN_DTYPE:
-                if isinstance(kept := saved_state.get(name), Tensor):
-                    self.state[param][name] = kept.detach().to(param.device, copy=True)
+        checkpoints.restore(self, loaded[0])
 
     def _all_params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -295,6 +318,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.get("differentiable", False),
                 passes.extras_of(group),
                 passes.measures((group,)),
+                formats.formats_of(self.update_of(group), group),
             )
             for group in self.param_groups
         ]
@@ -373,28 +397,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             return torch.zeros_like(param, dtype=passes.OWN_DTYPE[name])
         return self.initial_state(name, param, group)
 
-    def _init_missing_state(
-        self, param: Tensor, group: dict[str, Any], key: GroupKey
-    ) -> list[tuple[dict[str, Any], str]]:
-        """Make the states a parameter lacks; returns what was made, to be undone on an error."""
-        made = []
-        update = key.update
-        numbers = self._numbers_of(param, update)
-        state = self._state_of(param, update, bool(key.state_names(param)))
+    def _prepare_state(
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        key: GroupKey,
+        before: list[tuple[dict[str, Any], dict[str, Any]]],
+    ) -> None:
+        """Make the states a parameter lacks, and convert those of another format.
+
+        before: takes what each dict held, to be put back on an error
+        """
+        update, names = key.update, key.state_names(param)
+        numbers, state = self._numbers_of(param, update), self._state_of(param, update, bool(names))
+        before += [(numbers, dict(numbers)), (state, dict(state))]
         # Without a count in its state (SGD), a parameter begins where its buffer does.
         started = all(state.get(name) is not None for name in update.state_names)
         if "step" not in numbers or not (update.counted or started):
             first = 0.0 if update.counted or not started else 1.0
             numbers["step"] = self.initial_number(first, param, group)
-            made.append((numbers, "step"))
-        for name in (*update.carried, *key.state_names(param)):
+        passes.convert_kept(state, param, key.extras)
+        for name in (*update.carried, *(name for name in names if not name.endswith("_scale"))):
             if state.get(name) is None:
                 state[name] = self._first(name, param, group)
-                made.append((state, name))
-        return made
-
-
-def _number_dtype(on_device: bool = False) -> torch.dtype:
-    """What torch keeps its step counts in."""
-    double = torch.get_default_dtype() == torch.float64 and not on_device
-    return torch.float64 if double else torch.float32
+            if name in update.state_names:
+                formats.conform(state, name, key.format_of(name), update, param)

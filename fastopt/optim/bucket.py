@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim import layout
+from fastopt.optim import formats, layout
 from fastopt.optim.layout import Staged
 from fastopt.optim.metadata import Metadata
-from fastopt.optim.passes import Verdict, keys_of
+from fastopt.optim.passes import LOW_BITS, Verdict, keys_of
 from fastopt.optim.steps import DeviceSteps, Steps
 from fastopt.optim.update import Update, sign
-from fastopt_kernels.chunks import STOCHASTIC
 
 
 def _check_state(name: str, state: Any, param: Tensor) -> None:
@@ -43,6 +42,23 @@ def _check_state(name: str, state: Any, param: Tensor) -> None:
         f"{name!r}, a tensor with memory of its own, but that is {came}. Load a state_dict that "
         "fits, or delete optimizer.state[parameter] to begin anew."
     )
+
+
+def _check_scale(name: str, scale: Any, param: Tensor) -> None:
+    blocks = formats.n_blocks(param)
+    if not (
+        isinstance(scale, Tensor)
+        and scale.shape == (blocks,)
+        and scale.dtype is torch.float32
+        and scale.is_contiguous()
+        and scale.device == param.device
+    ):
+        came = f"{tuple(scale.shape)} {scale.dtype}" if isinstance(scale, Tensor) else repr(scale)
+        raise RuntimeError(
+            f"The state {name!r} of a parameter of shape {tuple(param.shape)} must be {blocks} "
+            f"contiguous float32 on {param.device}, but is {came}. Load a state_dict that fits, or "
+            "delete optimizer.state[parameter] to begin anew."
+        )
 
 
 def _readable(grad: Tensor, target: Tensor) -> bool:
@@ -93,9 +109,17 @@ class Member:
         if member.target is not member.source or not _readable(own, member.target):
             member.grad_buffer = torch.empty_like(member.target, dtype=own.dtype)
         member.state_names = state_names
+        whole = {LOW_BITS}
         for name in state_names:
-            _check_state(name, state[name], param)
+            if (scale := formats.scale_name(name)) in state_names:
+                whole.add(name)
+                _check_scale(scale, state[scale], param)
+        for name in state_names:
             tensor = layout.local(state[name])
+            if name.removesuffix("_scale") in whole and name not in whole:
+                member.states.append(tensor)
+                continue
+            _check_state(name, state[name], param)
             if not layout.same_layout(tensor, member.target):
                 buffer = torch.empty_like(member.target, dtype=tensor.dtype)
                 member.staged.append(Staged(tensor, buffer))
@@ -104,7 +128,8 @@ class Member:
         streams = [member.target, own, *member.states]
         member.grad_dtype = own.dtype
         roles = ["a parameter", "a gradient", *(f"the state {n!r}" for n in state_names)]
-        member.kinds = tuple(map(layout.kind, streams, roles))
+        integer = [False, False, *(name in whole for name in state_names)]
+        member.kinds = tuple(map(layout.kind, streams, roles, integer))
         return member
 
     def grad(self, grad: Tensor | None) -> Tensor | None:
@@ -196,7 +221,7 @@ class Bucket:
         assert isinstance(self.steps, Steps)
         self._stage(Staged.read)
         self.steps.advance(groups, factors, self.launch, self.active, exposed)
-        if self.launch.extras.rounding == STOCHASTIC:
+        if self.launch.draws:
             seed = int(groups[0].get("rounding_seed", 0))
             self.launch.keys[:] = keys_of(seed, self.steps.counts(), self._numbers)
         self.launch.run(torch.get_num_threads())

@@ -22,17 +22,19 @@ KINDS = {
     torch.complex64: "fp32",
     torch.complex128: "fp64",
 }
-# Who may be int16: the low bits of a bf16 parameter.
-LOW_BITS = "the state 'low_bits'"
+# Of states alone: the low bits of a bf16 parameter, and the codes of 8-bit states.
+INTEGERS = {torch.int16: "int16", torch.int8: "int8", torch.uint8: "uint8"}
 PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
-def kind(tensor: Tensor, role: str) -> str:
-    """The codec of a tensor's elements; TypeError for a dtype without one."""
-    if tensor.dtype in KINDS:
-        return KINDS[tensor.dtype]
-    if tensor.dtype == torch.int16 and role == LOW_BITS:
-        return "int16"
+def kind(tensor: Tensor, role: str, integer: bool = False) -> str:
+    """The codec of a tensor's elements; TypeError for a dtype without one.
+
+    integer: whether that role is one of whole numbers
+    """
+    served = INTEGERS if integer else KINDS
+    if tensor.dtype in served:
+        return served[tensor.dtype]
     raise TypeError(
         f"{role} has dtype {tensor.dtype}; fastopt supports "
         f"{', '.join(str(dtype).removeprefix('torch.') for dtype in KINDS)}. "

@@ -22,6 +22,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
 
     rule, scalars = rules.nadam, rules.nadam_scalars
     state_names = ("exp_avg", "exp_avg_sq")
+    nonnegative_names, eight_bit_names = ("exp_avg_sq",), state_names
     carried_names = ("mu_product",)
 
     def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:

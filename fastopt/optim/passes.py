@@ -11,6 +11,7 @@
                     rounded away is kept in bf16) or "master" (the 16 low bits are kept). Chance
                     follows from seed, step, parameter and element; of SGD, which saves no count of
                     its steps, it begins anew when a state is loaded
+    state_dtype     how states are stored (`formats`)
 
 Gradients are read, never written. torch.nn.utils.clip_grad_norm_ and clip_grad_value_; averages as
 Polyak & Juditsky 1992.
@@ -44,10 +45,14 @@ DEFAULTS: dict[str, Any] = {
     "ema_warmup": 0,
     "param_rounding": "nearest",
     "rounding_seed": 0,
+    "state_dtype": None,
 }
+# What a checkpoint does not decide: how an optimizer stores, and chance.
+STORAGE = ("param_rounding", "rounding_seed", "state_dtype")
 ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN, "master": MASTER}
 # What a rounding keeps beside a parameter: a state, and its dtype.
-KEPT = {KAHAN: ("compensation", torch.bfloat16), MASTER: ("low_bits", torch.int16)}
+LOW_BITS = "low_bits"
+KEPT = {KAHAN: ("compensation", torch.bfloat16), MASTER: (LOW_BITS, torch.int16)}
 # States that are not of their parameter's dtype, and what they are of; None: as they were made.
 OWN_DTYPE = {AVERAGED: None, **dict(KEPT.values())}
 
@@ -130,6 +135,24 @@ def state_names(own: tuple[str, ...], extras: Extras) -> tuple[str, ...]:
     if extras.averaged:
         own = (*own, AVERAGED)
     return (*own, KEPT[extras.rounding][0]) if extras.rounding in KEPT else own
+
+
+def convert_kept(state: dict[str, Any], param: Tensor, extras: Extras) -> None:
+    """Take over what another rounding has kept of a parameter, and drop what this one does not."""
+    name, dtype = KEPT.get(of_param(extras, param).rounding, ("", None))
+    for other, _ in KEPT.values():
+        if other == name or not isinstance(kept := state.get(other), Tensor):
+            continue
+        del state[other]
+        if not name or name in state:
+            continue
+        high = param.detach().float()
+        if dtype == torch.int16:
+            bits = (high + kept.float()).view(torch.int32) - high.view(torch.int32)
+            state[name] = bits.clamp(-(2**15), 2**15 - 1).to(dtype)
+        else:
+            joined = (high.view(torch.int32) + kept.to(torch.int32)).view(torch.float32)
+            state[name] = (joined - high).to(dtype)
 
 
 def keys_of(seed: int, steps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> Any:

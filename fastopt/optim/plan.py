@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import layout, passes
+from fastopt.optim import formats, layout, passes
 from fastopt.optim.bucket import Bucket, Member
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
 from fastopt.optim.update import Update
@@ -33,10 +33,19 @@ class GroupKey(NamedTuple):
     differentiable: bool
     extras: Extras
     looks: bool
+    stored: tuple[formats.Format, ...]
 
     def state_names(self, param: Tensor) -> tuple[str, ...]:
         """Tensors that are kept for a parameter."""
-        return passes.state_names(self.update.state_names, passes.of_param(self.extras, param))
+        extras = passes.of_param(self.extras, param)
+        names = passes.state_names(self.update.state_names, extras)
+        return names + formats.names_of(self.update, self.stored)
+
+    def format_of(self, name: str) -> formats.Format:
+        """The format of a state of the update."""
+        if not self.stored:
+            return None
+        return self.stored[self.update.state_names.index(name)]
 
 
 class Odd(NamedTuple):
@@ -116,13 +125,13 @@ def build(
         else:
             _check_param(param, keys[number])
             dense.append((param, grad, number, position))
-    made: list[tuple[dict[str, Any], str]] = []
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     try:
         for param, grad, number, _ in found:
             group = optimizer.param_groups[number]
             # A sparse buffer begins as a sparse gradient (SGD), not as zeros.
             if grad.layout is torch.strided or keys[number].update.counted:
-                made += optimizer._init_missing_state(param, group, keys[number])
+                optimizer._prepare_state(param, group, keys[number], before)
         members = [
             Member.make(
                 optimizer._state_of(p, keys[number].update, bool(keys[number].state_names(p))),
@@ -137,14 +146,15 @@ def build(
         plan.buckets = _make_buckets(optimizer, members, keys)
         plan.remember(optimizer.__dict__["state"])
     except BaseException:
-        for state, name in made:
-            state.pop(name, None)
+        for state, was in reversed(before):
+            state.clear()
+            state.update(was)
         raise
     return plan
 
 
 def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -> None:
-    if any(key.looks or key.extras != NO_EXTRAS for key in keys):
+    if any(key.looks or key.extras != NO_EXTRAS or key.stored for key in keys):
         what = ", ".join(k for k in passes.DEFAULTS if any(k in g for g in optimizer.param_groups))
         raise RuntimeError(
             f"{type(optimizer).__name__} with {what} takes dense gradients in memory, but got one "

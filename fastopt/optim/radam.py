@@ -18,3 +18,4 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
 
     rule, scalars = rules.radam, rules.radam_scalars
     state_names = ("exp_avg", "exp_avg_sq")
+    nonnegative_names, eight_bit_names = ("exp_avg_sq",), state_names

@@ -10,14 +10,26 @@ from fastopt.optim.base import FusedOptimizer
 from fastopt.optim.update import Update
 from fastopt_kernels import rules
 
-_CENTERED = Update(rules.rmsprop_centered, rules.rmsprop_scalars, ("square_avg", "grad_avg"))
+_CENTERED = Update(
+    rules.rmsprop_centered,
+    rules.rmsprop_scalars,
+    ("square_avg", "grad_avg"),
+    nonnegative=("square_avg",),
+)
 _MOMENTUM = Update(
-    rules.rmsprop_momentum, rules.rmsprop_momentum_scalars, ("square_avg", "momentum_buffer")
+    rules.rmsprop_momentum,
+    rules.rmsprop_momentum_scalars,
+    ("square_avg", "momentum_buffer"),
+    nonnegative=("square_avg",),
+    eight_bit=("square_avg", "momentum_buffer"),
 )
 _CENTERED_MOMENTUM = Update(
     rules.rmsprop_centered_momentum,
     rules.rmsprop_momentum_scalars,
     ("square_avg", "momentum_buffer", "grad_avg"),
+    nonnegative=("square_avg",),
+    # The variance is the difference of two states: rounded apart, they may make it negative.
+    eight_bit=("momentum_buffer",),
 )
 
 
@@ -31,6 +43,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     rule, scalars = rules.rmsprop, rules.rmsprop_scalars
     state_names = ("square_avg",)
+    nonnegative_names = eight_bit_names = state_names
 
     def update_of(self, group: dict[str, Any]) -> Update:
         if group["momentum"] > 0:

@@ -14,10 +14,18 @@ from fastopt_kernels import rules
 
 _PLAIN = Update(rules.sgd, rules.sgd_scalars, counted=False)
 _MOMENTUM = Update(
-    rules.sgd_momentum, rules.sgd_momentum_scalars, ("momentum_buffer",), counted=False
+    rules.sgd_momentum,
+    rules.sgd_momentum_scalars,
+    ("momentum_buffer",),
+    counted=False,
+    eight_bit=("momentum_buffer",),
 )
 _NESTEROV = Update(
-    rules.sgd_nesterov, rules.sgd_nesterov_scalars, ("momentum_buffer",), counted=False
+    rules.sgd_nesterov,
+    rules.sgd_nesterov_scalars,
+    ("momentum_buffer",),
+    counted=False,
+    eight_bit=("momentum_buffer",),
 )
 
 

@@ -9,12 +9,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
 def number(x: Any) -> float:
     """The value of a hyper-parameter, which may be a tensor of one element."""
     return float(x.detach().item() if isinstance(x, Tensor) else x)
+
+
+def number_dtype(on_device: bool = False) -> torch.dtype:
+    """What torch keeps its step counts in."""
+    double = torch.get_default_dtype() == torch.float64 and not on_device
+    return torch.float64 if double else torch.float32
 
 
 def sign(group: Mapping[str, Any]) -> float:
@@ -29,7 +36,9 @@ class Update:
     scalars(step, *carried, *hyper-parameters) -> (*scalars, *carried)
 
     `carried` names states that are one number a parameter and live in double on the host, such as
-    NAdam's mu_product. `counted` is false where the state has no "step" (SGD).
+    NAdam's mu_product. `counted` is false where the state has no "step" (SGD). `nonnegative` names
+    states that never fall below zero, such as means of squares, and `eight_bit` those that may be
+    kept in 8 bits.
     """
 
     def __init__(
@@ -39,8 +48,11 @@ class Update:
         state_names: tuple[str, ...] = (),
         carried: tuple[str, ...] = (),
         counted: bool = True,
+        nonnegative: tuple[str, ...] = (),
+        eight_bit: tuple[str, ...] = (),
     ) -> None:
         self.rule, self.scalars = rule, scalars
+        self.nonnegative, self.eight_bit = nonnegative, eight_bit
         self.state_names, self.carried, self.counted = state_names, carried, counted
         self._check()
 

@@ -10,6 +10,25 @@ import numpy as np
 # with what was rounded away kept in bf16; or with its 16 low bits kept, which makes it a float32.
 NEAREST, STOCHASTIC, KAHAN, MASTER = range(4)
 
+# States of 8 bits: of either sign, and never below zero; each block of elements has a scale.
+CODES_8BIT = ("int8", "uint8")
+BLOCK_8BIT = 256
+# A code is what is above SHIFT bits of the float32 |x| / s + BASE, less that of BASE alone.
+SHIFT, BASE = 19, 2.0**-15
+ORIGIN = int(np.float32(BASE).view(np.int32))
+# The largest code.
+LAST = {"int8": 127, "uint8": 255}
+
+
+def value_of(code: int) -> float:
+    """What a code stands for, in units of the scale."""
+    return float(np.int32(ORIGIN + (code << SHIFT)).view(np.float32)) - BASE
+
+
+def n_codes(kinds: tuple[str, ...]) -> int:
+    """How many streams are of 8 bits; as many streams of scales are the last ones."""
+    return sum(kind in CODES_8BIT for kind in kinds)
+
 
 class Extras(NamedTuple):
     """What stands around a rule.

@@ -20,9 +20,19 @@ import numpy as np
 from numba import njit, prange, types
 from numba.core.errors import NumbaError
 
-from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, chunk_table
+from fastopt_kernels.chunks import (
+    BLOCK_8BIT,
+    CODES_8BIT,
+    KAHAN,
+    MASTER,
+    NO_EXTRAS,
+    STOCHASTIC,
+    Extras,
+    chunk_table,
+    n_codes,
+)
 from fastopt_kernels.cpu import cache as disk
-from fastopt_kernels.cpu import memory, rounding
+from fastopt_kernels.cpu import eightbit, memory, rounding
 from fastopt_kernels.cpu import xp as cpu_xp
 from fastopt_kernels.cpu.measure import Measured, measure
 from fastopt_kernels.cpu.threads import run_parallel, worth_it
@@ -74,25 +84,79 @@ def _make_around(rule, extras, tag):
 def _make_chunk(rule, kinds, n_scalars, extras, tag):
     """update_chunk(tensors, chunks, index, scalars, keys, c): the loop over one chunk."""
     compute = memory.compute_type(kinds[0])
-    load = memory.make_load(kinds, compute)
     # A parameter that is rounded here need not be rounded again.
     stored = ("top16", *kinds[1:]) if extras.rounding else kinds
-    store = memory.make_store(stored, compute)
+    around = _make_around(rule, extras, tag)
+    coded = n_codes(kinds)
+    update = (
+        _make_blocks(around, kinds[:-coded], stored[:-coded], tag)
+        if coded
+        else _make_loop(around, kinds, stored, compute, tag)
+    )
     int64_triple = memory.make_row(types.int64, 3)
     int64_row = memory.make_row(types.int64, len(kinds))
     int64_single = memory.make_row(types.int64, 1)
     scalar_row = memory.make_row(compute, n_scalars)
-    around = _make_around(rule, extras, tag)
 
     def update_chunk(tensors, chunks, index, scalars, keys, c):
         tensor, first, last = int64_triple(chunks, c)
         addresses = int64_row(tensors, tensor)
         row = scalar_row(scalars, int64_single(index, tensor)[0])
         key = rounding.key_of_chunk(int64_single(keys, tensor)[0], first)
+        update(addresses, row, key, first, last)
+
+    return njit(disk.named(update_chunk, tag), **cpu_xp.JIT)
+
+
+def _make_loop(around, kinds, stored, compute, tag):
+    """update(addresses, row, key, first, last): element by element."""
+    load, store = memory.make_load(kinds, compute), memory.make_store(stored, compute)
+
+    def loop(addresses, row, key, first, last):
         for i in range(first, last):
             store(addresses, i, around(load(addresses, i), row, i, key))
 
-    return njit(disk.named(update_chunk, tag), **cpu_xp.JIT)
+    return njit(disk.named(loop, tag), **cpu_xp.JIT)
+
+
+def _make_blocks(around, kinds, stored, tag):
+    """The same, block by block: 8-bit states go to scratch until the largest of a block is known.
+
+    kinds, stored: without the scales, which are the last of the addresses
+    """
+    compute, where = types.float32, [k for k, kind in enumerate(kinds) if kind in CODES_8BIT]
+    n, n_own = len(where), len(kinds)
+    streams, in_scratch = list(range(n_own)), list(stored)
+    for j, k in enumerate(where):
+        streams[k], in_scratch[k] = eightbit.SCRATCH + j, "fp32"
+    load = memory.make_load(kinds, compute, apart=True)
+    store = memory.make_store(tuple(in_scratch), compute, tuple(streams))
+    decode, targets = eightbit.make_decode(kinds), eightbit.make_targets(kinds)
+    pick, units, grow = (
+        eightbit.make_pick(kinds),
+        eightbit.make_units(n),
+        eightbit.make_grow((kinds[0], *kinds[2:])),
+    )
+    coded = tuple(kinds[k] for k in where)
+    settle, encode = eightbit.make_settle(coded), eightbit.make_encode(coded, tuple(where))
+    make_room, nothing = eightbit.make_scratch(n), (np.int32(0),) * n
+
+    def blocks(addresses, row, key, first, last):
+        own, scales = addresses[:n_own], addresses[n_own:]
+        codes, scratch, seed = pick(own), make_room(), np.uint32(key)
+        for start in range(first, last, BLOCK_8BIT):
+            end = min(start + BLOCK_8BIT, last)
+            block, spare = start // BLOCK_8BIT, scratch - 4 * start
+            unit, to, largest = units(scales, block), targets(own, spare), nothing
+            for i in range(start, end):
+                new = around(decode(load(own, i), unit), row, i, key)
+                store(to, i, new)
+                largest = grow(largest, new)
+            inverses = settle(scales, spare, largest, block, start, end)
+            for i in range(start, end):
+                encode(codes, spare, inverses, i, eightbit.draw(i, seed))
+
+    return njit(disk.named(blocks, tag), **cpu_xp.JIT)
 
 
 def _make_kernel(rule, kinds, n_scalars, extras, parallel, tag):
@@ -161,6 +225,11 @@ class Launch:
         self._addresses = (self.tensors.ctypes.data, self.index.ctypes.data)
         self._scalars_address = self.scalars.ctypes.data
         self.select(None)
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is rounded by chance, so that `keys` count."""
+        return self.extras.rounding == STOCHASTIC or n_codes(self.kinds) > 0
 
     def select(self, active: np.ndarray | None) -> None:
         """Restrict the launch to the tensors where `active` holds; None takes all."""

@@ -16,10 +16,13 @@ KINDS = ("fp32", "bf16", "fp16", "fp64")
 
 _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
-_IN_MEMORY_BITS = {"int16": 16, "fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64}
-# int16: whole numbers; top16: a float32 that is a bf16 already, for stores.
+_IN_MEMORY_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64}
+# int16: whole numbers; int8, uint8: codes, whole numbers as the bits of a float32; top16: a float32
+# that is a bf16 already, for stores.
 _IN_MEMORY = {
     "int16": _I16,
+    "int8": _I8,
+    "uint8": _I8,
     "top16": _I16,
     "fp32": _F32,
     "bf16": _I16,
@@ -75,6 +78,9 @@ def _widen(builder, kind, x, compute):
         x = builder.fpext(x, _F32)
     elif kind == "int16":
         x = builder.sitofp(x, _F32)
+    elif kind in ("int8", "uint8"):
+        extend = builder.sext if kind == "int8" else builder.zext
+        x = builder.bitcast(extend(x, _I32), _F32)
     if kind == "fp64" and compute is types.float32:
         return builder.fptrunc(x, _F32)
     if kind != "fp64" and compute is types.float64:
@@ -115,8 +121,11 @@ def _emit_store(builder, kind, address, i, x, compute, own_nan=False, stream=Non
     _mark(builder, builder.store(x, _element(builder, kind, address, i)), stream)
 
 
-def make_load(kinds: tuple[str, ...], compute: types.Float):
-    """load(addresses, i) -> the i-th element of every stream, in the compute type."""
+def make_load(kinds: tuple[str, ...], compute: types.Float, apart: bool = False):
+    """load(addresses, i) -> the i-th element of every stream, in the compute type.
+
+    apart: the streams share no memory, and each is the alias stream of its number
+    """
 
     @intrinsic
     def load(typingctx, addresses, i):
@@ -125,7 +134,14 @@ def make_load(kinds: tuple[str, ...], compute: types.Float):
         def codegen(context, builder, signature, args):
             streams, i = args
             values = [
-                _emit_load(builder, kind, builder.extract_value(streams, k), i, compute)
+                _emit_load(
+                    builder,
+                    kind,
+                    builder.extract_value(streams, k),
+                    i,
+                    compute,
+                    k if apart else None,
+                )
                 for k, kind in enumerate(kinds)
             ]
             return context.make_tuple(builder, signature.return_type, values)
@@ -135,8 +151,13 @@ def make_load(kinds: tuple[str, ...], compute: types.Float):
     return load
 
 
-def make_store(kinds: tuple[str, ...], compute: types.Float):
-    """store(addresses, i, values): parameter and states; the gradient (stream 1) is only read."""
+def make_store(
+    kinds: tuple[str, ...], compute: types.Float, streams: tuple[int, ...] | None = None
+):
+    """store(addresses, i, values): parameter and states; the gradient (stream 1) is only read.
+
+    streams: the alias stream of each, where they share no memory
+    """
     written = [k for k in range(len(kinds)) if k != 1]
 
     @intrinsic
@@ -144,11 +165,11 @@ def make_store(kinds: tuple[str, ...], compute: types.Float):
         signature = types.void(addresses, i, values)
 
         def codegen(context, builder, signature, args):
-            streams, i, values = args
+            addresses, i, values = args
             for source, k in enumerate(written):
                 x = builder.extract_value(values, source)
-                address = builder.extract_value(streams, k)
-                _emit_store(builder, kinds[k], address, i, x, compute)
+                address, stream = builder.extract_value(addresses, k), streams and streams[k]
+                _emit_store(builder, kinds[k], address, i, x, compute, stream=stream)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -205,6 +226,22 @@ def make_storer(kind: str, compute: types.Float, own_nan: bool = False, stream: 
             return context.get_dummy_value()
 
         return types.void(address, i, compute), codegen
+
+    return store
+
+
+def make_code_storer(stream: int):
+    """store(address, i, q): the low 8 bits of an int32."""
+
+    @intrinsic
+    def store(typingctx, address, i, q):
+        def codegen(context, builder, signature, args):
+            address, i, q = args
+            code = builder.store(builder.trunc(q, _I8), _element(builder, "int8", address, i))
+            _mark(builder, code, stream)
+            return context.get_dummy_value()
+
+        return types.void(address, i, types.int32), codegen
 
     return store
 

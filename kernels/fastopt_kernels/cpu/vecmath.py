@@ -54,6 +54,16 @@ def larger(typingctx, x, y):
 
 
 @intrinsic
+def smaller(typingctx, x, y):
+    """The smaller of two integers."""
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.icmp_signed("<", *args), *args)
+
+    return x(x, x), codegen
+
+
+@intrinsic
 def larger_float(typingctx, x, y):
     """x where x > y, else y: a NaN in x is passed over."""
 

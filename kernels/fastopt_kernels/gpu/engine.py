@@ -22,7 +22,15 @@ import triton
 import triton.language as tl
 from triton.compiler import CompilationError
 
-from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, chunk_table
+from fastopt_kernels.chunks import (
+    KAHAN,
+    MASTER,
+    NO_EXTRAS,
+    STOCHASTIC,
+    Extras,
+    chunk_table,
+    n_codes,
+)
 from fastopt_kernels.gpu import memory, rounding
 from fastopt_kernels.gpu import xp as gpu_xp
 from fastopt_kernels.gpu.tables import Tables
@@ -268,6 +276,11 @@ class Launch:
     def _wide(self) -> bool:
         return self.kinds[0] == "fp64"
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is rounded by chance, so that `keys` count."""
+        return self.extras.rounding == STOCHASTIC or n_codes(self.kinds) > 0
+
     def select(self, active: np.ndarray | None) -> None:
         """Restrict the launch to the tensors where `active` holds; None takes all."""
         chunks = self._all_chunks
@@ -283,7 +296,7 @@ class Launch:
         if len(self._tables.lasting):
             with self._on_device():
                 arrays = [self.tensors, self.index, self.scalars]
-                if self.extras.rounding == STOCHASTIC:
+                if self.draws:
                     arrays.append(self.keys)
                 tables, chunks = self._tables.send(arrays)
                 self._update(*tables[:3], chunks, None, *tables[3:])
