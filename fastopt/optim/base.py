@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -14,8 +14,10 @@ from fastopt.optim import checkpoints, eager, formats, passes
 from fastopt.optim.bucket import Bucket
 from fastopt.optim.hooks import hooked, pre_hooks
 from fastopt.optim.passes import AVERAGED, LastStep, Verdict
-from fastopt.optim.plan import GroupKey, Odd, Plan, build
+from fastopt.optim.plan import GroupKey, Odd, Place, Plan, build
+from fastopt.optim.release import Released
 from fastopt.optim.scale import NO_SCALE, Scale
+from fastopt.optim.telemetry import Telemetry, collect
 from fastopt.optim.update import Update, number_dtype, sign
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
@@ -67,6 +69,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # have replaced or saved one of them, and a step need not look.
     _exposed: bool = True
     _verdict: Verdict | None = None
+    _released: Released | None = None
     # What was seen of the gradients ahead of the step, and the plan for them.
     _seen: tuple[Plan, Verdict] | None = None
 
@@ -230,18 +233,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._verdict = seen and seen[1].given(scale.inverse(), skip=True)
             return loss
         plan = self._current_plan() if seen is None else seen[0]
+        self.run_plan(plan, scale, None if seen is None else seen[1])
+        return loss
+
+    def run_plan(self, plan: Plan, scale: Scale = NO_SCALE, verdict: Verdict | None = None) -> None:
+        """One step of what a plan holds; verdict: what was seen of its gradients, if it was."""
         coefficients = None
         if plan.looks:
-            verdict = (self._see(plan) if seen is None else seen[1]).given(scale.inverse())
-            self._verdict = verdict
-            if verdict.skip:
-                return loss
-            coefficients = verdict.coefficients
+            self._verdict = (verdict or self._see(plan)).given(scale.inverse())
+            if self._verdict.skip:
+                return
+            coefficients = self._verdict.coefficients
         for bucket in plan.buckets:
             self._run(bucket, scale, coefficients)
         for odd in plan.odd:
             self._step_odd(odd, plan.keys[odd.group].update, scale)
-        return loss
 
     def looks(self) -> bool:
         """Whether a step looks at all gradients before any parameter is written."""
@@ -278,6 +284,43 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         return self._verdict.report()
 
+    def telemetry(self, named: Iterable[tuple[str, Tensor]] | None = None) -> Telemetry:
+        """What the last step saw of each parameter (telemetry=True), by name.
+
+        named: as model.named_parameters(); otherwise the names the optimizer was given, or
+        "group.index". Raises RuntimeError where no step has looked.
+        """
+        plans = [self._plan] if self._plan is not None else []
+        if self._released is not None:
+            plans += self._released.plans.values()
+        buckets = [bucket for plan in plans for bucket in plan.buckets]
+        if not any(bucket.launch.extras.watched for bucket in buckets):
+            raise RuntimeError(
+                f"no step of this {type(self).__name__} has been watched: construct it with "
+                "telemetry=True, and call step()."
+            )
+        return collect(self, buckets, named)
+
+    def release_gradients(self, per_tensor: bool = False) -> Released:
+        """From now on step each parameter in backward, as soon as its gradient is there, and free
+        the gradient; step() finds nothing left to do. Returns an object whose `remove()` ends it.
+
+        A backward is then a step: accumulation over several backwards and GradScaler, which learn
+        too late, do not go with it. per_tensor: clip (max_grad_norm) or skip (skip_nonfinite) each
+        tensor by its own norm; without it both are refused with RuntimeError, since the norm of
+        all gradients is not known before the last one is there. Lv et al. 2023 (arXiv:2306.09782).
+        """
+        if self._released is not None:
+            self._released.remove()
+        self._released = Released(self, per_tensor)
+        return self._released
+
+    def end_release(self, released: Released) -> None:
+        """What `Released.remove` calls."""
+        if self._released is released:
+            self._released = None
+        self._plan = None
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Parameters hold their running averages inside (ema_decay), and their own values again
@@ -310,7 +353,40 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The plan for the gradients that are there now, checked against every address it holds."""
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
-        keys = [
+        keys, plan = self._keys(), self._plan
+        if (
+            plan is not None
+            and plan.keys == keys
+            and not (self._exposed and not plan.holds(self.__dict__["state"]))
+            and plan.fits(params, grads, self._exposed)
+        ):
+            return plan
+        self._plan = None
+        numbers = (k for k, group in enumerate(self.param_groups) for _ in group["params"])
+        places = list(map(Place, params, numbers, range(len(params))))
+        plan = self._make_plan(places, grads, keys)
+        plan.remember(self.__dict__["state"])
+        if not plan.odd:
+            self._plan = plan
+        return plan
+
+    def plan_of(self, place: Place, plan: Plan | None) -> Plan:
+        """A plan for one parameter alone; the one given, where it still holds."""
+        param, states = place.param, self.__dict__["state"]
+        keys, grads = self._keys(), [param.grad]
+        if (
+            plan is None
+            or plan.keys != keys
+            or (self._exposed and not plan.holds({param: states.get(param)}))
+            or not plan.fits([param], grads, self._exposed)
+        ):
+            plan = self._make_plan([place], grads, keys)
+            plan.remember({param: states.get(param)})
+        return plan
+
+    def _keys(self) -> list[Any]:
+        """What the plan of each group hangs on: a GroupKey, as a plain tuple."""
+        return [
             (
                 self.update_of(group),
                 group.get("capturable", False),
@@ -322,24 +398,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
             for group in self.param_groups
         ]
-        plan = self._plan
-        if (
-            plan is not None
-            and plan.keys == keys
-            and not (self._exposed and not plan.holds(self.__dict__["state"]))
-            and plan.fits(params, grads, self._exposed)
-        ):
-            return plan
-        self._plan = None
+
+    def _make_plan(self, places: list[Place], grads: list[Tensor | None], keys: list[Any]) -> Plan:
         for group, key in zip(self.param_groups, keys, strict=True):
             key[0].probe(group)
         with torch.no_grad():
-            plan = build(self, params, grads, [GroupKey(*key) for key in keys])
+            plan = build(self, places, grads, [GroupKey(*key) for key in keys])
             for bucket in plan.buckets:
                 if not bucket.refresh(grads, exposed=False):
                     raise AssertionError("a plan must fit the gradients it was just built for")
-        if not plan.odd:
-            self._plan = plan
         return plan
 
     def _run(self, bucket: Bucket, scale: Scale, coefficients: list[float] | None) -> None:
@@ -349,7 +416,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if bucket.on_device:
             bucket.run_on_device(self.param_groups, scale.grad_scale, scale.found_inf)
         elif not scale.skip():
-            inverse = scale.inverse()
+            bucket.inverse_scale = inverse = scale.inverse()
             factors = [inverse * c for c in coefficients or [1.0] * len(self.param_groups)]
             bucket.run(self.param_groups, factors, self._exposed)
         else:

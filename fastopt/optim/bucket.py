@@ -168,6 +168,8 @@ class Bucket:
         steps: Steps | DeviceSteps,
     ) -> None:
         self.members, self.update, self.launch, self.steps = members, update, launch, steps
+        # What the gradients of the last step were multiplied by to unscale them.
+        self.inverse_scale = 1.0
         self.group_of = np.array([member.group for member in members])
         self._numbers = np.array([member.position for member in members])
         self.groups = sorted({member.group for member in members})

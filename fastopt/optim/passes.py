@@ -12,6 +12,7 @@
                     follows from seed, step, parameter and element; of SGD, which saves no count of
                     its steps, it begins anew when a state is loaded
     state_dtype     how states are stored (`formats`)
+    telemetry       note norms and counts of each parameter (`FusedOptimizer.telemetry`)
 
 Gradients are read, never written. torch.nn.utils.clip_grad_norm_ and clip_grad_value_; averages as
 Polyak & Juditsky 1992.
@@ -46,9 +47,12 @@ DEFAULTS: dict[str, Any] = {
     "param_rounding": "nearest",
     "rounding_seed": 0,
     "state_dtype": None,
+    "telemetry": False,
 }
 # What a checkpoint does not decide: how an optimizer stores, and chance.
 STORAGE = ("param_rounding", "rounding_seed", "state_dtype")
+# Those that change the kernel.
+_AROUND = frozenset({"clip_value", "ema_decay", "param_rounding", "telemetry"})
 ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN, "master": MASTER}
 # What a rounding keeps beside a parameter: a state, and its dtype.
 LOW_BITS = "low_bits"
@@ -114,12 +118,13 @@ def check(group: Mapping[str, Any]) -> None:
 
 def extras_of(group: Mapping[str, Any]) -> Extras:
     """What stands around the rule in a parameter group."""
-    if "clip_value" not in group and "ema_decay" not in group and "param_rounding" not in group:
+    if not _AROUND.intersection(group):
         return NO_EXTRAS
     return Extras(
         group.get("clip_value") is not None,
         group.get("ema_decay") is not None,
         ROUNDINGS[group.get("param_rounding", "nearest")],
+        bool(group.get("telemetry")),
     )
 
 

@@ -48,6 +48,14 @@ class GroupKey(NamedTuple):
         return self.stored[self.update.state_names.index(name)]
 
 
+class Place(NamedTuple):
+    """A parameter, the number of its group, and its number among all parameters."""
+
+    param: Tensor
+    group: int
+    position: int
+
+
 class Odd(NamedTuple):
     """A parameter torch's operators step: sparse, differentiable, or without its own memory."""
 
@@ -95,7 +103,7 @@ class Plan:
 
 def build(
     optimizer: FusedOptimizer,
-    params: list[Tensor],
+    places: list[Place],
     grads: list[Tensor | None],
     keys: list[GroupKey],
 ) -> Plan:
@@ -103,18 +111,14 @@ def build(
 
     Raises before anything is written: nothing of the optimizer or the parameters has changed.
     """
-    plan = Plan(params, keys)
+    plan = Plan([place.param for place in places], keys)
     found: list[tuple[Tensor, Tensor, int, int]] = []
-    position = 0
-    for number, group in enumerate(optimizer.param_groups):
-        for param in group["params"]:
-            grad = grads[position]
-            if grad is None:
-                plan.idle.append(param)
-            else:
-                _check_grad(optimizer, param, grad, group)
-                found.append((param, grad, number, position))
-            position += 1
+    for (param, number, position), grad in zip(places, grads, strict=True):
+        if grad is None:
+            plan.idle.append(param)
+        else:
+            _check_grad(optimizer, param, grad, optimizer.param_groups[number])
+            found.append((param, grad, number, position))
 
     dense = []
     for param, grad, number, position in found:
@@ -144,7 +148,6 @@ def build(
             for p, g, number, position in dense
         ]
         plan.buckets = _make_buckets(optimizer, members, keys)
-        plan.remember(optimizer.__dict__["state"])
     except BaseException:
         for state, was in reversed(before):
             state.clear()

@@ -34,12 +34,14 @@ class Extras(NamedTuple):
     """What stands around a rule.
 
     Clipping and averaging take one scalar each, after those of the rule, in this order. An average
-    is one more stream after the states, and what a rounding keeps another one after that.
+    is one more stream after the states, and what a rounding keeps another one after that. A launch
+    that is watched notes of each chunk what SEEN names.
     """
 
     clipped: bool = False
     averaged: bool = False
     rounding: int = NEAREST
+    watched: bool = False
 
     @property
     def n_scalars(self) -> int:
@@ -48,6 +50,10 @@ class Extras(NamedTuple):
 
 
 NO_EXTRAS = Extras()
+
+# Of a chunk: sum g^2, sum p'^2, sum (p' - p)^2; elements of g that are infinite or NaN; elements
+# that are stored as they were though p' is not p, or g is not 0.
+SEEN = ("grad", "param", "update", "nonfinite", "lost")
 
 
 def chunk_table(numels: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:

@@ -26,13 +26,14 @@ from fastopt_kernels.chunks import (
     KAHAN,
     MASTER,
     NO_EXTRAS,
+    SEEN,
     STOCHASTIC,
     Extras,
     chunk_table,
     n_codes,
 )
 from fastopt_kernels.cpu import cache as disk
-from fastopt_kernels.cpu import eightbit, memory, rounding
+from fastopt_kernels.cpu import eightbit, memory, rounding, telemetry
 from fastopt_kernels.cpu import xp as cpu_xp
 from fastopt_kernels.cpu.measure import Measured, measure
 from fastopt_kernels.cpu.threads import run_parallel, worth_it
@@ -44,12 +45,13 @@ from fastopt_kernels.xp import rebind, uncompilable
 CHUNK = ((262_144, 2048), (1 << 62, 16384))
 
 
-def _make_around(rule, extras, tag):
+def _make_around(rule, kinds, extras, tag):
     """around(x, row, i, key): the rule on element i of every stream, with the extras; they are the
-    last streams, and the last of the scalars."""
+    last streams, and the last of the scalars. Gives what is stored, and what is seen of it."""
     update = njit(disk.named(rebind(rule, cpu_xp), tag), **cpu_xp.JIT)
-    clipped, averaged, rounded = extras
+    clipped, averaged, rounded, watched = extras
     by_chance, kahan, master = (rounded == k for k in (STOCHASTIC, KAHAN, MASTER))
+    rounded_param, rounded_kept = map(memory.make_rounded, (kinds[0], "bf16"))
 
     def around(x, row, i, key):
         p, g, states, scalars = x[0], row[0] * x[1], x[2:], row[1:]
@@ -57,6 +59,7 @@ def _make_around(rule, extras, tag):
             p, states = p + states[-1], states[:-1]
         if master:
             p, states = rounding.join(p, states[-1]), states[:-1]
+        before = p
         if averaged:
             average, states = states[-1], states[:-1]
             weight, scalars = scalars[-1], scalars[:-1]
@@ -68,15 +71,21 @@ def _make_around(rule, extras, tag):
         p, new = new[0], new[1:]
         if averaged:
             new = new + (cpu_xp.lerp(average, p, weight),)  # noqa: RUF005 (Numba)
+        exact = after = p
         if by_chance:
-            return (rounding.stochastic(p, i, key),) + new  # noqa: RUF005
-        if kahan:
-            high = rounding.upper(p)
-            return (high,) + new + (rounding.rest(p, high),)  # noqa: RUF005
-        if master:
-            high = rounding.upper(p)
-            return (high,) + new + (rounding.lower(p, high),)  # noqa: RUF005
-        return (p,) + new  # noqa: RUF005
+            p = after = rounding.stochastic(p, i, key)
+        elif kahan:
+            p = rounding.upper(after)
+            left = rounding.rest(after, p)
+            new, after = new + (left,), p + rounded_kept(left)  # noqa: RUF005
+        elif master:
+            p = rounding.upper(after)
+            new = new + (rounding.lower(after, p),)  # noqa: RUF005
+        elif watched:
+            after = rounded_param(after)
+        if watched:
+            return ((p,) + new, telemetry.see(x[1], before, exact, after))  # noqa: RUF005
+        return ((p,) + new, ())  # noqa: RUF005
 
     return njit(disk.named(around, tag), **cpu_xp.JIT)
 
@@ -86,40 +95,47 @@ def _make_chunk(rule, kinds, n_scalars, extras, tag):
     compute = memory.compute_type(kinds[0])
     # A parameter that is rounded here need not be rounded again.
     stored = ("top16", *kinds[1:]) if extras.rounding else kinds
-    around = _make_around(rule, extras, tag)
+    around = _make_around(rule, kinds, extras, tag)
     coded = n_codes(kinds)
     update = (
-        _make_blocks(around, kinds[:-coded], stored[:-coded], tag)
+        _make_blocks(around, kinds[:-coded], stored[:-coded], extras, tag)
         if coded
-        else _make_loop(around, kinds, stored, compute, tag)
+        else _make_loop(around, kinds, stored, extras, tag)
     )
     int64_triple = memory.make_row(types.int64, 3)
     int64_row = memory.make_row(types.int64, len(kinds))
     int64_single = memory.make_row(types.int64, 1)
     scalar_row = memory.make_row(compute, n_scalars)
 
-    def update_chunk(tensors, chunks, index, scalars, keys, c):
+    nothing, _, write = telemetry.make_sums(extras.watched)
+
+    def update_chunk(tensors, chunks, index, scalars, keys, seen, c):
         tensor, first, last = int64_triple(chunks, c)
         addresses = int64_row(tensors, tensor)
         row = scalar_row(scalars, int64_single(index, tensor)[0])
         key = rounding.key_of_chunk(int64_single(keys, tensor)[0], first)
-        update(addresses, row, key, first, last)
+        write(seen, c, update(addresses, row, key, first, last, nothing))
 
     return njit(disk.named(update_chunk, tag), **cpu_xp.JIT)
 
 
-def _make_loop(around, kinds, stored, compute, tag):
-    """update(addresses, row, key, first, last): element by element."""
+def _make_loop(around, kinds, stored, extras, tag):
+    """update(addresses, row, key, first, last, sums): element by element; sums of what is seen."""
+    compute = memory.compute_type(kinds[0])
     load, store = memory.make_load(kinds, compute), memory.make_store(stored, compute)
+    _, add_all, _ = telemetry.make_sums(extras.watched)
 
-    def loop(addresses, row, key, first, last):
+    def loop(addresses, row, key, first, last, sums):
         for i in range(first, last):
-            store(addresses, i, around(load(addresses, i), row, i, key))
+            new, seen = around(load(addresses, i), row, i, key)
+            store(addresses, i, new)
+            sums = add_all(sums, seen)
+        return sums
 
     return njit(disk.named(loop, tag), **cpu_xp.JIT)
 
 
-def _make_blocks(around, kinds, stored, tag):
+def _make_blocks(around, kinds, stored, extras, tag):
     """The same, block by block: 8-bit states go to scratch until the largest of a block is known.
 
     kinds, stored: without the scales, which are the last of the addresses
@@ -139,9 +155,10 @@ def _make_blocks(around, kinds, stored, tag):
     )
     coded = tuple(kinds[k] for k in where)
     settle, encode = eightbit.make_settle(coded), eightbit.make_encode(coded, tuple(where))
+    _, add_all, _ = telemetry.make_sums(extras.watched)
     make_room, nothing = eightbit.make_scratch(n), (np.int32(0),) * n
 
-    def blocks(addresses, row, key, first, last):
+    def blocks(addresses, row, key, first, last, sums):
         own, scales = addresses[:n_own], addresses[n_own:]
         codes, scratch, seed = pick(own), make_room(), np.uint32(key)
         for start in range(first, last, BLOCK_8BIT):
@@ -149,12 +166,14 @@ def _make_blocks(around, kinds, stored, tag):
             block, spare = start // BLOCK_8BIT, scratch - 4 * start
             unit, to, largest = units(scales, block), targets(own, spare), nothing
             for i in range(start, end):
-                new = around(decode(load(own, i), unit), row, i, key)
+                new, seen = around(decode(load(own, i), unit), row, i, key)
                 store(to, i, new)
+                sums = add_all(sums, seen)
                 largest = grow(largest, new)
             inverses = settle(scales, spare, largest, block, start, end)
             for i in range(start, end):
                 encode(codes, spare, inverses, i, eightbit.draw(i, seed))
+        return sums
 
     return njit(disk.named(blocks, tag), **cpu_xp.JIT)
 
@@ -163,11 +182,11 @@ def _make_kernel(rule, kinds, n_scalars, extras, parallel, tag):
     update_chunk = _make_chunk(rule, kinds, n_scalars, extras, tag)
     chunk_range = prange if parallel else range
 
-    def kernel(tensors, chunks, index, scalars, keys, n_chunks):
+    def kernel(tensors, chunks, index, scalars, keys, seen, n_chunks):
         for c in chunk_range(n_chunks):
-            update_chunk(tensors, chunks, index, scalars, keys, c)
+            update_chunk(tensors, chunks, index, scalars, keys, seen, c)
 
-    signature = types.void(*[types.int64] * 6)
+    signature = types.void(*[types.int64] * 7)
     jitted = njit(signature, parallel=parallel, **cpu_xp.JIT)(disk.named(kernel, tag))
     return next(iter(jitted.overloads.values()))
 
@@ -238,8 +257,9 @@ class Launch:
             chunks = np.ascontiguousarray(chunks[active[chunks[:, 0]]])
         self.chunks = chunks
         tensors, index = self._addresses
+        self._seen = np.zeros((len(chunks) if self.extras.watched else 0, len(SEEN)))
         where = (tensors, chunks.ctypes.data, index, self._scalars_address, self.keys.ctypes.data)
-        self._args = (*where, len(chunks))
+        self._args = (*where, self._seen.ctypes.data, len(chunks))
         self.n_elements = int((chunks[:, 2] - chunks[:, 1]).sum())
 
     def prepare(self, n_threads: int) -> None:
@@ -260,6 +280,12 @@ class Launch:
     def measure(self, maximum: bool) -> Measured:
         """sum g^2 or max |g| of every selected tensor's gradient, and its non-finite elements."""
         return measure(self, maximum)
+
+    def seen(self) -> np.ndarray:
+        """(n, len(SEEN)) float64: what the last run saw of each tensor, in order of its chunks."""
+        found = np.zeros((len(self.tensors), len(SEEN)))
+        np.add.at(found, self.chunks[:, 0], self._seen)
+        return found
 
     def _entry(self, n_threads: int) -> tuple[Any, bool]:
         parallel = worth_it(n_threads, self.n_elements)

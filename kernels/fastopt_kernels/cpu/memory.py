@@ -230,6 +230,24 @@ def make_storer(kind: str, compute: types.Float, own_nan: bool = False, stream: 
     return store
 
 
+def make_rounded(kind: str):
+    """rounded(x): x as it comes back when it has been stored as this kind."""
+
+    @intrinsic
+    def rounded(typingctx, x):
+        def codegen(context, builder, signature, args):
+            if kind == "bf16":
+                return _widen(builder, kind, _bf16_bits(builder, args[0], False), types.float32)
+            if kind == "fp16":
+                narrow = builder.fptrunc(args[0], ir.HalfType())
+                return _widen(builder, kind, narrow, types.float32)
+            return args[0]
+
+        return x(x), codegen
+
+    return rounded
+
+
 def make_code_storer(stream: int):
     """store(address, i, q): the low 8 bits of an int32."""
 

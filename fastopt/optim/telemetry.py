@@ -1,0 +1,135 @@
+"""What the last step saw of each parameter, gathered as it passed over them (telemetry=True)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from fastopt.optim.bucket import Bucket
+
+if TYPE_CHECKING:
+    from fastopt.optim.base import FusedOptimizer
+
+# A layer's gradient is flagged where its root mean square is this many times from the median
+# layer's: float32 holds seven digits, so beyond three it begins to matter which of two are added.
+FAR = 1e3
+
+
+@dataclass(frozen=True)
+class ParameterTelemetry:
+    """One parameter in the last step.
+
+    grad_norm: of the gradient, unscaled, before it was clipped; param_norm: after the step;
+    update_norm: of what the rule changed, before it was rounded; nonfinite: elements of the
+    gradient that are infinite or NaN; lost: the share of elements that are stored as they were
+    though the rule changed them or their gradient was not 0; numel: elements
+    """
+
+    grad_norm: float
+    param_norm: float
+    update_norm: float
+    nonfinite: int
+    lost: float
+    numel: int
+
+    @property
+    def ratio(self) -> float:
+        """update_norm / param_norm: about 1e-3 is common; NaN for a parameter of zeros."""
+        return self.update_norm / self.param_norm if self.param_norm else math.nan
+
+
+class Telemetry(Mapping[str, ParameterTelemetry]):
+    """The parameters of the last step by name; str() makes a table."""
+
+    def __init__(self, rows: dict[str, ParameterTelemetry]) -> None:
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> ParameterTelemetry:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Layers (names up to the last dot) whose gradient is "vanishing" or "exploding": FAR times
+        below or above the median layer's root mean square, all zero, or not finite."""
+        squares: dict[str, float] = defaultdict(float)
+        counts: dict[str, int] = defaultdict(int)
+        nonfinite: dict[str, int] = defaultdict(int)
+        for name, row in self._rows.items():
+            layer = name.rpartition(".")[0] or name
+            squares[layer] += row.grad_norm**2
+            counts[layer] += row.numel
+            nonfinite[layer] += row.nonfinite
+        rms = {layer: math.sqrt(squares[layer] / counts[layer]) for layer in counts}
+        finite = [x for x in rms.values() if 0.0 < x < math.inf]
+        middle = float(np.median(finite)) if finite else 0.0
+        flags = {}
+        for layer, x in rms.items():
+            if nonfinite[layer] or not x <= FAR * middle:
+                flags[layer] = "exploding"
+            elif x * FAR < middle or x == 0.0:
+                flags[layer] = "vanishing"
+        return flags
+
+    def __str__(self) -> str:
+        head = ("parameter", "grad norm", "param norm", "update norm", "ratio", "nonfinite", "lost")
+        flags, lines = self.flags, []
+        for name, row in self._rows.items():
+            norms = (row.grad_norm, row.param_norm, row.update_norm, row.ratio)
+            numbers = (*(f"{x:.3g}" for x in norms), str(row.nonfinite), f"{row.lost:.1%}")
+            lines.append((name, *numbers, flags.get(name.rpartition(".")[0] or name, "")))
+        widths = [max(map(len, column)) for column in zip((*head, ""), *lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if k == 0 else cell.rjust(width)
+                for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in ((*head, ""), *lines)
+        )
+
+
+def collect(
+    optimizer: FusedOptimizer,
+    buckets: Iterable[Bucket],
+    named: Iterable[tuple[str, Tensor]] | None,
+) -> Telemetry:
+    """Read what launches have left."""
+    names = _names(optimizer, named)
+    rows: dict[str, ParameterTelemetry] = {}
+    for bucket in buckets:
+        if not bucket.launch.extras.watched:
+            continue
+        unscale = abs(bucket.inverse_scale)
+        active = bucket.active if bucket.active is not None else repeat(True)
+        for member, seen, here in zip(bucket.members, bucket.launch.seen(), active, strict=False):
+            if not here:
+                continue
+            n, (g, p, d) = member.target.numel(), map(math.sqrt, seen[:3])
+            rows[names[member.param]] = ParameterTelemetry(
+                unscale * g, p, d, int(seen[3]), float(seen[4]) / max(n, 1), n
+            )
+    order = [name for name in names.values() if name in rows]
+    return Telemetry({name: rows[name] for name in order})
+
+
+def _names(
+    optimizer: FusedOptimizer, named: Iterable[tuple[str, Tensor]] | None
+) -> dict[Tensor, str]:
+    given = {param: name for name, param in named} if named is not None else {}
+    names: dict[Tensor, str] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        known = group.get("param_names") or [f"{number}.{k}" for k in range(len(group["params"]))]
+        names.update(zip(group["params"], known, strict=True))
+    return {param: given.get(param, name) for param, name in names.items()}

@@ -1,0 +1,149 @@
+"""What a step tells of each parameter, against the same in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastopt
+from tests.optim.pairs import give_grads, make_params
+
+SHAPES = ((517,), (7, 41), (40_000,), ())
+
+
+def expected(before: torch.Tensor, after: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
+    update = after.double() - before.double()
+    return {
+        "grad_norm": float(grad.double().norm()),
+        "param_norm": float(after.double().norm()),
+        "update_norm": float(update.norm()),
+    }
+
+
+def wrong(seen: Any, right: dict[str, float], tolerance: float) -> list[str]:
+    """The numbers that are off."""
+    return [k for k, x in right.items() if getattr(seen, k) != pytest.approx(x, rel=tolerance)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("AdamW", {}),
+        ("SGD", {"momentum": 0.9}),
+        ("RMSprop", {}),
+        ("AdamW", {"state_dtype": "8bit"}),
+        ("AdamW", {"max_grad_norm": 0.1, "ema_decay": 0.9}),
+    ],
+)
+def test_norms_are_those_of_the_step(name: str, options: dict[str, Any]) -> None:
+    params = make_params(SHAPES)
+    optimizer = getattr(fastopt.optim, name)(params, lr=0.05, telemetry=True, **options)
+    for step in range(2):
+        give_grads(params, step)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+    seen = optimizer.telemetry()
+    assert list(seen) == [f"0.{k}" for k in range(len(params))]
+    for row, param, start in zip(seen.values(), params, before, strict=True):
+        assert param.grad is not None
+        right = expected(start, param.detach(), param.grad)
+        assert wrong(row, right, 1e-5) == []
+        assert wrong(row, right | {"update_norm": 2 * right["update_norm"]}, 1e-5) == [
+            "update_norm"
+        ]
+        assert row.ratio == pytest.approx(right["update_norm"] / right["param_norm"], rel=1e-5)
+        assert (row.nonfinite, row.lost, row.numel) == (0, 0.0, param.numel())
+
+
+def test_watching_changes_nothing() -> None:
+    params, others = make_params(SHAPES), make_params(SHAPES)
+    for owned, options in ((params, {"telemetry": True}), (others, {})):
+        optimizer = fastopt.optim.AdamW(owned, lr=0.05, **options)
+        for step in range(3):
+            give_grads(owned, step)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("how", "lost"), [("nearest", 1.0), ("kahan", 0.0), ("master", 0.0), ("stochastic", 0.875)]
+)
+def test_the_share_of_updates_lost_to_rounding(how: str, lost: float) -> None:
+    param = torch.nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
+    optimizer = fastopt.optim.SGD([param], lr=2.0**-11, telemetry=True, param_rounding=how)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    # A step of an eighth of the spacing below 1.
+    row = optimizer.telemetry()["0.0"]
+    assert row.lost == pytest.approx(lost, abs=0.03)
+    assert row.update_norm == pytest.approx(2.0**-11 * 4000**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_squares_neither_underflow_nor_overflow(scale: float) -> None:
+    param = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = fastopt.optim.AdamW([param], telemetry=True)
+    param.grad = torch.full_like(param, scale)
+    optimizer.step()
+    assert optimizer.telemetry()["0.0"].grad_norm == pytest.approx(scale * 1000**0.5, rel=1e-5)
+
+
+def test_names_flags_and_the_table() -> None:
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(20, 20) for name in ("first", "second", "third", "fourth", "fifth")}
+    )
+    optimizer = fastopt.optim.AdamW(list(model.named_parameters()), telemetry=True)
+    factors = {"first": 1e-6, "second": 1.0, "third": 1e7, "fourth": 1.0, "fifth": 1.0}
+    torch.manual_seed(0)
+    for name, param in model.named_parameters():
+        param.grad = torch.randn_like(param) * factors[name.partition(".")[0]]
+    assert model["fifth"].weight.grad is not None
+    model["fifth"].weight.grad[0, :2] = torch.tensor([float("nan"), float("inf")])
+    optimizer.step()
+    seen = optimizer.telemetry()
+    assert list(seen) == [name for name, _ in model.named_parameters()]
+    assert seen.flags == {"first": "vanishing", "third": "exploding", "fifth": "exploding"}
+    assert seen["fifth.weight"].nonfinite == 2
+    lines = str(seen).splitlines()
+    assert len(lines) == 1 + len(seen)
+    assert lines[1].startswith("first.weight")
+    assert lines[1].endswith("vanishing")
+
+
+def test_only_parameters_of_the_step_are_told_of() -> None:
+    params = make_params(SHAPES)
+    optimizer = fastopt.optim.AdamW(params, telemetry=True)
+    give_grads(params, 0)
+    optimizer.step()
+    give_grads(params, 1, missing=(1,))
+    optimizer.step()
+    named = dict(zip("abcd", params, strict=True))
+    seen = optimizer.telemetry(named.items())
+    assert list(seen) == ["a", "c", "d"]
+    for name, row in seen.items():
+        assert named[name].grad is not None
+        assert row.grad_norm == pytest.approx(float(named[name].grad.norm()), rel=1e-5)
+
+
+def test_scaled_gradients_are_told_of_unscaled() -> None:
+    (param,) = make_params(((300,),))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    optimizer = fastopt.optim.AdamW([param], telemetry=True, fused=True)
+    give_grads([param], 0)
+    assert param.grad is not None
+    norm = float(param.grad.norm())
+    param.grad *= 1024.0
+    scaler.step(optimizer)
+    assert optimizer.telemetry()["0.0"].grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_without_the_option_there_is_nothing_to_tell() -> None:
+    params = make_params(SHAPES)
+    optimizer = fastopt.optim.AdamW(params)
+    give_grads(params, 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="telemetry=True"):
+        optimizer.telemetry()
