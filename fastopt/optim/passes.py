@@ -132,10 +132,17 @@ def state_names(own: tuple[str, ...], extras: Extras) -> tuple[str, ...]:
     return (*own, KEPT[extras.rounding][0]) if extras.rounding in KEPT else own
 
 
+def bases_of(seed: int, positions: np.ndarray[Any, Any]) -> Any:
+    """(n,) int64: 64 bits of a seed and a parameter's position."""
+    with np.errstate(over="ignore"):
+        x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)
+        return x.view(np.int64)
+
+
 def keys_of(seed: int, steps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> Any:
     """(n,) int64: 32 bits of a seed, a step and a parameter's position, by splitmix64."""
     with np.errstate(over="ignore"):
-        x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)
+        x = bases_of(seed, positions).view(np.uint64)
         x = x * np.uint64(0xBF58476D1CE4E5B9) + steps.astype(np.uint64)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -151,6 +158,12 @@ def extra_scalars(group: Mapping[str, Any], extras: Extras, step: float) -> list
             decay = min(decay, (1.0 + step) / (10.0 + step))
         scalars.append(1.0 - decay)
     return scalars
+
+
+def extra_hypers(group: Mapping[str, Any], extras: Extras) -> list[Any]:
+    """What those scalars are computed from, where the step is counted on a device."""
+    hypers = [group["clip_value"]] if extras.clipped else []
+    return [*hypers, group["ema_decay"], group.get("ema_warmup", 0)] if extras.averaged else hypers
 
 
 def measures(groups: Sequence[Mapping[str, Any]]) -> bool:
