@@ -174,6 +174,28 @@ def measures(groups: Sequence[Mapping[str, Any]]) -> bool:
     return False
 
 
+def maximum_of(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the norm of these groups is the largest |g|, not sqrt(sum g^2).
+
+    Raises ValueError where they do not agree.
+    """
+    kinds = {float(group.get("norm_type", 2.0)) for group in groups}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Invalid norm_type: {sorted(kinds)} in one optimizer (one norm is over all of its "
+            "parameters: give all groups the same)"
+        )
+    return kinds == {math.inf}
+
+
+def one_limit(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one coefficient serves all groups, without reading limits that are on a device."""
+    limits = [group.get("max_grad_norm") for group in groups]
+    return len({id(x) if isinstance(x, Tensor) else x for x in limits}) == 1 and (
+        len(groups) == 1 or not any(group.get(ALONE) for group in groups)
+    )
+
+
 @dataclass(frozen=True)
 class LastStep:
     """What the last step that looked at its gradients found.
@@ -194,13 +216,7 @@ class Verdict:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self._groups, self._inverse_scale, self._skip = groups, 1.0, False
-        kinds = {float(group.get("norm_type", 2.0)) for group in groups}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"Invalid norm_type: {sorted(kinds)} in one optimizer (one norm is over all of its "
-                "parameters: give all groups the same)"
-            )
-        self.maximum = groups[0].get("norm_type", 2.0) == math.inf
+        self.maximum = maximum_of(groups)
         self._parts = np.zeros(len(groups))
         self.nonfinite = 0.0
 
@@ -244,8 +260,7 @@ class Verdict:
 
     def report(self) -> LastStep:
         """The same as tensors."""
-        same = len(set(self.coefficients)) == 1 or not any(map(math.isfinite, self.coefficients))
-        coefficients = self.coefficients[0] if same else self.coefficients
+        coefficients = self.coefficients[0] if one_limit(self._groups) else self.coefficients
         return LastStep(
             torch.tensor(self._norm(self._parts), dtype=torch.float32),
             torch.tensor(coefficients, dtype=torch.float32),

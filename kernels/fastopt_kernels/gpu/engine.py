@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -189,16 +189,6 @@ def compiled_rule(rule: Callable[..., Any]) -> Any:
     return triton.jit(function)
 
 
-class Judged(NamedTuple):
-    """What a look at the gradients (`measure`) says to a launch.
-
-    owners: (n,) int64, the parameter group of each tensor
-    """
-
-    verdict: Verdict
-    owners: np.ndarray
-
-
 class Launch:
     """The tables of one launch; the caller keeps `tensors` filled with live addresses.
 
@@ -206,6 +196,7 @@ class Launch:
     index:   (n,) int64, the row of scalars each tensor takes
     scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
     keys:    (n,) int64, what chance depends on beside the element (stochastic rounding)
+    owners:  (n,) int64, the parameter group of each tensor; read where a verdict is given
     """
 
     def __init__(
@@ -220,7 +211,7 @@ class Launch:
         n = len(numels)
         self.rule, self.kinds, self.n_scalars, self.device = rule, kinds, n_scalars, device
         self.extras = extras
-        self.keys = np.zeros(n, dtype=np.int64)
+        self.keys, self.owners = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
         self.scalars = np.zeros((n, n_scalars), dtype=np.float64 if self._wide else np.float32)
@@ -246,17 +237,17 @@ class Launch:
         """(chunks, 3) int64, of the selected tensors."""
         return self._tables.lasting
 
-    def run(self, n_threads: int, judged: Judged | None = None) -> None:
+    def run(self, n_threads: int, verdict: Verdict | None = None) -> None:
         """Update every selected tensor, with the scalars the host has filled in."""
         if len(self.chunks):
             with self._on_device():
                 arrays = [self.tensors, self.index, self.scalars]
                 if self.extras.rounding == STOCHASTIC:
                     arrays.append(self.keys)
-                if judged is not None:
-                    arrays.append(judged.owners)
+                if verdict is not None:
+                    arrays.append(self.owners)
                 tables, chunks = self._tables.send(arrays)
-                factors = judged and (judged.verdict.factors(self._wide), tables.pop())
+                factors = verdict and (verdict.factors(self._wide), tables.pop())
                 self._update(*tables[:3], chunks, None, *tables[3:], factors=factors)
 
     def run_on_device(
@@ -267,7 +258,7 @@ class Launch:
         hypers: Sequence[Sequence[Any]],
         grad_scale: torch.Tensor | None = None,
         found_inf: torch.Tensor | None = None,
-        judged: Judged | None = None,
+        verdict: Verdict | None = None,
         bases: np.ndarray | None = None,
     ) -> None:
         """Count the steps and compute the scalars on the device, then update.
@@ -276,17 +267,17 @@ class Launch:
         groups:  (n,) int64 row of `hypers`
         hypers:  for each group the gradient's sign, the hyper-parameters and those of the extras
                  (a limit; a decay, and how long it is warmed up), tensors or floats
-        judged:  in place of grad_scale and found_inf
+        verdict: in place of grad_scale and found_inf
         bases:   (n,) int64, what chance depends on beside the step and the element
         """
         known = [[_host_value(x) for x in row] for row in hypers]
         everyone = np.arange(len(self.index), dtype=np.int64)
         arrays = [self.tensors, everyone, numbers, groups, np.asarray(known, dtype=np.float64)]
-        places = [x for x in (judged and judged.owners, bases) if x is not None]
+        places = [x for x in (verdict and self.owners, bases) if x is not None]
         with self._on_device():
             tables, chunks = self._tables.send([*arrays, *places])
             tensors, index, number_table, group_table, hyper_table = tables[:5]
-            owners = None if judged is None else tables[5]
+            owners = None if verdict is None else tables[5]
             for row, values in enumerate(hypers):
                 for column, value in enumerate(values):
                     if isinstance(value, torch.Tensor) and value.device.type != "cpu":
@@ -295,8 +286,8 @@ class Launch:
                 grad_scale = grad_scale.to(self.device, non_blocking=True)
             if found_inf is not None:
                 found_inf = found_inf.to(self.device, non_blocking=True)
-            if judged is not None and judged.verdict.skips:
-                found_inf = judged.verdict.skip
+            if verdict is not None and verdict.skips:
+                found_inf = verdict.skip
             dtype = torch.float64 if self._wide else torch.float32
             table = torch.empty(self.scalars.shape, dtype=dtype, device=self.device)
             keys = None if bases is None else torch.empty_like(tables[-1])
@@ -306,7 +297,7 @@ class Launch:
                 hyper_table,
                 grad_scale,
                 found_inf,
-                judged and judged.verdict.factors(True),
+                verdict and verdict.factors(True),
                 owners,
                 None if bases is None else tables[-1],
                 table,
@@ -318,7 +309,7 @@ class Launch:
                 N_SCALARS=self.n_scalars,
                 HAS_SCALE=grad_scale is not None,
                 HAS_SKIP=found_inf is not None,
-                HAS_FACTORS=judged is not None,
+                HAS_FACTORS=verdict is not None,
                 EXTRAS=tuple(map(int, self.extras)),
                 BLOCK=SCALARS_BLOCK,
                 num_warps=THREADS // _warp_size(),

@@ -230,15 +230,10 @@ class Verdict:
 
 
 class Look:
-    """All launches of one device, whose gradients are measured together.
+    """All launches of one device, whose gradients are measured together."""
 
-    groups_of: for each launch (n,) int64, the parameter group of each of its tensors
-    """
-
-    def __init__(
-        self, device: torch.device, launches: Sequence[engine.Launch], groups_of: Sequence[np.ndarray]
-    ) -> None:
-        self.device, self.launches, self.groups_of = device, launches, groups_of
+    def __init__(self, device: torch.device, launches: Sequence[engine.Launch]) -> None:
+        self.device, self.launches = device, launches
         self._tables = Tables(device, np.zeros(0, dtype=np.int64))
         # What the spans were made for: the chunks of each launch, and the families.
         self._made_for: tuple[list[np.ndarray], np.ndarray] | None = None
@@ -254,8 +249,8 @@ class Look:
                 return
         length = max(1, -(-sum(map(len, chunks)) // PROGRAMS))
         spans, owners = [], []
-        for table, groups in zip(chunks, self.groups_of, strict=True):
-            owner = families[groups[table[:, 0]]]
+        for table, launch in zip(chunks, self.launches, strict=True):
+            owner = families[launch.owners[table[:, 0]]]
             change = np.flatnonzero(np.diff(owner, prepend=-1))
             run = np.cumsum(np.diff(owner, prepend=-1) != 0) - 1
             within = np.arange(len(owner)) - change[run]
