@@ -8,8 +8,8 @@ of its arguments: only the last call, into the driver, is left out. A kernel fai
 - a spill, a stack frame or local memory;
 - fewer 128-bit loads or stores than its streams need, each loaded and written once;
 - float64 arithmetic in an update of anything but float64 parameters (the scalars' kernel computes
-  in float64, and there float32 arithmetic fails);
-- an approximate or denormal-flushing instruction in an update.
+  in float64, and there float32 arithmetic fails; the one that measures gradients adds in float64);
+- an approximate or denormal-flushing instruction in an update, or where gradients are measured.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 import fastopt.optim
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras
-from fastopt_kernels.gpu import engine
+from fastopt_kernels.gpu import engine, measure
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -122,17 +122,17 @@ def driving(target: str, warp_size: Any) -> Iterator[None]:
 @contextmanager
 def compiling(target: str) -> Iterator[dict[str, list[Any]]]:
     """Launches inside compile for a target and run nothing; yields the compiled kernels."""
-    names = ("update_kernel", "scalars_kernel")
-    kept = {name: getattr(engine, name) for name in names}
+    places = {"update_kernel": engine, "scalars_kernel": engine, "measure_kernel": measure}
+    kept = {name: getattr(module, name) for name, module in places.items()}
     recorders = {name: _Recorder(kernel) for name, kernel in kept.items()}
     try:
         for name, recorder in recorders.items():
-            setattr(engine, name, recorder)
+            setattr(places[name], name, recorder)
         with driving(target, engine._warp_size):
             yield {name: recorder.compiled for name, recorder in recorders.items()}
     finally:
         for name, kernel in kept.items():
-            setattr(engine, name, kernel)
+            setattr(places[name], name, kernel)
 
 
 @dataclass
@@ -244,6 +244,19 @@ def scalars_faults(kernel: Any) -> tuple[Read, list[str]]:
     return found, faults
 
 
+def measure_faults(kernel: Any, kind: str) -> tuple[Read, list[str]]:
+    """What keeps a kernel that measures gradients from passing."""
+    found = read(kernel)
+    faults = []
+    if found.spilled:
+        faults.append(f"spills: {found.spilled} (stack, local memory, instructions)")
+    if found.loads < measure.UNROLL[kind]:
+        faults.append(f"{found.loads} loads of 128 bits, {measure.UNROLL[kind]} needed")
+    if found.approximate:
+        faults.append(f"approximate: {' '.join(found.approximate)}")
+    return found, faults
+
+
 # With all extras around the update.
 ROUNDINGS = {0: "extras", STOCHASTIC: "by chance", KAHAN: "kahan", MASTER: "master"}
 
@@ -282,19 +295,53 @@ def check_update(
 
 
 def check_scalars(
-    update: Update, kinds: tuple[str, str, str], target: str, scaled: bool = True
+    update: Update,
+    kinds: tuple[str, str, str],
+    target: str,
+    scaled: bool = True,
+    extras: Extras = NO_EXTRAS,
 ) -> tuple[Read, list[str]]:
     """Compile the kernel that counts the steps; scaled: with GradScaler's scale and found_inf."""
     with compiling(target) as compiled:
-        _run_on_device(launch_of(update, kinds, update.rule), update, scaled)
+        _run_on_device(launch_of(update, kinds, update.rule, extras), update, scaled)
         return scalars_faults(compiled["scalars_kernel"][0])
 
 
-def _run_on_device(launch: engine.Launch, update: Update, scaled: bool) -> None:
+def check_clipped(
+    update: Update,
+    kinds: tuple[str, str, str],
+    target: str,
+    maximum: bool = False,
+    extras: Extras = NO_EXTRAS,
+) -> list[tuple[Read, list[str]]]:
+    """Compile a step that is clipped by norm under GradScaler: measure, count and update."""
+    with compiling(target) as compiled:
+        launch = launch_of(update, kinds, update.rule, extras)
+        one = torch.ones(1)
+        look = measure.Look(CPU, [launch])
+        verdict = look.run(np.zeros(1, dtype=np.int64), [1.0], maximum, True, one, one)
+        _run_on_device(launch, update, False, verdict)
+        launch.run(1, verdict)
+        measuring, scalars, (skipping, clipped) = (
+            compiled[name] for name in ("measure_kernel", "scalars_kernel", "update_kernel")
+        )
+        return [
+            measure_faults(measuring[0], kinds[1]),
+            scalars_faults(scalars[0]),
+            update_faults(skipping, launch.kinds),
+            update_faults(clipped, launch.kinds),
+        ]
+
+
+def _run_on_device(
+    launch: engine.Launch, update: Update, scaled: bool, verdict: measure.Verdict | None = None
+) -> None:
     one = torch.ones(1) if scaled else None
     numbers = np.zeros((1, 1 + len(update.carried)), dtype=np.int64)
-    row = [1.0] * (1 + len(update.hyper_names))
-    launch.run_on_device(update.scalars, numbers, np.zeros(1, dtype=np.int64), [row], one, one)
+    groups = np.zeros(1, dtype=np.int64)
+    row = [1.0] * (1 + len(update.hyper_names) + launch.extras.n_hypers)
+    bases = groups if launch.extras.rounding == STOCHASTIC else None
+    launch.run_on_device(update.scalars, numbers, groups, [row], one, one, verdict, bases)
 
 
 def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -320,6 +367,19 @@ def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]
             flag = "amp" if scaled else ""
             label = f"{target:7} {update.scalars.__name__:26} {kinds[0]:15} {flag}"
             yield label, lambda u=update, k=kinds, t=target, s=scaled: check_scalars(u, k, t, s)
+    adam = updates()["adam"]
+    for target, kinds, maximum in itertools.product(targets, KINDS, (False, True)):
+        norm = "largest" if maximum else "norm"
+        for k, part in enumerate(("measure", "scalars", "skipped", "clipped")):
+            label = f"{target:7} {'adam ' + norm + ' ' + part:26} {'-'.join(kinds):15}"
+            yield (
+                label,
+                lambda c=kinds, t=target, m=maximum, k=k: check_clipped(adam, c, t, m)[k],
+            )
+    for target, rounding in itertools.product(targets, (0, STOCHASTIC)):
+        extras = Extras(clipped=True, averaged=True, rounding=rounding)
+        label = f"{target:7} {'adam_scalars':26} {'bf16':15} {ROUNDINGS[rounding]}"
+        yield label, lambda t=target, e=extras: check_scalars(adam, KINDS[1], t, extras=e)
 
 
 def main() -> int:

@@ -27,13 +27,14 @@ from fastopt_kernels.gpu import engine, memory
 from fastopt_kernels.gpu import xp as gpu_xp
 from fastopt_kernels.gpu.tables import Tables
 
-# Elements a load of all threads: 16 bytes each. UNROLL of them are under way at once.
+# Elements a load of all threads: 16 bytes each; UNROLL of them are under way at once.
 BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024}
-UNROLL = 4
+UNROLL = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}
 # Programs of a launch, about: what two rounds of a large device take, and few enough to add up.
 PROGRAMS = 4096
-# What the last program adds up at once, and for how many parameter groups.
-PARTS, GROUPS = 1024, 128
+# What the last program adds up at once (with 1024 it is the one that needs the registers, 117 for
+# 48 on sm_90), and for how many parameter groups.
+PARTS, GROUPS = 512, 128
 # Numbers before those of the groups, in `Verdict.wide` and `narrow`; 16 bytes of either.
 HEAD = 4
 
@@ -313,9 +314,8 @@ class Look:
                 torch.empty(2 * sum(self._n_spans), dtype=torch.float64, device=self.device),
                 counter,
                 firsts,
-                torch.cat([x.to(self.device, non_blocking=True) for x in others])
-                if others
-                else None,
+                # Where there are no others it is not read.
+                _joined(others, self.device) if others else wide,
                 family_table,
                 limit_table,
                 None if grad_scale is None else grad_scale.to(self.device, non_blocking=True),
@@ -360,7 +360,7 @@ class Look:
                 HAS_FOUND=judged[7] is not None,
                 HEAD=HEAD,
                 BLOCK=BLOCK[kind],
-                UNROLL=UNROLL,
+                UNROLL=UNROLL[kind],
                 PARTS=PARTS,
                 GROUPS=GROUPS,
                 num_warps=engine.THREADS // engine._warp_size(),
@@ -370,3 +370,7 @@ class Look:
 
 def _elsewhere(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.device.type != "cpu"
+
+
+def _joined(others: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    return torch.cat([x.to(device, non_blocking=True) for x in others])
