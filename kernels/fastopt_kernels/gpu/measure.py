@@ -96,23 +96,22 @@ def _judge(
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Out of the parts, everything that `Verdict` holds."""
-    zero, one = tl.full((), 0.0, tl.float64), tl.full((), 1.0, tl.float64)
-    inverse = one
+    inverse = tl.full((), 1.0, tl.float64)
     if HAS_SCALE:
-        inverse = one / tl.load(scale_ptr).to(tl.float64)
-    whole, bad = zero, zero
-    for start in range(0, n_groups, GROUPS):
+        inverse = inverse / tl.load(scale_ptr).to(tl.float64)
+    # One more than there are groups: the last is all of them.
+    for start in range(0, n_groups + 1, GROUPS):
         group = start + tl.arange(0, GROUPS)
         inside = group < n_groups
         family = tl.load(families_ptr + group, mask=inside, other=-1)
         own = tl.zeros((GROUPS,), tl.float64)
-        whole, bad = zero, zero
+        bad = tl.full((), 0.0, tl.float64)
         for f in range(n_families):
             part, n_bad = _of_family(
                 parts_ptr, firsts_ptr, others_ptr, f, n_families, n_others, MAXIMUM, PARTS
             )
-            own = tl.where(family == f, part, own)
-            whole = gpu_xp.maximum(part, whole) if MAXIMUM else whole + part
+            both = gpu_xp.maximum(part, own) if MAXIMUM else own + part
+            own = tl.where((family == f) | (group == n_groups), both, own)
             bad += n_bad
             sums_ptr = wide_ptr + HEAD + 2 * n_groups + 2 * f
             tl.store(sums_ptr, part)
@@ -126,14 +125,12 @@ def _judge(
         tl.store(wide_ptr + HEAD + group, factor, mask=inside)
         tl.store(wide_ptr + HEAD + n_groups + group, coefficient, mask=inside)
         tl.store(narrow_ptr + HEAD + group, factor.to(tl.float32), mask=inside)
-    skip = zero
-    if SKIPS:
-        skip = tl.where(bad > 0.0, one, zero)
-    if HAS_FOUND:
-        skip = tl.where(tl.load(found_ptr) != 0, one, skip)
-    tl.store(wide_ptr, tl.abs(inverse) * (whole if MAXIMUM else gpu_xp.sqrt(whole)))
-    tl.store(wide_ptr + 1, bad)
-    tl.store(narrow_ptr, skip.to(tl.float32))
+        tl.store(wide_ptr + group * 0, norm, mask=group == n_groups)
+        tl.store(wide_ptr + 1, bad)
+        skip = ((bad > 0.0) & SKIPS).to(tl.float32)
+        if HAS_FOUND:
+            skip = tl.where(tl.load(found_ptr) != 0, 1.0, skip)
+        tl.store(narrow_ptr, skip)
 
 
 @triton.jit(do_not_specialize=["n_programs", "n_families", "n_groups", "n_others"])
