@@ -23,7 +23,7 @@ LIMIT = 0.7
 # Full blocks, unrolled and not, and tails.
 SHAPES = ((17, 5), (3,), (), (2100,))
 ADAMW = next(case for case in CASES if case.name == "AdamW")
-NADAM = next(case for case in CASES if case.name == "NAdam")
+NADAM = next(case for case in CASES if case.name == "NAdam decoupled_weight_decay")
 COUNTED = {"by the host": {}, "capturable": {"capturable": True}, "fused": {"fused": True}}
 
 
