@@ -1,9 +1,10 @@
 """The gate every GPU kernel passes before it meets a GPU: compiled ahead of time, and read.
 
 `python -m tests.gpu.gate` compiles each rule and each scalars function of fastopt.optim for every
-combination of dtypes and every target, then the row kernels (`row_gate`), and prints a table; the
-tests take a sample. What is compiled is what `Launch` launches, through Triton's own specialization
-of its arguments: only the last call, into the driver, is left out. A kernel fails with
+combination of dtypes and every target, then what clipping adds (`clip_gate`) and the row kernels
+(`row_gate`), and prints a table; the tests take a sample. What is compiled is what `Launch`
+launches, through Triton's own specialization of its arguments: only the last call, into the driver,
+is left out. A kernel fails with
 
 - a spill, a stack frame or local memory;
 - fewer 128-bit loads or stores than its streams need, each loaded and written once;
@@ -244,19 +245,6 @@ def scalars_faults(kernel: Any) -> tuple[Read, list[str]]:
     return found, faults
 
 
-def measure_faults(kernel: Any, kind: str) -> tuple[Read, list[str]]:
-    """What keeps a kernel that measures gradients from passing."""
-    found = read(kernel)
-    faults = []
-    if found.spilled:
-        faults.append(f"spills: {found.spilled} (stack, local memory, instructions)")
-    if found.loads < measure.UNROLL[kind]:
-        faults.append(f"{found.loads} loads of 128 bits, {measure.UNROLL[kind]} needed")
-    if found.approximate:
-        faults.append(f"approximate: {' '.join(found.approximate)}")
-    return found, faults
-
-
 # With all extras around the update.
 ROUNDINGS = {0: "extras", STOCHASTIC: "by chance", KAHAN: "kahan", MASTER: "master"}
 
@@ -288,7 +276,7 @@ def check_update(
     with compiling(target) as compiled:
         launch = launch_of(update, kinds, rule or update.rule, extras)
         if skip:
-            _run_on_device(launch, update, scaled=True)
+            run_on_device(launch, update, scaled=True)
         else:
             launch.run(1)
         return update_faults(compiled["update_kernel"][0], launch.kinds)
@@ -303,37 +291,11 @@ def check_scalars(
 ) -> tuple[Read, list[str]]:
     """Compile the kernel that counts the steps; scaled: with GradScaler's scale and found_inf."""
     with compiling(target) as compiled:
-        _run_on_device(launch_of(update, kinds, update.rule, extras), update, scaled)
+        run_on_device(launch_of(update, kinds, update.rule, extras), update, scaled)
         return scalars_faults(compiled["scalars_kernel"][0])
 
 
-def check_clipped(
-    update: Update,
-    kinds: tuple[str, str, str],
-    target: str,
-    maximum: bool = False,
-    extras: Extras = NO_EXTRAS,
-) -> list[tuple[Read, list[str]]]:
-    """Compile a step that is clipped by norm under GradScaler: measure, count and update."""
-    with compiling(target) as compiled:
-        launch = launch_of(update, kinds, update.rule, extras)
-        one = torch.ones(1)
-        look = measure.Look(CPU, [launch])
-        verdict = look.run(np.zeros(1, dtype=np.int64), [1.0], maximum, True, one, one)
-        _run_on_device(launch, update, False, verdict)
-        launch.run(1, verdict)
-        measuring, scalars, (skipping, clipped) = (
-            compiled[name] for name in ("measure_kernel", "scalars_kernel", "update_kernel")
-        )
-        return [
-            measure_faults(measuring[0], kinds[1]),
-            scalars_faults(scalars[0]),
-            update_faults(skipping, launch.kinds),
-            update_faults(clipped, launch.kinds),
-        ]
-
-
-def _run_on_device(
+def run_on_device(
     launch: engine.Launch, update: Update, scaled: bool, verdict: measure.Verdict | None = None
 ) -> None:
     one = torch.ones(1) if scaled else None
@@ -367,19 +329,6 @@ def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]
             flag = "amp" if scaled else ""
             label = f"{target:7} {update.scalars.__name__:26} {kinds[0]:15} {flag}"
             yield label, lambda u=update, k=kinds, t=target, s=scaled: check_scalars(u, k, t, s)
-    adam = updates()["adam"]
-    for target, kinds, maximum in itertools.product(targets, KINDS, (False, True)):
-        norm = "largest" if maximum else "norm"
-        for k, part in enumerate(("measure", "scalars", "skipped", "clipped")):
-            label = f"{target:7} {'adam ' + norm + ' ' + part:26} {'-'.join(kinds):15}"
-            yield (
-                label,
-                lambda c=kinds, t=target, m=maximum, k=k: check_clipped(adam, c, t, m)[k],
-            )
-    for target, rounding in itertools.product(targets, (0, STOCHASTIC)):
-        extras = Extras(clipped=True, averaged=True, rounding=rounding)
-        label = f"{target:7} {'adam_scalars':26} {'bf16':15} {ROUNDINGS[rounding]}"
-        yield label, lambda t=target, e=extras: check_scalars(adam, KINDS[1], t, extras=e)
 
 
 def main() -> int:
@@ -387,10 +336,11 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
     options = parser.parse_args()
     # It reads kernels with what stands above.
-    from tests.gpu import row_gate
+    from tests.gpu import clip_gate, row_gate
 
     targets = options.target or list(TARGETS)
-    return report(itertools.chain(all_checks(targets), row_gate.all_checks(targets)))
+    kernels = (all_checks, clip_gate.all_checks, row_gate.all_checks)
+    return report(itertools.chain.from_iterable(checks(targets) for checks in kernels))
 
 
 def report(checks: Iterable[tuple[str, Callable[[], Any]]]) -> int:

@@ -14,7 +14,7 @@ import triton.language as tl
 from fastopt_kernels import rules
 from fastopt_kernels.chunks import KAHAN, MASTER, STOCHASTIC, Extras
 from fastopt_kernels.gpu import engine, measure, memory
-from tests.gpu import gate
+from tests.gpu import clip_gate, gate
 
 UPDATES = gate.updates()
 SCALARS = {update.scalars.__name__: update for update in UPDATES.values()}
@@ -67,7 +67,7 @@ def test_the_kernels_of_a_clipped_step_pass(
 ) -> None:
     """Measure, count with every extra, update."""
     extras = Extras(True, True, STOCHASTIC if kinds[0] == "bf16" else 0)
-    found = gate.check_clipped(ADAM, kinds, target, maximum, extras)
+    found = clip_gate.check_clipped(ADAM, kinds, target, maximum, extras)
     assert [faults for _, faults in found] == [[]] * 4
 
 
@@ -139,7 +139,7 @@ def test_a_kernel_without_the_promise_of_alignment_fails(
 def test_measuring_without_the_promise_of_alignment_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "pointer", _promises_nothing)
     monkeypatch.setattr(measure, "measure_kernel", triton.jit(measure.measure_kernel.fn))
-    (_, faults), *_ = gate.check_clipped(ADAM, FLOAT32, "sm_90")
+    (_, faults), *_ = clip_gate.check_clipped(ADAM, FLOAT32, "sm_90")
     assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in faults] == ["loads"]
 
 

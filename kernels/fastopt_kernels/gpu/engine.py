@@ -121,13 +121,11 @@ def update_kernel(
     """p, *states = RULE(p, g_scale * g, *states, *scalars) for the chunk of this program.
 
     tensors_ptr: (n, len(DTYPES)) int64 addresses; chunks_ptr: (programs, 3) int64;
-    index_ptr: (n,) int64 row of scalars_ptr; keys_ptr: (n,) int64, for chance, or None;
-    skip_ptr: (1,) float, nothing is written where not 0; factors_ptr: of the gradient's scale, in
-    COMPUTE, and owners_ptr: (n,) int64, which of them, or None
+    index_ptr: (n,) int64 row of scalars_ptr; keys_ptr: (n,) int64, for chance; skip_ptr: (1,)
+    float, nothing is written where not 0; factors_ptr: of g_scale, owners_ptr: (n,) int64, whose
     """
     chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 3
-    tensor = tl.load(chunk_ptr)
-    first = tl.load(chunk_ptr + 1)
+    tensor, first = tl.load(chunk_ptr), tl.load(chunk_ptr + 1)
     n = tl.load(chunk_ptr + 2) - first
     if HAS_SKIP:
         n = tl.where(tl.load(skip_ptr) != 0, 0, n)
@@ -270,27 +268,20 @@ class Launch:
         verdict: in place of grad_scale and found_inf
         bases:   (n,) int64, what chance depends on beside the step and the element
         """
-        known = [[_host_value(x) for x in row] for row in hypers]
+        known = np.asarray([[host_value(x) for x in row] for row in hypers], dtype=np.float64)
         everyone = np.arange(len(self.index), dtype=np.int64)
-        arrays = [self.tensors, everyone, numbers, groups, np.asarray(known, dtype=np.float64)]
+        arrays = [self.tensors, everyone, numbers, groups, known]
         places = [x for x in (verdict and self.owners, bases) if x is not None]
         with self._on_device():
             tables, chunks = self._tables.send([*arrays, *places])
-            tensors, index, number_table, group_table, hyper_table = tables[:5]
-            owners = None if verdict is None else tables[5]
-            for row, values in enumerate(hypers):
-                for column, value in enumerate(values):
-                    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-                        hyper_table[row, column].copy_(value.reshape(()), non_blocking=True)
-            if grad_scale is not None:
-                grad_scale = grad_scale.to(self.device, non_blocking=True)
-            if found_inf is not None:
-                found_inf = found_inf.to(self.device, non_blocking=True)
+            tensors, index, number_table, group_table, hyper_table, *placed = tables
+            copy_device_values(hypers, hyper_table)
+            grad_scale, found_inf = (here(x, self.device) for x in (grad_scale, found_inf))
             if verdict is not None and verdict.skips:
                 found_inf = verdict.skip
-            dtype = torch.float64 if self._wide else torch.float32
-            table = torch.empty(self.scalars.shape, dtype=dtype, device=self.device)
-            keys = None if bases is None else torch.empty_like(tables[-1])
+            table = torch.empty_like(torch.from_numpy(self.scalars), device=self.device)
+            base_table = None if bases is None else placed[-1]
+            keys = None if bases is None else torch.empty_like(placed[-1])
             scalars_kernel[(triton.cdiv(len(groups), SCALARS_BLOCK),)](
                 number_table,
                 group_table,
@@ -298,14 +289,14 @@ class Launch:
                 grad_scale,
                 found_inf,
                 verdict and verdict.factors(True),
-                owners,
-                None if bases is None else tables[-1],
+                verdict and placed[0],
+                base_table,
                 table,
                 keys,
                 len(groups),
                 SCALARS=compiled_rule(scalars),
                 N_CARRIED=numbers.shape[1] - 1,
-                N_HYPERS=len(known[0]) - 1 - self.extras.n_hypers,
+                N_HYPERS=known.shape[1] - 1 - self.extras.n_hypers,
                 N_SCALARS=self.n_scalars,
                 HAS_SCALE=grad_scale is not None,
                 HAS_SKIP=found_inf is not None,
@@ -360,8 +351,21 @@ class Launch:
             raise uncompilable(self.rule, "Triton", error) from error
 
 
-def _host_value(x: Any) -> float:
+def host_value(x: Any) -> float:
     """A hyper-parameter as far as the host knows it; one on a device is copied there."""
     if isinstance(x, torch.Tensor):
         return x.detach().item() if x.device.type == "cpu" else 0.0
     return float(x)
+
+
+def here(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A tensor, if there is one, on a device, without waiting for it."""
+    return None if x is None else x.to(device, non_blocking=True)
+
+
+def copy_device_values(values: Sequence[Sequence[Any]], table: torch.Tensor) -> None:
+    """Those that are on a device, to their places in a table there."""
+    for row, of_row in enumerate(values):
+        for column, value in enumerate(of_row):
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                table[row, column].copy_(value.reshape(()), non_blocking=True)

@@ -290,19 +290,17 @@ class Look:
         others:   `measured` of the looks of other devices
         """
         self._plan(families)
-        known = [0.0 if _elsewhere(x) else float(x) for x in limits]
+        known = np.asarray([engine.host_value(x) for x in limits], dtype=np.float64)
         grads = [np.ascontiguousarray(launch.tensors[:, 1]) for launch in self.launches]
         arrays = [
-            np.zeros(1, dtype=np.int32), self._firsts, families, np.asarray(known), *grads
+            np.zeros(1, dtype=np.int32), self._firsts, families, known, *grads
         ]  # fmt: skip
         n_groups, n_families = len(families), len(self._firsts) - 1
         real = self.device.type != "cpu"  # Triton's interpreter runs on the CPU
         with torch.cuda.device(self.device) if real else nullcontext():
             tables, lasting = self._tables.send(arrays)
             counter, firsts, family_table, limit_table, *addresses = tables
-            for k, limit in enumerate(limits):
-                if _elsewhere(limit):
-                    limit_table[k].copy_(limit.detach().reshape(()), non_blocking=True)
+            engine.copy_device_values([limits], limit_table[None])
             wide = torch.empty(
                 HEAD + 2 * n_groups + 2 * n_families, dtype=torch.float64, device=self.device
             )
@@ -315,8 +313,8 @@ class Look:
                 _joined(others, self.device) if others else wide,
                 family_table,
                 limit_table,
-                None if grad_scale is None else grad_scale.to(self.device, non_blocking=True),
-                None if found_inf is None else found_inf.to(self.device, non_blocking=True),
+                engine.here(grad_scale, self.device),
+                engine.here(found_inf, self.device),
                 wide,
                 narrow,
                 sum(self._n_spans),
@@ -363,10 +361,6 @@ class Look:
                 num_warps=engine.THREADS // engine._warp_size(),
                 enable_fp_fusion=True,
             )
-
-
-def _elsewhere(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.device.type != "cpu"
 
 
 def _joined(others: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -13,29 +13,30 @@ import triton.language as tl
 from fastopt_kernels.gpu import rounding
 
 
+@triton.jit
+def _store_extras(
+    scalar_ptr, hyper_ptr, step, mask, CLIPPED: tl.constexpr, AVERAGED: tl.constexpr
+):  # fmt: skip
+    """The limit of a gradient's elements, and the weight of the step in the average."""
+    compute = scalar_ptr.dtype.element_ty
+    if CLIPPED:
+        limit = tl.load(hyper_ptr, mask=mask, other=0)
+        tl.store(scalar_ptr, limit.to(compute), mask=mask)
+    if AVERAGED:
+        decay = tl.load(hyper_ptr + CLIPPED, mask=mask, other=0)
+        early = step <= tl.load(hyper_ptr + CLIPPED + 1, mask=mask, other=0)
+        warming = (step + 1.0) / (step + 10.0)
+        decay = tl.where(early & (warming < decay), warming, decay)
+        tl.store(scalar_ptr + CLIPPED, (1.0 - decay).to(compute), mask=mask)
+
+
 @triton.jit(do_not_specialize=["n"])
 def scalars_kernel(
-    numbers_ptr,
-    group_ptr,
-    hypers_ptr,
-    scale_ptr,
-    skip_ptr,
-    factors_ptr,
-    owners_ptr,
-    bases_ptr,
-    scalars_ptr,
-    keys_ptr,
-    n,
-    SCALARS: tl.constexpr,
-    N_CARRIED: tl.constexpr,
-    N_HYPERS: tl.constexpr,
-    N_SCALARS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
-    EXTRAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    numbers_ptr, group_ptr, hypers_ptr, scale_ptr, skip_ptr, factors_ptr, owners_ptr, bases_ptr,
+    scalars_ptr, keys_ptr, n, SCALARS: tl.constexpr, N_CARRIED: tl.constexpr,
+    N_HYPERS: tl.constexpr, N_SCALARS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_FACTORS: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Count a step of every parameter and compute its row of scalars, in float64.
 
     numbers_ptr: (n, 1 + N_CARRIED) int64, addresses of float32 step and carried numbers;
@@ -80,16 +81,7 @@ def scalars_kernel(
     tl.store(row_ptr, g_scale.to(compute), mask=mask)
     for k in tl.static_range(n_own):
         tl.store(row_ptr + 1 + k, values[k].to(compute), mask=mask)
-    extra_ptr = hyper_ptr + 1 + N_HYPERS
-    if clipped:
-        limit = tl.load(extra_ptr, mask=mask, other=0)
-        tl.store(row_ptr + 1 + n_own, limit.to(compute), mask=mask)
-    if averaged:
-        decay = tl.load(extra_ptr + clipped, mask=mask, other=0)
-        early = step <= tl.load(extra_ptr + clipped + 1, mask=mask, other=0)
-        warming = (step + 1.0) / (step + 10.0)
-        decay = tl.where(early & (warming < decay), warming, decay)
-        tl.store(row_ptr + 1 + n_own + clipped, (1.0 - decay).to(compute), mask=mask)
+    _store_extras(row_ptr + 1 + n_own, hyper_ptr + 1 + N_HYPERS, step, mask, clipped, averaged)
     if EXTRAS[2] == rounding.BY_CHANCE:
         base = tl.load(bases_ptr + member, mask=mask, other=0)
         tl.store(keys_ptr + member, rounding.key_of_step(base, step), mask=mask)
