@@ -280,7 +280,6 @@ class Launch:
             if verdict is not None and verdict.skips:
                 found_inf = verdict.skip
             table = torch.empty_like(torch.from_numpy(self.scalars), device=self.device)
-            base_table = None if bases is None else placed[-1]
             keys = None if bases is None else torch.empty_like(placed[-1])
             scalars_kernel[(triton.cdiv(len(groups), SCALARS_BLOCK),)](
                 number_table,
@@ -290,7 +289,7 @@ class Launch:
                 found_inf,
                 verdict and verdict.factors(True),
                 verdict and placed[0],
-                base_table,
+                None if bases is None else placed[-1],
                 table,
                 keys,
                 len(groups),
