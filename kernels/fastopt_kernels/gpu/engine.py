@@ -273,8 +273,8 @@ class Launch:
         arrays = [self.tensors, everyone, numbers, groups, known]
         places = [x for x in (verdict and self.owners, bases) if x is not None]
         with self._on_device():
-            tables, chunks = self._tables.send([*arrays, *places])
-            tensors, index, number_table, group_table, hyper_table, *placed = tables
+            sent, chunks = self._tables.send([*arrays, *places])
+            tensors, index, number_table, group_table, hyper_table, *placed = sent
             copy_device_values(hypers, hyper_table)
             grad_scale, found_inf = (here(x, self.device) for x in (grad_scale, found_inf))
             if verdict is not None and verdict.skips:
@@ -300,6 +300,7 @@ class Launch:
                 HAS_SCALE=grad_scale is not None,
                 HAS_SKIP=found_inf is not None,
                 HAS_FACTORS=verdict is not None,
+                HAS_KEYS=bases is not None,
                 EXTRAS=tuple(map(int, self.extras)),
                 BLOCK=SCALARS_BLOCK,
                 num_warps=THREADS // _warp_size(),

@@ -35,7 +35,8 @@ def scalars_kernel(
     numbers_ptr, group_ptr, hypers_ptr, scale_ptr, skip_ptr, factors_ptr, owners_ptr, bases_ptr,
     scalars_ptr, keys_ptr, n, SCALARS: tl.constexpr, N_CARRIED: tl.constexpr,
     N_HYPERS: tl.constexpr, N_SCALARS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_SKIP: tl.constexpr, HAS_FACTORS: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_FACTORS: tl.constexpr, HAS_KEYS: tl.constexpr,
+    EXTRAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count a step of every parameter and compute its row of scalars, in float64.
 
@@ -82,7 +83,7 @@ def scalars_kernel(
     for k in tl.static_range(n_own):
         tl.store(row_ptr + 1 + k, values[k].to(compute), mask=mask)
     _store_extras(row_ptr + 1 + n_own, hyper_ptr + 1 + N_HYPERS, step, mask, clipped, averaged)
-    if EXTRAS[2] == rounding.BY_CHANCE:
+    if HAS_KEYS:
         base = tl.load(bases_ptr + member, mask=mask, other=0)
         tl.store(keys_ptr + member, rounding.key_of_step(base, step), mask=mask)
     tl.store(number_ptrs[0], step.to(tl.float32), mask=mask)
