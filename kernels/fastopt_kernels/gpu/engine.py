@@ -269,8 +269,7 @@ class Launch:
         bases:   (n,) int64, what chance depends on beside the step and the element
         """
         known = np.asarray([[host_value(x) for x in row] for row in hypers], dtype=np.float64)
-        everyone = np.arange(len(self.index), dtype=np.int64)
-        arrays = [self.tensors, everyone, numbers, groups, known]
+        arrays = [self.tensors, np.arange(len(self.index)), numbers, groups, known]
         places = [x for x in (verdict and self.owners, bases) if x is not None]
         with self._on_device():
             sent, chunks = self._tables.send([*arrays, *places])
