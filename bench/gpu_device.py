@@ -197,16 +197,19 @@ class Interpreted:
         return nullcontext()
 
     def launches(self, step: Step) -> Launches:
-        names = ("update_kernel", "scalars_kernel")
-        kernels = {name: getattr(self._engine, name) for name in names}
+        from fastopt_kernels.gpu import measure
+
+        places = {"update_kernel": self._engine, "scalars_kernel": self._engine}
+        places["measure_kernel"] = measure
+        kernels = {name: getattr(module, name) for name, module in places.items()}
         launched: list[str] = []
         for name, kernel in kernels.items():
-            setattr(self._engine, name, _Counted(name, kernel, launched))
+            setattr(places[name], name, _Counted(name, kernel, launched))
         try:
             step()
         finally:
             for name, kernel in kernels.items():
-                setattr(self._engine, name, kernel)
+                setattr(places[name], name, kernel)
         return Launches(len(launched), 1, None, tuple(sorted(set(launched))))
 
     def free_bytes(self) -> int:

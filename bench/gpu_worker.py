@@ -28,9 +28,11 @@ def rows_of(section: str, device: Device, quick: bool, compiled: bool) -> Iterab
 
         return gpu_check_engine.rows(device, engine, quick)
     if section == "optim":
-        from bench import gpu_check_optim
+        from bench import gpu_check_optim, gpu_check_passes
 
-        return gpu_check_optim.rows(device, quick)
+        return itertools.chain(
+            gpu_check_optim.rows(device, quick), gpu_check_passes.rows(device, quick)
+        )
     if section == "device":
         from bench import gpu_check_device
 

@@ -13,31 +13,38 @@ class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler: same arguments, methods and state_dict.
 
     `step` of an optimizer with max_grad_norm or skip_nonfinite learns from that optimizer's own
-    look at its gradients whether one is infinite or NaN. For any other it is torch's.
+    look at its gradients whether one is infinite or NaN: on a device in the step itself, and
+    nobody waits for it. For any other it is torch's.
     """
 
     # The optimizer that is being stepped: what it sees holds until its own step, which comes next.
-    _stepped: torch.optim.Optimizer | None = None
+    _stepped: FusedOptimizer | None = None
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """optimizer.step(*args, **kwargs), unless a gradient is infinite or NaN."""
-        self._stepped = optimizer
-        try:
+        if not self._enabled or not isinstance(optimizer, FusedOptimizer) or not optimizer.looks():
             return super().step(optimizer, *args, **kwargs)
+        before = optimizer.__dict__.get("_step_supports_amp_scaling")
+        self._stepped, optimizer._step_supports_amp_scaling = optimizer, True
+        try:
+            result = super().step(optimizer, *args, **kwargs)
+            if (found := optimizer.found_inf_of_step()) is not None:
+                state = self._per_optimizer_states[id(optimizer)]
+                state["found_inf_per_device"] = {found.device: found}
+            return result
         finally:
             self._stepped = None
-            if isinstance(optimizer, FusedOptimizer):
-                optimizer.forget_look()
+            optimizer.forget_look()
+            if before is None:
+                del optimizer._step_supports_amp_scaling
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        if (
-            optimizer is not self._stepped
-            or not isinstance(optimizer, FusedOptimizer)
-            or not optimizer.looks()
-        ):
+        if self._stepped is None or optimizer is not self._stepped:
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
-        found = torch.full((), float(optimizer.look()), dtype=torch.float32, device=scale.device)
+        # Where only the device will know, the step's own word takes the place of this one.
+        seen = float(self._stepped.look() or 0.0)
+        found = torch.full((), seen, dtype=torch.float32, device=scale.device)
         state: dict[str, Any] = self._per_optimizer_states[id(optimizer)]
         state["found_inf_per_device"] = {scale.device: found}
         return state["found_inf_per_device"]  # type: ignore[no-any-return]

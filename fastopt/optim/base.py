@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastopt.optim import checkpoints, eager, formats, passes
+from fastopt.optim import plan as plans
 from fastopt.optim.bucket import Bucket
-from fastopt.optim.hooks import hooked, pre_hooks
-from fastopt.optim.passes import AVERAGED, LastStep, Verdict
+from fastopt.optim.hooks import hooked
+from fastopt.optim.look import DeviceVerdict, Looking
+from fastopt.optim.passes import AVERAGED, Verdict
 from fastopt.optim.plan import GroupKey, Odd, Place, Plan, build
 from fastopt.optim.release import Released
 from fastopt.optim.scale import NO_SCALE, Scale
@@ -23,7 +25,7 @@ from fastopt.optim.update import Update, number_dtype, sign
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Looking, torch.optim.Optimizer):
     """A torch.optim.Optimizer whose whole step is one kernel launch for each device.
 
     A subclass names a rule, its host half and its states; kernels for CPU and GPU, every dtype and
@@ -68,10 +70,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Whether anybody else could have reached the states. Until somebody reads `state`, nobody can
     # have replaced or saved one of them, and a step need not look.
     _exposed: bool = True
-    _verdict: Verdict | None = None
     _released: Released | None = None
-    # What was seen of the gradients ahead of the step, and the plan for them.
-    _seen: tuple[Plan, Verdict] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -230,59 +229,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         seen, self._seen = self._seen, None
         if scale.on_host() and scale.skip():
-            self._verdict = seen and seen[1].given(scale.inverse(), skip=True)
+            if seen is None or seen[1] is None:
+                self._verdict = None
+            else:
+                self._verdict = seen[1].given(scale.inverse(), skip=True)
             return loss
-        plan = self._current_plan() if seen is None else seen[0]
-        self.run_plan(plan, scale, None if seen is None else seen[1])
+        told = scale.found_inf is not None or self._finds
+        plan = self._current_plan(told) if seen is None else seen[0]
+        self.run_plan(plan, scale, seen and seen[1])
         return loss
 
-    def run_plan(self, plan: Plan, scale: Scale = NO_SCALE, verdict: Verdict | None = None) -> None:
-        """One step of what a plan holds; verdict: what was seen of its gradients, if it was."""
-        coefficients = None
+    def run_plan(self, plan: Plan, scale: Scale = NO_SCALE, seen: Verdict | None = None) -> None:
+        """One step of what a plan holds; seen: what was seen of its gradients, if it was."""
+        verdict = None
         if plan.looks:
-            self._verdict = (verdict or self._see(plan)).given(scale.inverse())
-            if self._verdict.skip:
+            verdict = self._judge(plan, seen, scale)
+            if verdict.skip:
                 return
-            coefficients = self._verdict.coefficients
         for bucket in plan.buckets:
-            self._run(bucket, scale, coefficients)
+            self._run(bucket, scale, verdict)
         for odd in plan.odd:
             self._step_odd(odd, plan.keys[odd.group].update, scale)
-
-    def looks(self) -> bool:
-        """Whether a step looks at all gradients before any parameter is written."""
-        return passes.measures(self.param_groups)
-
-    def look(self) -> bool:
-        """Look now, for the step that follows at once: whether an element is infinite or NaN."""
-        plan = self._current_plan()
-        verdict = self._see(plan)
-        if not plan.odd and not pre_hooks(self):
-            self._seen = plan, verdict
-        return verdict.nonfinite > 0
-
-    def forget_look(self) -> None:
-        """What was seen holds no longer."""
-        self._seen = None
-
-    def _see(self, plan: Plan) -> Verdict:
-        verdict = Verdict(self.param_groups)
-        for bucket in plan.buckets:
-            bucket.measure(verdict)
-        return verdict
-
-    @property
-    def last_step(self) -> LastStep:
-        """What the last step found in its gradients, as tensors; made when it is asked for.
-
-        Raises RuntimeError where no option had the step look (max_grad_norm, skip_nonfinite).
-        """
-        if self._verdict is None:
-            raise RuntimeError(
-                f"no step of this {type(self).__name__} has looked at its gradients: construct it "
-                "with max_grad_norm or skip_nonfinite=True, and call step()."
-            )
-        return self._verdict.report()
 
     def telemetry(self, named: Iterable[tuple[str, Tensor]] | None = None) -> Telemetry:
         """What the last step saw of each parameter (telemetry=True), by name.
@@ -349,11 +316,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "steps are then counted on the device, which is where a replay happens."
             )
 
-    def _current_plan(self) -> Plan:
-        """The plan for the gradients that are there now, checked against every address it holds."""
+    def _current_plan(self, told: bool) -> Plan:
+        """The plan for the gradients that are there now, checked against every address it holds.
+
+        told: whether somebody else may skip the step
+        """
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
-        keys, plan = self._keys(), self._plan
+        keys, plan = self._keys(told, params[:1]), self._plan
         if (
             plan is not None
             and plan.keys == keys
@@ -373,7 +343,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def plan_of(self, place: Place, plan: Plan | None) -> Plan:
         """A plan for one parameter alone; the one given, where it still holds."""
         param, states = place.param, self.__dict__["state"]
-        keys, grads = self._keys(), [param.grad]
+        keys, grads = self._keys(False, [param]), [param.grad]
         if (
             plan is None
             or plan.keys != keys
@@ -384,8 +354,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan.remember({param: states.get(param)})
         return plan
 
-    def _keys(self) -> list[Any]:
+    def _keys(self, told: bool, params: list[Tensor]) -> list[Any]:
         """What the plan of each group hangs on: a GroupKey, as a plain tuple."""
+        told = told or any(group.get("skip_nonfinite") for group in self.param_groups)
+        unknown = told and any(plans.looks_on_device(param.device) for param in params)
         return [
             (
                 self.update_of(group),
@@ -395,6 +367,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 passes.extras_of(group),
                 passes.measures((group,)),
                 formats.formats_of(self.update_of(group), group),
+                unknown,
             )
             for group in self.param_groups
         ]
@@ -409,16 +382,21 @@ class FusedOptimizer(torch.optim.Optimizer):
                     raise AssertionError("a plan must fit the gradients it was just built for")
         return plan
 
-    def _run(self, bucket: Bucket, scale: Scale, coefficients: list[float] | None) -> None:
+    def _run(self, bucket: Bucket, scale: Scale, verdict: Verdict | DeviceVerdict | None) -> None:
         """One launch: stage, count, update, and tell autograd what was written."""
         if bucket.empty:
             return
+        factors = [1.0] * len(self.param_groups)
+        seen = verdict.on(bucket.launch.device) if isinstance(verdict, DeviceVerdict) else None
         if bucket.on_device:
-            bucket.run_on_device(self.param_groups, scale.grad_scale, scale.found_inf)
+            bucket.run_on_device(self.param_groups, scale, seen)
+        elif seen is not None:
+            bucket.run(self.param_groups, factors, self._exposed, seen)
         elif not scale.skip():
             bucket.inverse_scale = inverse = scale.inverse()
-            factors = [inverse * c for c in coefficients or [1.0] * len(self.param_groups)]
-            bucket.run(self.param_groups, factors, self._exposed)
+            if isinstance(verdict, Verdict):
+                factors = verdict.coefficients
+            bucket.run(self.param_groups, [inverse * c for c in factors], self._exposed)
         else:
             return
         increment_version(bucket.touched(states=self._exposed))

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastopt.optim import formats, layout
 from fastopt.optim.layout import Staged
 from fastopt.optim.metadata import Metadata
-from fastopt.optim.passes import LOW_BITS, Verdict, keys_of
+from fastopt.optim.passes import LOW_BITS, Verdict, bases_of, extra_hypers, keys_of
+from fastopt.optim.scale import Scale
 from fastopt.optim.steps import DeviceSteps, Steps
 from fastopt.optim.update import Update, sign
 
@@ -217,35 +218,39 @@ class Bucket:
         measured = self.launch.measure(verdict.maximum)
         verdict.add(self.group_of, measured.parts, measured.nonfinite)
 
-    def run(self, groups: list[dict[str, Any]], factors: list[float], exposed: bool) -> None:
+    def run(
+        self, groups: list[dict[str, Any]], factors: list[float], exposed: bool, verdict: Any = None
+    ) -> None:
         """Count a step on the host and launch; groups are the optimizer's, factors what the
-        gradients of each are multiplied by."""
+        gradients of each are multiplied by, and verdict has those that only the device knows."""
         assert isinstance(self.steps, Steps)
         self._stage(Staged.read)
         self.steps.advance(groups, factors, self.launch, self.active, exposed)
         if self.launch.draws:
             seed = int(groups[0].get("rounding_seed", 0))
             self.launch.keys[:] = keys_of(seed, self.steps.counts(), self._numbers)
-        self.launch.run(torch.get_num_threads())
+        self.launch.run(torch.get_num_threads(), *(() if verdict is None else (verdict,)))
         self._stage(Staged.write)
 
-    def run_on_device(
-        self,
-        groups: list[dict[str, Any]],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """Launch without the host knowing the steps: they are counted on the device."""
+    def run_on_device(self, groups: list[dict[str, Any]], scale: Scale, verdict: Any) -> None:
+        """Launch without the host knowing the steps: they are counted on the device. A verdict
+        takes the scaler's word with it."""
         assert isinstance(self.steps, DeviceSteps)
         self._stage(Staged.read)
+        extras = self.launch.extras
+        bases = None
+        if self.launch.draws:
+            bases = bases_of(int(groups[0].get("rounding_seed", 0)), self._numbers)
         chosen = [groups[number] for number in self.groups]
         self.launch.run_on_device(
             self.update.scalars,
             self.steps.addresses(self.active),
             np.searchsorted(self.groups, self.steps.groups),
-            [[sign(group), *self.update.hypers(group)] for group in chosen],
-            grad_scale,
-            found_inf,
+            [[sign(g), *self.update.hypers(g), *extra_hypers(g, extras)] for g in chosen],
+            scale.grad_scale if verdict is None else None,
+            scale.found_inf if verdict is None else None,
+            verdict,
+            bases,
         )
         self._stage(Staged.write)
 

@@ -160,10 +160,17 @@ def convert_kept(state: dict[str, Any], param: Tensor, extras: Extras) -> None:
             state[name] = (joined - high).to(dtype)
 
 
+def bases_of(seed: int, positions: np.ndarray[Any, Any]) -> Any:
+    """(n,) int64: 64 bits of a seed and a parameter's position."""
+    with np.errstate(over="ignore"):
+        x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)
+        return x.view(np.int64)
+
+
 def keys_of(seed: int, steps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> Any:
     """(n,) int64: 32 bits of a seed, a step and a parameter's position, by splitmix64."""
     with np.errstate(over="ignore"):
-        x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)
+        x = bases_of(seed, positions).view(np.uint64)
         x = x * np.uint64(0xBF58476D1CE4E5B9) + steps.astype(np.uint64)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -181,12 +188,40 @@ def extra_scalars(group: Mapping[str, Any], extras: Extras, step: float) -> list
     return scalars
 
 
+def extra_hypers(group: Mapping[str, Any], extras: Extras) -> list[Any]:
+    """What those scalars are computed from, where the step is counted on a device."""
+    hypers = [group["clip_value"]] if extras.clipped else []
+    return [*hypers, group["ema_decay"], group.get("ema_warmup", 0)] if extras.averaged else hypers
+
+
 def measures(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a step must look at all gradients before it begins."""
     for group in groups:
         if group.get("max_grad_norm") is not None or group.get("skip_nonfinite"):
             return True
     return False
+
+
+def maximum_of(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the norm of these groups is the largest |g|, not sqrt(sum g^2).
+
+    Raises ValueError where they do not agree.
+    """
+    kinds = {float(group.get("norm_type", 2.0)) for group in groups}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Invalid norm_type: {sorted(kinds)} in one optimizer (one norm is over all of its "
+            "parameters: give all groups the same)"
+        )
+    return kinds == {math.inf}
+
+
+def one_limit(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one coefficient serves all groups, without reading limits that are on a device."""
+    limits = [group.get("max_grad_norm") for group in groups]
+    return len({id(x) if isinstance(x, Tensor) else x for x in limits}) == 1 and (
+        len(groups) == 1 or not any(group.get(ALONE) for group in groups)
+    )
 
 
 @dataclass(frozen=True)
@@ -209,13 +244,7 @@ class Verdict:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self._groups, self._inverse_scale, self._skip = groups, 1.0, False
-        kinds = {float(group.get("norm_type", 2.0)) for group in groups}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"Invalid norm_type: {sorted(kinds)} in one optimizer (one norm is over all of its "
-                "parameters: give all groups the same)"
-            )
-        self.maximum = groups[0].get("norm_type", 2.0) == math.inf
+        self.maximum = maximum_of(groups)
         self._parts = np.zeros(len(groups))
         self.nonfinite = 0.0
 
@@ -259,8 +288,7 @@ class Verdict:
 
     def report(self) -> LastStep:
         """The same as tensors."""
-        same = len(set(self.coefficients)) == 1 or not any(map(math.isfinite, self.coefficients))
-        coefficients = self.coefficients[0] if same else self.coefficients
+        coefficients = self.coefficients[0] if one_limit(self._groups) else self.coefficients
         return LastStep(
             torch.tensor(self._norm(self._parts), dtype=torch.float32),
             torch.tensor(coefficients, dtype=torch.float32),

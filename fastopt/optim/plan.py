@@ -16,6 +16,7 @@ from torch import Tensor
 from fastopt import backend
 from fastopt.optim import formats, layout, passes
 from fastopt.optim.bucket import Bucket, Member
+from fastopt.optim.look import DeviceLook
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import NO_EXTRAS, Extras
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class GroupKey(NamedTuple):
-    """The settings of a parameter group a plan is built for; other changes need no new plan."""
+    """The settings of a parameter group a plan is built for; other changes need no new plan.
+
+    unknown: whether a step may be skipped, which on a device the host is not told
+    """
 
     update: Update
     capturable: bool
@@ -34,6 +38,7 @@ class GroupKey(NamedTuple):
     extras: Extras
     looks: bool
     stored: tuple[formats.Format, ...]
+    unknown: bool
 
     def state_names(self, param: Tensor) -> tuple[str, ...]:
         """Tensors that are kept for a parameter."""
@@ -71,6 +76,7 @@ class Plan:
         self.params, self.keys = params, keys
         self.looks = any(key.looks for key in keys)
         self.buckets: list[Bucket] = []
+        self.look: DeviceLook | None = None
         self.odd: list[Odd] = []
         self.idle: list[Tensor] = []
         self.state_owners: list[Any] = []
@@ -148,6 +154,8 @@ def build(
             for p, g, number, position in dense
         ]
         plan.buckets = _make_buckets(optimizer, members, keys)
+        if plan.looks and plan.buckets and looks_on_device(plan.buckets[0].targets[0].device):
+            plan.look = DeviceLook(plan.buckets)
     except BaseException:
         for state, was in reversed(before):
             state.clear()
@@ -167,31 +175,24 @@ def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -
         )
 
 
-def _check_passes(
-    optimizer: FusedOptimizer, member: Member, keys: list[GroupKey], on_device: bool
-) -> None:
+def _check_passes(optimizer: FusedOptimizer, members: list[Member], keys: list[GroupKey]) -> None:
     """Refuse what the options around the update cannot do with a parameter."""
-    device, looks, extras = (
-        member.target.device,
-        any(k.looks for k in keys),
-        keys[member.group].extras,
-    )
-    if looks and device.type != "cpu":
+    looks = any(key.looks for key in keys)
+    if looks and len({looks_on_device(member.target.device) for member in members}) > 1:
+        devices = sorted({str(member.target.device) for member in members})
         raise RuntimeError(
-            "max_grad_norm and skip_nonfinite run on CPU so far, but got parameters on "
-            f"{device}. Call torch.nn.utils.clip_grad_norm_ before step()."
-        )
-    if on_device and extras != NO_EXTRAS:
-        raise RuntimeError(
-            "clip_value, ema_decay and param_rounding need a step that the host counts, but got "
-            f"capturable or fused=True on {device}. Leave both unset."
+            "max_grad_norm and skip_nonfinite are about all parameters at once, but these are on "
+            f"{', '.join(devices)}: what is on the CPU would wait for the others. Give the "
+            "parameters on the CPU an optimizer of their own."
         )
     largest = looks and optimizer.param_groups[0].get("norm_type", 2.0) != 2.0
-    if member.param.is_complex() and (extras.clipped or largest):
-        raise RuntimeError(
-            "clip_value and norm_type=inf have no meaning for complex gradients, but got a "
-            f"parameter of dtype {member.param.dtype}. Use max_grad_norm with norm_type=2."
-        )
+    for member in members:
+        clipped = keys[member.group].extras.clipped
+        if member.param.is_complex() and (clipped or largest):
+            raise RuntimeError(
+                "clip_value and norm_type=inf have no meaning for complex gradients, but got a "
+                f"parameter of dtype {member.param.dtype}. Use max_grad_norm with norm_type=2."
+            )
 
 
 def _check_grad(
@@ -236,20 +237,25 @@ def _check_param(param: Tensor, key: GroupKey) -> None:
 
 def counts_on_device(device: torch.device, key: GroupKey) -> bool:
     """Whether a step is counted where the host does not see it: a captured graph replays without
-    us, and only the device knows GradScaler's verdict."""
-    return device.type != "cpu" and bool(key.capturable or key.fused)
+    us, and only the device knows GradScaler's verdict, or its own."""
+    return device.type != "cpu" and bool(key.capturable or key.fused or key.unknown)
+
+
+def looks_on_device(device: torch.device) -> bool:
+    """Whether gradients are looked at where they are, and the host is not told what was seen."""
+    return device.type != "cpu"
 
 
 def _make_buckets(
     optimizer: FusedOptimizer, members: list[Member], keys: list[GroupKey]
 ) -> list[Bucket]:
     """One launch for each device, rule and combination of dtypes; more where memory overlaps."""
+    _check_passes(optimizer, members, keys)
     split: dict[_Kind, list[Member]] = defaultdict(list)
     for member, wave in zip(members, _waves(members), strict=True):
         key = keys[member.group]
         device = member.target.device
         on_device = counts_on_device(device, key)
-        _check_passes(optimizer, member, keys, on_device)
         extras = passes.of_param(key.extras, member.param)
         split[_Kind(wave, device, key.update, member.kinds, on_device, extras)].append(member)
     buckets = []

@@ -48,6 +48,11 @@ class Extras(NamedTuple):
         """Scalars beside the rule's."""
         return int(self.clipped) + int(self.averaged)
 
+    @property
+    def n_hypers(self) -> int:
+        """Hyper-parameters beside the rule's: a limit; a decay, and how long it is warmed up."""
+        return int(self.clipped) + 2 * int(self.averaged)
+
 
 NO_EXTRAS = Extras()
 

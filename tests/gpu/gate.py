@@ -1,15 +1,16 @@
 """The gate every GPU kernel passes before it meets a GPU: compiled ahead of time, and read.
 
 `python -m tests.gpu.gate` compiles each rule and each scalars function of fastopt.optim for every
-combination of dtypes and every target, then the row kernels (`row_gate`), and prints a table; the
-tests take a sample. What is compiled is what `Launch` launches, through Triton's own specialization
-of its arguments: only the last call, into the driver, is left out. A kernel fails with
+combination of dtypes and every target, then what clipping adds (`clip_gate`) and the row kernels
+(`row_gate`), and prints a table; the tests take a sample. What is compiled is what `Launch`
+launches, through Triton's own specialization of its arguments: only the last call, into the driver,
+is left out. A kernel fails with
 
 - a spill, a stack frame or local memory;
 - fewer 128-bit loads or stores than its streams need, each loaded and written once;
 - float64 arithmetic in an update of anything but float64 parameters (the scalars' kernel computes
-  in float64, and there float32 arithmetic fails);
-- an approximate or denormal-flushing instruction in an update.
+  in float64, and there float32 arithmetic fails; the one that measures gradients adds in float64);
+- an approximate or denormal-flushing instruction in an update, or where gradients are measured.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 import fastopt.optim
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras
-from fastopt_kernels.gpu import engine
+from fastopt_kernels.gpu import engine, measure
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -122,17 +123,17 @@ def driving(target: str, warp_size: Any) -> Iterator[None]:
 @contextmanager
 def compiling(target: str) -> Iterator[dict[str, list[Any]]]:
     """Launches inside compile for a target and run nothing; yields the compiled kernels."""
-    names = ("update_kernel", "scalars_kernel")
-    kept = {name: getattr(engine, name) for name in names}
+    places = {"update_kernel": engine, "scalars_kernel": engine, "measure_kernel": measure}
+    kept = {name: getattr(module, name) for name, module in places.items()}
     recorders = {name: _Recorder(kernel) for name, kernel in kept.items()}
     try:
         for name, recorder in recorders.items():
-            setattr(engine, name, recorder)
+            setattr(places[name], name, recorder)
         with driving(target, engine._warp_size):
             yield {name: recorder.compiled for name, recorder in recorders.items()}
     finally:
         for name, kernel in kept.items():
-            setattr(engine, name, kernel)
+            setattr(places[name], name, kernel)
 
 
 @dataclass
@@ -275,26 +276,34 @@ def check_update(
     with compiling(target) as compiled:
         launch = launch_of(update, kinds, rule or update.rule, extras)
         if skip:
-            _run_on_device(launch, update, scaled=True)
+            run_on_device(launch, update, scaled=True)
         else:
             launch.run(1)
         return update_faults(compiled["update_kernel"][0], launch.kinds)
 
 
 def check_scalars(
-    update: Update, kinds: tuple[str, str, str], target: str, scaled: bool = True
+    update: Update,
+    kinds: tuple[str, str, str],
+    target: str,
+    scaled: bool = True,
+    extras: Extras = NO_EXTRAS,
 ) -> tuple[Read, list[str]]:
     """Compile the kernel that counts the steps; scaled: with GradScaler's scale and found_inf."""
     with compiling(target) as compiled:
-        _run_on_device(launch_of(update, kinds, update.rule), update, scaled)
+        run_on_device(launch_of(update, kinds, update.rule, extras), update, scaled)
         return scalars_faults(compiled["scalars_kernel"][0])
 
 
-def _run_on_device(launch: engine.Launch, update: Update, scaled: bool) -> None:
+def run_on_device(
+    launch: engine.Launch, update: Update, scaled: bool, verdict: measure.Verdict | None = None
+) -> None:
     one = torch.ones(1) if scaled else None
     numbers = np.zeros((1, 1 + len(update.carried)), dtype=np.int64)
-    row = [1.0] * (1 + len(update.hyper_names))
-    launch.run_on_device(update.scalars, numbers, np.zeros(1, dtype=np.int64), [row], one, one)
+    groups = np.zeros(1, dtype=np.int64)
+    row = [1.0] * (1 + len(update.hyper_names) + launch.extras.n_hypers)
+    bases = groups if launch.extras.rounding == STOCHASTIC else None
+    launch.run_on_device(update.scalars, numbers, groups, [row], one, one, verdict, bases)
 
 
 def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -327,10 +336,11 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
     options = parser.parse_args()
     # It reads kernels with what stands above.
-    from tests.gpu import row_gate
+    from tests.gpu import clip_gate, row_gate
 
     targets = options.target or list(TARGETS)
-    return report(itertools.chain(all_checks(targets), row_gate.all_checks(targets)))
+    kernels = (all_checks, clip_gate.all_checks, row_gate.all_checks)
+    return report(itertools.chain.from_iterable(checks(targets) for checks in kernels))
 
 
 def report(checks: Iterable[tuple[str, Callable[[], Any]]]) -> int:

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from fastopt_kernels import rules
 from fastopt_kernels.chunks import KAHAN, MASTER, STOCHASTIC, Extras
-from fastopt_kernels.gpu import engine, memory
-from tests.gpu import gate
+from fastopt_kernels.gpu import engine, measure, memory
+from tests.gpu import clip_gate, gate
 
 UPDATES = gate.updates()
 SCALARS = {update.scalars.__name__: update for update in UPDATES.values()}
@@ -56,6 +56,19 @@ def test_an_update_kernel_that_rounds_passes(rounding: int) -> None:
 def test_an_update_kernel_that_may_skip_passes() -> None:
     _, faults = gate.check_update(ADAM, BFLOAT16, "sm_90", skip=True)
     assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("kinds", "target", "maximum"),
+    [(FLOAT32, "sm_90", False), (BFLOAT16, "gfx942", True), (gate.KINDS[3], "sm_80", False)],
+)
+def test_the_kernels_of_a_clipped_step_pass(
+    kinds: tuple[str, str, str], target: str, maximum: bool
+) -> None:
+    """Measure, count with every extra, update."""
+    extras = Extras(True, True, STOCHASTIC if kinds[0] == "bf16" else 0)
+    found = clip_gate.check_clipped(ADAM, kinds, target, maximum, extras)
+    assert [faults for _, faults in found] == [[]] * 4
 
 
 @pytest.mark.parametrize(
@@ -121,6 +134,13 @@ def test_a_kernel_without_the_promise_of_alignment_fails(
     monkeypatch.setattr(engine, "update_kernel", triton.jit(engine.update_kernel.fn))
     _, faults = gate.check_update(ADAM, kinds, target)
     assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in faults] == ["loads", "stores"]
+
+
+def test_measuring_without_the_promise_of_alignment_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "pointer", _promises_nothing)
+    monkeypatch.setattr(measure, "measure_kernel", triton.jit(measure.measure_kernel.fn))
+    (_, faults), *_ = clip_gate.check_clipped(ADAM, FLOAT32, "sm_90")
+    assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in faults] == ["loads"]
 
 
 def test_scalars_in_float32_fail() -> None:

@@ -6,7 +6,8 @@ accesses; the tail, and a tensor that is not (a view into a DDP bucket), a maske
 holding back the others.
 
 Where the host may not know the step (GradScaler's found_inf, graph capture), a small float64 kernel
-before it counts the steps and computes the scalars on the device.
+before it counts the steps and computes the scalars on the device (`scalars`). Where the gradients
+are looked at first (`measure`), their factors are read from where that left them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,19 +23,16 @@ import triton
 import triton.language as tl
 from triton.compiler import CompilationError
 
-from fastopt_kernels.chunks import (
-    KAHAN,
-    MASTER,
-    NO_EXTRAS,
-    STOCHASTIC,
-    Extras,
-    chunk_table,
-    n_codes,
-)
+from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras, chunk_table, n_codes
 from fastopt_kernels.gpu import memory, rounding
 from fastopt_kernels.gpu import xp as gpu_xp
+from fastopt_kernels.gpu.rounding import BY_CHANCE, WITH_LOW, WITH_REST
+from fastopt_kernels.gpu.scalars import scalars_kernel
 from fastopt_kernels.gpu.tables import Tables
 from fastopt_kernels.xp import rebind, uncompilable
+
+if TYPE_CHECKING:
+    from fastopt_kernels.gpu.measure import Verdict
 
 # Elements a program updates. Small enough that 20 tensors of 1M fill 132 multiprocessors several
 # times over, large enough that the table stays under 0.2 % of the traffic of AdamW.
@@ -44,8 +42,6 @@ THREADS = 128
 # Twice that took 153 registers instead of 40 on sm_90 (AdamW, float32) and a third of the warps.
 BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024, "int16": 1024}
 SCALARS_BLOCK = 128
-# The roundings as kernels see them.
-BY_CHANCE, WITH_REST, WITH_LOW = map(tl.constexpr, (STOCHASTIC, KAHAN, MASTER))
 
 
 @triton.jit
@@ -111,30 +107,35 @@ def update_kernel(
     scalars_ptr,
     keys_ptr,
     skip_ptr,
+    factors_ptr,
+    owners_ptr,
     RULE: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     N_SCALARS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
     EXTRAS: tl.constexpr,
 ):
     """p, *states = RULE(p, g_scale * g, *states, *scalars) for the chunk of this program.
 
     tensors_ptr: (n, len(DTYPES)) int64 addresses; chunks_ptr: (programs, 3) int64;
-    index_ptr: (n,) int64 row of scalars_ptr; keys_ptr: (n,) int64, for chance, or None;
-    skip_ptr: (1,) float, nothing is written where not 0
+    index_ptr: (n,) int64 row of scalars_ptr; keys_ptr: (n,) int64, for chance; skip_ptr: (1,)
+    float, nothing is written where not 0; factors_ptr: of g_scale, owners_ptr: (n,) int64, whose
     """
     chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 3
-    tensor = tl.load(chunk_ptr)
-    first = tl.load(chunk_ptr + 1)
+    tensor, first = tl.load(chunk_ptr), tl.load(chunk_ptr + 1)
     n = tl.load(chunk_ptr + 2) - first
     if HAS_SKIP:
         n = tl.where(tl.load(skip_ptr) != 0, 0, n)
 
     scalar_ptr = scalars_ptr + tl.load(index_ptr + tensor) * N_SCALARS
-    scalars = ()
-    for k in tl.static_range(N_SCALARS):
+    g_scale = tl.load(scalar_ptr)
+    if HAS_FACTORS:
+        g_scale *= tl.load(factors_ptr + tl.load(owners_ptr + tensor))
+    scalars = (g_scale,)
+    for k in tl.static_range(1, N_SCALARS):
         scalars += (tl.load(scalar_ptr + k),)
 
     address_ptr = tensors_ptr + tensor * len(DTYPES)
@@ -159,64 +160,6 @@ def update_kernel(
     for start in range(full * BLOCK, n, BLOCK):
         offsets = start + lanes
         _update_block(any_ptrs, offsets, offsets < n, scalars, place, RULE, COMPUTE, EXTRAS)
-
-
-@triton.jit(do_not_specialize=["n"])
-def scalars_kernel(
-    numbers_ptr,
-    group_ptr,
-    hypers_ptr,
-    scale_ptr,
-    skip_ptr,
-    scalars_ptr,
-    n,
-    SCALARS: tl.constexpr,
-    N_CARRIED: tl.constexpr,
-    N_HYPERS: tl.constexpr,
-    N_SCALARS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Count a step of every parameter and compute its row of scalars, in float64.
-
-    numbers_ptr: (n, 1 + N_CARRIED) int64, addresses of float32 step and carried numbers;
-    group_ptr: (n,) int64 row of hypers_ptr; hypers_ptr: (groups, 1 + N_HYPERS) float64, first the
-    gradient's sign; scalars_ptr: (n, N_SCALARS), first the gradient's scale. With skip_ptr not 0
-    nothing is stored, nor for a parameter whose step has the address 0.
-    """
-    if HAS_SKIP:
-        n = tl.where(tl.load(skip_ptr) != 0, 0, n)
-    member = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    number_ptr = numbers_ptr + member * (1 + N_CARRIED)
-    mask = member < n
-    mask = mask & (tl.load(number_ptr, mask=mask, other=0) != 0)
-    number_ptrs = ()
-    numbers = ()
-    for k in tl.static_range(1 + N_CARRIED):
-        address = tl.load(number_ptr + k, mask=mask, other=0)
-        number_ptrs += (address.to(tl.pointer_type(tl.float32)),)
-        numbers += (tl.load(number_ptrs[k], mask=mask, other=0).to(tl.float64),)
-    hyper_ptr = hypers_ptr + tl.load(group_ptr + member, mask=mask, other=0) * (1 + N_HYPERS)
-    hypers = ()
-    for k in tl.static_range(N_HYPERS):
-        hypers += (tl.load(hyper_ptr + 1 + k, mask=mask, other=0),)
-
-    step = numbers[0] + 1.0
-    values = SCALARS(step, *numbers[1:], *hypers)
-    g_scale = tl.load(hyper_ptr, mask=mask, other=0)
-    if HAS_SCALE:
-        g_scale = g_scale / tl.load(scale_ptr).to(tl.float64)
-
-    row_ptr = scalars_ptr + member * N_SCALARS
-    compute = scalars_ptr.dtype.element_ty
-    tl.store(row_ptr, g_scale.to(compute), mask=mask)
-    for k in tl.static_range(N_SCALARS - 1):
-        tl.store(row_ptr + 1 + k, values[k].to(compute), mask=mask)
-    tl.store(number_ptrs[0], step.to(tl.float32), mask=mask)
-    for k in tl.static_range(N_CARRIED):
-        carried = values[N_SCALARS - 1 + k]
-        tl.store(number_ptrs[1 + k], carried.to(tl.float32), mask=mask)
 
 
 def block_size(kinds: tuple[str, ...]) -> int:
@@ -251,6 +194,7 @@ class Launch:
     index:   (n,) int64, the row of scalars each tensor takes
     scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
     keys:    (n,) int64, what chance depends on beside the element (stochastic rounding)
+    owners:  (n,) int64, the parameter group of each tensor; read where a verdict is given
     """
 
     def __init__(
@@ -265,7 +209,7 @@ class Launch:
         n = len(numels)
         self.rule, self.kinds, self.n_scalars, self.device = rule, kinds, n_scalars, device
         self.extras = extras
-        self.keys = np.zeros(n, dtype=np.int64)
+        self.keys, self.owners = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
         self.scalars = np.zeros((n, n_scalars), dtype=np.float64 if self._wide else np.float32)
@@ -291,15 +235,23 @@ class Launch:
     def prepare(self, n_threads: int) -> None:
         """Triton compiles at the first launch; a rule it cannot take is refused there."""
 
-    def run(self, n_threads: int) -> None:
+    @property
+    def chunks(self) -> np.ndarray:
+        """(chunks, 3) int64, of the selected tensors."""
+        return self._tables.lasting
+
+    def run(self, n_threads: int, verdict: Verdict | None = None) -> None:
         """Update every selected tensor, with the scalars the host has filled in."""
-        if len(self._tables.lasting):
+        if len(self.chunks):
             with self._on_device():
                 arrays = [self.tensors, self.index, self.scalars]
                 if self.draws:
                     arrays.append(self.keys)
+                if verdict is not None:
+                    arrays.append(self.owners)
                 tables, chunks = self._tables.send(arrays)
-                self._update(*tables[:3], chunks, None, *tables[3:])
+                factors = verdict and (verdict.factors(self._wide), tables.pop())
+                self._update(*tables[:3], chunks, None, *tables[3:], factors=factors)
 
     def run_on_device(
         self,
@@ -307,52 +259,60 @@ class Launch:
         numbers: np.ndarray,
         groups: np.ndarray,
         hypers: Sequence[Sequence[Any]],
-        grad_scale: torch.Tensor | None,
-        found_inf: torch.Tensor | None,
+        grad_scale: torch.Tensor | None = None,
+        found_inf: torch.Tensor | None = None,
+        verdict: Verdict | None = None,
+        bases: np.ndarray | None = None,
     ) -> None:
         """Count the steps and compute the scalars on the device, then update.
 
         numbers: (n, 1 + carried) int64 addresses of float32 step and carried numbers, 0 for none
         groups:  (n,) int64 row of `hypers`
-        hypers:  for each group the gradient's sign and the hyper-parameters, tensors or floats
+        hypers:  for each group the gradient's sign, the hyper-parameters and those of the extras
+                 (a limit; a decay, and how long it is warmed up), tensors or floats
+        verdict: in place of grad_scale and found_inf
+        bases:   (n,) int64, what chance depends on beside the step and the element
         """
-        known = [[_host_value(x) for x in row] for row in hypers]
-        everyone = np.arange(len(self.index), dtype=np.int64)
-        arrays = [self.tensors, everyone, numbers, groups, np.asarray(known, dtype=np.float64)]
+        known = np.asarray([[host_value(x) for x in row] for row in hypers], dtype=np.float64)
+        arrays = [self.tensors, np.arange(len(self.index)), numbers, groups, known]
+        places = [x for x in (verdict and self.owners, bases) if x is not None]
         with self._on_device():
-            tables, chunks = self._tables.send(arrays)
-            tensors, index, number_table, group_table, hyper_table = tables
-            for row, values in enumerate(hypers):
-                for column, value in enumerate(values):
-                    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-                        hyper_table[row, column].copy_(value.reshape(()), non_blocking=True)
-            if grad_scale is not None:
-                grad_scale = grad_scale.to(self.device, non_blocking=True)
-            if found_inf is not None:
-                found_inf = found_inf.to(self.device, non_blocking=True)
-            dtype = torch.float64 if self._wide else torch.float32
-            table = torch.empty(self.scalars.shape, dtype=dtype, device=self.device)
+            sent, chunks = self._tables.send([*arrays, *places])
+            tensors, index, number_table, group_table, hyper_table, *placed = sent
+            copy_device_values(hypers, hyper_table)
+            grad_scale, found_inf = (here(x, self.device) for x in (grad_scale, found_inf))
+            if verdict is not None and verdict.skips:
+                found_inf = verdict.skip
+            table = torch.empty_like(torch.from_numpy(self.scalars), device=self.device)
+            keys = None if bases is None else torch.empty_like(placed[-1])
             scalars_kernel[(triton.cdiv(len(groups), SCALARS_BLOCK),)](
                 number_table,
                 group_table,
                 hyper_table,
                 grad_scale,
                 found_inf,
+                verdict and verdict.factors(True),
+                verdict and placed[0],
+                None if bases is None else placed[-1],
                 table,
+                keys,
                 len(groups),
                 SCALARS=compiled_rule(scalars),
                 N_CARRIED=numbers.shape[1] - 1,
-                N_HYPERS=len(known[0]) - 1,
+                N_HYPERS=known.shape[1] - 1 - self.extras.n_hypers,
                 N_SCALARS=self.n_scalars,
                 HAS_SCALE=grad_scale is not None,
                 HAS_SKIP=found_inf is not None,
+                HAS_FACTORS=verdict is not None,
+                HAS_KEYS=bases is not None,
+                EXTRAS=tuple(map(int, self.extras)),
                 BLOCK=SCALARS_BLOCK,
                 num_warps=THREADS // _warp_size(),
                 enable_fp_fusion=True,
             )
-            if len(self._tables.lasting):
-                self._update(tensors, index, table, chunks, found_inf)
-            self._tables.keep_spare([*arrays, self._all_chunks])
+            if len(self.chunks):
+                self._update(tensors, index, table, chunks, found_inf, keys)
+            self._tables.keep_spare([*arrays, *places, self._all_chunks])
 
     def _update(
         self,
@@ -362,6 +322,7 @@ class Launch:
         chunks: torch.Tensor,
         found_inf: torch.Tensor | None,
         keys: torch.Tensor | None = None,
+        factors: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         update_kernel[(len(chunks),)](
             tensors,
@@ -370,11 +331,13 @@ class Launch:
             scalars,
             keys,
             found_inf,
+            *(factors or (None, None)),
             RULE=compiled_rule(self.rule),
             DTYPES=tuple(memory.DTYPES[kind] for kind in self.kinds),
             COMPUTE=memory.compute_dtype(self.kinds[0]),
             N_SCALARS=self.n_scalars,
             HAS_SKIP=found_inf is not None,
+            HAS_FACTORS=factors is not None,
             BLOCK=block_size(self.kinds),
             EXTRAS=tuple(map(int, self.extras)),
             num_warps=THREADS // _warp_size(),
@@ -392,8 +355,21 @@ class Launch:
             raise uncompilable(self.rule, "Triton", error) from error
 
 
-def _host_value(x: Any) -> float:
+def host_value(x: Any) -> float:
     """A hyper-parameter as far as the host knows it; one on a device is copied there."""
     if isinstance(x, torch.Tensor):
         return x.detach().item() if x.device.type == "cpu" else 0.0
     return float(x)
+
+
+def here(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A tensor, if there is one, on a device, without waiting for it."""
+    return None if x is None else x.to(device, non_blocking=True)
+
+
+def copy_device_values(values: Sequence[Sequence[Any]], table: torch.Tensor) -> None:
+    """Those that are on a device, to their places in a table there."""
+    for row, of_row in enumerate(values):
+        for column, value in enumerate(of_row):
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                table[row, column].copy_(value.reshape(()), non_blocking=True)

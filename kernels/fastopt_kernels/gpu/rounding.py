@@ -8,10 +8,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastopt_kernels.chunks import KAHAN, MASTER, STOCHASTIC
+
+# The roundings as kernels see them.
+BY_CHANCE, WITH_REST, WITH_LOW = map(tl.constexpr, (STOCHASTIC, KAHAN, MASTER))
+
 
 @triton.jit
 def _float_of(bits):
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_of_step(base, step):
+    """32 bits of a parameter's base (`fastopt.optim.passes.bases_of`) and its step: splitmix64."""
+    x = base.to(tl.uint64) * 0xBF58476D1CE4E5B9 + step.to(tl.int64).to(tl.uint64)
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return ((x ^ (x >> 31)) & 0xFFFFFFFF).to(tl.int64)
 
 
 @triton.jit
