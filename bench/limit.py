@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import literal_unroll, njit, prange
 
 from bench.providers import STATES
 
@@ -98,6 +98,34 @@ def _rotate_3(g, p, s, t):
 
 
 @njit(parallel=True, **JIT)
+def _flip_each(g, p, states):
+    """p <- p + g, then the states one after the other: s <- s ^ 1. Integers throughout."""
+    for c in prange((len(g) + CHUNK - 1) // CHUNK):
+        first, last = c * CHUNK, min((c + 1) * CHUNK, len(g))
+        g_c, p_c = g[first:last], p[first:last]
+        for i in range(last - first):
+            p_c[i] = p_c[i] + g_c[i]
+        for s in literal_unroll(states):
+            s_c = s[first:last]
+            for i in range(last - first):
+                s_c[i] = s_c[i] ^ 1
+
+
+@njit(parallel=True, **JIT)
+def _flip_together(g, p, states):
+    """The same, a piece of 256 elements of each stream at a time."""
+    for c in prange((len(g) + CHUNK - 1) // CHUNK):
+        for start in range(c * CHUNK, min((c + 1) * CHUNK, len(g)), 256):
+            g_c, p_c = g[start : start + 256], p[start : start + 256]
+            for i in range(len(g_c)):
+                p_c[i] = p_c[i] + g_c[i]
+            for s in literal_unroll(states):
+                s_c = s[start : start + 256]
+                for i in range(len(s_c)):
+                    s_c[i] = s_c[i] ^ 1
+
+
+@njit(parallel=True, **JIT)
 def _copy(x, y):
     """y <- x: 8 bytes an element in float32."""
     for c in prange((len(x) + CHUNK - 1) // CHUNK):
@@ -135,6 +163,17 @@ def candidates(
     return {
         f"{name} kernel": lambda kernel=kernel: kernel(*streams)
         for name, kernel in KERNELS[written].items()
+    }
+
+
+def mixed(n_elements: int, dtypes: tuple[torch.dtype, ...]) -> dict[str, Callable[[], None]]:
+    """A step of each kernel that moves streams of these dtypes: g, p and states."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+    g, p, *states = (make_stream(n_elements, integers[d.itemsize]) for d in dtypes)
+    _take_torchs_threads()
+    kernels = {"flip each": _flip_each, "flip together": _flip_together}
+    return {
+        name: lambda kernel=kernel: kernel(g, p, tuple(states)) for name, kernel in kernels.items()
     }
 
 

@@ -5,7 +5,7 @@
 fastopt: fastopt.GradScaler's step of an AdamW with max_grad_norm and ema_decay. torch: unscale_,
 clip_grad_norm_ (foreach), GradScaler.step of a fused AdamW, and a foreach average. All memory that
 a step needs is kept by the allocator. Beside them what clipping adds to a plain step, in times of
-reading the gradients once.
+reading the gradients once; then AdamW by how parameters and states are stored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from numba import njit, prange
 from torch import Tensor
 
 import fastopt
-from bench import limit, machine, timing
+from bench import format_measure, limit, machine, timing
 from bench.allocator import WARM, environment, is_warm
 from bench.measure import copy_gb_per_s
 from bench.models import Gradients, make_parameters, n_elements
@@ -37,10 +37,6 @@ LIMIT, DECAY = 1.0, 0.999
 GOALS = {"gpt2": 1.4, "1000x1000": 10.0}
 # Clipping alone: at most so many times reading the gradients.
 CLIPPING = 1.25
-# bf16 parameters, gradients and states at 33M against torch's fused AdamW: at least so many times
-# as fast; and bytes an element: gradient read, parameter, two moments and what is kept of the
-# rounding read and written.
-ROUNDINGS = {"nearest": (1.4, 14), "stochastic": (1.1, 14), "kahan": (1.1, 18), "master": (1.1, 18)}
 # Bytes an element that no such step can leave out, in float32: the gradient twice; parameter, two
 # moments and the average read and written.
 BYTES = 4 * (2 + 2 * 4)
@@ -99,34 +95,6 @@ def whole_step(model: str, seconds: float) -> Record:
     }
 
 
-def rounding(seconds: float) -> Iterator[Record]:
-    """AdamW of bf16 parameters, by how they are rounded."""
-    subjects: dict[str, Subject] = {}
-    for how in (*ROUNDINGS, "torch fused"):
-        params = make_parameters("33m", torch.bfloat16)
-        optimizer = (
-            torch.optim.AdamW(params, fused=True)
-            if how == "torch fused"
-            else fastopt.optim.AdamW(params, param_rounding=how)
-        )
-        prepare = Gradients("33m", torch.bfloat16, "rebound").binder(params)
-        subjects[how] = Subject(optimizer.step, prepare)
-        subjects[how].warm()
-    timings = timing.interleave(subjects, seconds)
-    for how, (goal, n_bytes) in ROUNDINGS.items():
-        n_bytes *= n_elements("33m")
-        ratio = Ratio.of(timings["torch fused"], timings[how])
-        both = {"fastopt": timings[how], "torch fused": timings["torch fused"]}
-        yield {
-            "case": f"AdamW 33m, all bf16, param_rounding {how}",
-            "bytes": n_bytes,
-            "times": {name: taken.record(n_bytes) for name, taken in both.items()},
-            "ratio": asdict(ratio),
-            "goal": goal,
-            "met": ratio.median >= goal,
-        }
-
-
 @njit(parallel=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
 def _read(g: Any) -> float:
     total = np.float32(0)
@@ -163,14 +131,31 @@ def clipping(seconds: float) -> Record:
 
 def at_a_glance(report: Record) -> str:
     """The cases and the machine: for README."""
-    lines = []
-    for record in report["records"]:
+    lines, absent = [], []
+    for record in (*report["records"], *report["peers"]):
+        if "error" in record:
+            absent.append(f"Not measured: {record['case']}: {record['error']}")
+            continue
         times = ", ".join(f"{name} {ms(t['ms'])}" for name, t in record["times"].items())
-        goal = f"{'at most' if 'alone' in record['case'] else 'at least'} {record['goal']}"
-        gb = f"{record['bytes'] / 1e9:.3f}"
-        lines.append((record["case"], gb, times, spread(record["ratio"]), goal, yes(record["met"])))
-    table = markdown_table(("case", "GB to move", "ms", "times", "goal", "met"), lines)
-    return f"{table}\n\n{conditions(report)}\n"
+        most = "alone" in record["case"]
+        goal = f"{'at most' if most else 'at least'} {record['goal']}" if record["goal"] else ""
+        gb, met = f"{record['bytes'] / 1e9:.3f}", yes(record["met"]) if record["goal"] else ""
+        share = _share(record, "share", "at least")
+        lines.append((record["case"], gb, times, spread(record["ratio"]), goal, met, share))
+        if "beyond" in record:
+            beyond = spread(record["beyond"])
+            aim, held = f"at most {record['beyond_goal']}", yes(record["beyond_met"])
+            name = f"{record['case']}, in times of the plain step"
+            lines.append((name, gb, "", beyond, aim, held, ""))
+    head = ("case", "GB to move", "ms", "times", "goal", "met", "share of the limit")
+    return "\n\n".join((markdown_table(head, lines), *absent, conditions(report))) + "\n"
+
+
+def _share(record: Record, name: str, aim: str) -> str:
+    if name not in record:
+        return ""
+    met = "" if record[f"{name}_met"] else ", missed"
+    return f"{spread(record[name])} ({aim} {record[f'{name}_goal']}{met})"
 
 
 def main() -> int:
@@ -189,7 +174,8 @@ def main() -> int:
         "machine": machine.describe(),
         "quick": False,
         "copy_gb_per_s": copy_gb_per_s(),
-        "records": [*(case() for case in cases), *rounding(2 * options.seconds)],
+        "records": [*(case() for case in cases), *format_measure.measure(options.seconds)],
+        "peers": [*format_measure.peers()],
     }
     console = make_console()
     text = f"# The whole step in one pass\n\n{at_a_glance(report)}"
