@@ -53,9 +53,7 @@ FORMATS = (
         _B16,
         {"param_rounding": "stochastic", "state_dtype": "8bit"},
     ),
-    Format(
-        "bf16, master, 8-bit states", _B16, {"param_rounding": "master", "state_dtype": "8bit"}
-    ),
+    Format("bf16, master, 8-bit states", _B16, {"param_rounding": "master", "state_dtype": "8bit"}),
 )
 
 
