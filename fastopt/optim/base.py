@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.optim import checkpoints, eager, formats, passes
+from fastopt.optim import checkpoints, formats, odd, passes
 from fastopt.optim import plan as plans
 from fastopt.optim.bucket import Bucket
 from fastopt.optim.hooks import hooked
 from fastopt.optim.look import DeviceVerdict, Looking
 from fastopt.optim.passes import AVERAGED, Verdict
-from fastopt.optim.plan import GroupKey, Odd, Place, Plan, build
+from fastopt.optim.plan import GroupKey, Place, Plan, build
 from fastopt.optim.release import Released
 from fastopt.optim.scale import NO_SCALE, Scale
 from fastopt.optim.telemetry import Telemetry, collect
-from fastopt.optim.update import Update, number_dtype, sign
+from fastopt.optim.update import Update, number_dtype
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
 
@@ -66,7 +66,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     _update: ClassVar[Update]
     _plan: Plan | None = None
     # Steps of parameters whose state has none (SGD): {param: {"step": tensor}}.
-    _hidden: dict[Tensor, dict[str, Any]]
+    hidden: dict[Tensor, dict[str, Any]]
     # Whether anybody else could have reached the states. Until somebody reads `state`, nobody can
     # have replaced or saved one of them, and a step need not look.
     _exposed: bool = True
@@ -100,7 +100,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         self._forget(exposed="param_groups" in self.__dict__)
 
     def _forget(self, exposed: bool) -> None:
-        self._plan, self._hidden, self._exposed = None, {}, exposed
+        self._plan, self.hidden, self._exposed = None, {}, exposed
 
     # What a subclass may say of itself.
 
@@ -248,8 +248,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
                 return
         for bucket in plan.buckets:
             self._run(bucket, scale, verdict)
-        for odd in plan.odd:
-            self._step_odd(odd, plan.keys[odd.group].update, scale)
+        for each in plan.odd:
+            odd.step(self, each, plan.keys[each.group].update, scale)
 
     def telemetry(self, named: Iterable[tuple[str, Tensor]] | None = None) -> Telemetry:
         """What the last step saw of each parameter (telemetry=True), by name.
@@ -294,8 +294,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         after; one that has not been stepped yet keeps its own."""
         if not any(group.get("ema_decay") is not None for group in self.param_groups):
             raise RuntimeError(f"construct {type(self).__name__} with ema_decay to keep averages")
-        states = self.state
-        pairs = [(p, states[p][AVERAGED]) for p in self._all_params() if AVERAGED in states[p]]
+        held = self.state
+        pairs = [(p, held[p][AVERAGED]) for p in self._all_params() if AVERAGED in held[p]]
         with torch.no_grad():
             kept = [param.clone() for param, _ in pairs]
             for param, average in pairs:
@@ -342,16 +342,16 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
 
     def plan_of(self, place: Place, plan: Plan | None) -> Plan:
         """A plan for one parameter alone; the one given, where it still holds."""
-        param, states = place.param, self.__dict__["state"]
+        param, held = place.param, self.__dict__["state"]
         keys, grads = self._keys(False, [param]), [param.grad]
         if (
             plan is None
             or plan.keys != keys
-            or (self._exposed and not plan.holds({param: states.get(param)}))
+            or (self._exposed and not plan.holds({param: held.get(param)}))
             or not plan.fits([param], grads, self._exposed)
         ):
             plan = self._make_plan([place], grads, keys)
-            plan.remember({param: states.get(param)})
+            plan.remember({param: held.get(param)})
         return plan
 
     def _keys(self, told: bool, params: list[Tensor]) -> list[Any]:
@@ -400,70 +400,3 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         else:
             return
         increment_version(bucket.touched(states=self._exposed))
-
-    def _step_odd(self, odd: Odd, update: Update, scale: Scale) -> None:
-        group, param = self.param_groups[odd.group], odd.param
-        grad = param.grad
-        if grad is None or scale.skip():
-            return
-        if odd.sparse:
-            if scale.grad_scale is not None:
-                raise RuntimeError(
-                    f"{type(self).__name__} with fused=True cannot unscale sparse gradients: got "
-                    "one with a grad_scale. Leave fused unset, and GradScaler unscales before."
-                )
-            with torch.no_grad():
-                self.step_sparse(param, grad, group)
-            return
-        state, numbers = self._state_of(param, update), self._numbers_of(param, update)
-        factor = sign(group) * scale.inverse()
-        with torch.set_grad_enabled(bool(group.get("differentiable"))):
-            eager.step_param(update, param, grad, state, numbers, group, factor)
-
-    def _state_of(self, param: Tensor, update: Update, averaged: bool = False) -> dict[str, Any]:
-        """The state of a parameter; an update without any leaves no entry, as with torch."""
-        if not update.counted and not update.state_names and not averaged:
-            return {}
-        state: dict[str, Any] = self.__dict__["state"][param]
-        return state
-
-    def _numbers_of(self, param: Tensor, update: Update) -> dict[str, Any]:
-        """Where a parameter's step is counted."""
-        if update.counted:
-            return self._state_of(param, update)
-        return self._hidden.setdefault(param, {})
-
-    def _first(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-        if name == AVERAGED:
-            # In 16 bits an average stands still: a step of 1e-3 of it is rounded away.
-            low = param.dtype in (torch.bfloat16, torch.float16)
-            return param.detach().to(torch.float32) if low else param.detach().clone()
-        if name in passes.OWN_DTYPE:
-            return torch.zeros_like(param, dtype=passes.OWN_DTYPE[name])
-        return self.initial_state(name, param, group)
-
-    def _prepare_state(
-        self,
-        param: Tensor,
-        group: dict[str, Any],
-        key: GroupKey,
-        before: list[tuple[dict[str, Any], dict[str, Any]]],
-    ) -> None:
-        """Make the states a parameter lacks, and convert those of another format.
-
-        before: takes what each dict held, to be put back on an error
-        """
-        update, names = key.update, key.state_names(param)
-        numbers, state = self._numbers_of(param, update), self._state_of(param, update, bool(names))
-        before += [(numbers, dict(numbers)), (state, dict(state))]
-        # Without a count in its state (SGD), a parameter begins where its buffer does.
-        started = all(state.get(name) is not None for name in update.state_names)
-        if "step" not in numbers or not (update.counted or started):
-            first = 0.0 if update.counted or not started else 1.0
-            numbers["step"] = self.initial_number(first, param, group)
-        passes.convert_kept(state, param, key.extras)
-        for name in (*update.carried, *(name for name in names if not name.endswith("_scale"))):
-            if state.get(name) is None:
-                state[name] = self._first(name, param, group)
-            if name in update.state_names:
-                formats.conform(state, name, key.format_of(name), update, param)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import formats, layout, passes
+from fastopt.optim import formats, layout, passes, states
 from fastopt.optim.bucket import Bucket, Member
 from fastopt.optim.look import DeviceLook
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
@@ -141,10 +141,12 @@ def build(
             group = optimizer.param_groups[number]
             # A sparse buffer begins as a sparse gradient (SGD), not as zeros.
             if grad.layout is torch.strided or keys[number].update.counted:
-                optimizer._prepare_state(param, group, keys[number], before)
+                states.prepare(optimizer, param, group, keys[number], before)
         members = [
             Member.make(
-                optimizer._state_of(p, keys[number].update, bool(keys[number].state_names(p))),
+                states.state_of(
+                    optimizer, p, keys[number].update, bool(keys[number].state_names(p))
+                ),
                 p,
                 g,
                 number,
@@ -297,7 +299,7 @@ def _make_steps(
     owners = []
     seen: set[int] = set()
     for kind, members in launches:
-        mine = [optimizer._numbers_of(member.param, kind.update) for member in members]
+        mine = [states.numbers_of(optimizer, member.param, kind.update) for member in members]
         if not kind.update.counted:
             # To torch, each occurrence of a parameter begins where its buffer was not there yet.
             mine = [dict(owner) if id(owner) in seen else owner for owner in mine]
