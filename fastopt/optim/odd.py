@@ -1,4 +1,4 @@
-"""Parameters that no kernel takes: sparse gradients, differentiable steps, tensors without memory."""
+"""Parameters that no kernel takes: sparse, differentiable, or without memory of their own."""
 
 from __future__ import annotations
 
