@@ -1,0 +1,296 @@
+"""The norms over channels where channels are neighbours in memory (channels_last), forward.
+
+Lines of channels are walked as they lie, and everything is kept one number a channel: in a block
+of pixels the moments about a mean of the block's own, over blocks their merger for each set, and
+block by block what is written.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numba import njit, types
+from torch import Tensor
+
+from fastopt_kernels.channels import Channels
+from fastopt_kernels.cpu import memory, rows
+from fastopt_kernels.cpu.channel_sets import kind_at, load_any, merge, move, off, poor, tidy
+from fastopt_kernels.cpu.vecmath import bits_to_double
+from fastopt_kernels.cpu.xp import JIT
+
+_args = memory.make_row(types.int64, 14)
+# Elements of a block: it stays in L2 for a second look, and few blocks need merging.
+BLOCK = 65536
+# Lines a block begins with, whose mean is the center of its moments.
+PIVOT = 8
+# Lines walked together, so that the sums are read and written once for eight; and lines summed in
+# the compute type before they are added in float64.
+TOGETHER, FLUSHED = 8, 128
+# Channels' worth of sets that one task merges.
+MERGED = 32
+
+# images, channels, length, stride_image, stride_element, groups, batch, pixels of a block, blocks
+# of an image
+table_row = memory.make_row(types.int64, 9)
+
+
+@lru_cache(maxsize=512)
+def pixels_table(c: Channels) -> np.ndarray:
+    """The numbers of `table_row` for a geometry."""
+    n_blocks = -(-c.length // max(1, BLOCK // c.channels))
+    block = -(-c.length // n_blocks)
+    n_blocks = -(-c.length // block)
+    table = (*c[:4], c.stride_element, c.groups, int(c.batch), block, n_blocks)
+    return np.array(table, dtype=np.int64)
+
+
+@njit(**JIT)
+def block_of(task, length, block, n_blocks):
+    """(image, first pixel, pixels) of a block."""
+    first = task % n_blocks * block
+    return task // n_blocks, first, min(block, length - first)
+
+
+def _make_moments(tag, codec):
+    """moments(x, n, n_channels, down, center, parts, totals): totals of x - center and of its
+    square for each channel, over n lines that are `down` bytes apart."""
+    load, compute, zero = codec.load, codec.compute, codec.compute(0)
+    of_center = rows.Codec(codec.wide, 1)
+    of_part, of_square = rows.Codec(codec.wide, 2), rows.Codec(codec.wide, 3)
+    of_total, of_squares = rows.Codec("fp64", 4), rows.Codec("fp64", 5)
+    get_center = of_center.load
+    get, put, get_square, put_square = of_part.load, of_part.store, of_square.load, of_square.store
+    get_total, put_total = of_total.load, of_total.store
+    get_squares, put_squares = of_squares.load, of_squares.store
+
+    @rows.inlined(tag)
+    def moments(x, n, width, down, center, parts, totals):
+        squares, total_squares = parts + 8 * width, totals + 8 * width
+        for i in range(width):
+            put_total(totals, i, np.float64(0))
+            put_squares(total_squares, i, np.float64(0))
+            put(parts, i, zero)
+            put_square(squares, i, zero)
+        for start in range(0, n, FLUSHED):
+            stop = min(start + FLUSHED, n)
+            together = (stop - start) // TOGETHER
+            for k in range(together):
+                line = x + (start + k * TOGETHER) * down
+                for i in range(width):
+                    m = get_center(center, i)
+                    a, b = load(line, i) - m, load(line + down, i) - m
+                    c, d = load(line + 2 * down, i) - m, load(line + 3 * down, i) - m
+                    e, f = load(line + 4 * down, i) - m, load(line + 5 * down, i) - m
+                    g, h = load(line + 6 * down, i) - m, load(line + 7 * down, i) - m
+                    put(parts, i, get(parts, i) + (((a + b) + (c + d)) + ((e + f) + (g + h))))
+                    square = ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h))
+                    put_square(squares, i, get_square(squares, i) + square)
+            for p in range(start + together * TOGETHER, stop):
+                for i in range(width):
+                    a = load(x + p * down, i) - get_center(center, i)
+                    put(parts, i, get(parts, i) + a)
+                    put_square(squares, i, get_square(squares, i) + a * a)
+            for i in range(width):
+                put_total(totals, i, get_total(totals, i) + np.float64(get(parts, i)))
+                more = get_squares(total_squares, i) + np.float64(get_square(squares, i))
+                put_squares(total_squares, i, more)
+                put(parts, i, zero)
+                put_square(squares, i, zero)
+
+    return moments
+
+
+def _make_center(tag, codec):
+    """center_of(x, n, width, down, center): the mean of a block's first lines;
+    recenter(n, width, center, totals): that of all, where one was off."""
+    load, compute, of_center = codec.load, codec.compute, rows.Codec(codec.wide, 1)
+    get_center, put_center = of_center.load, of_center.store
+    get_total, get_squares = rows.Codec("fp64", 4).load, rows.Codec("fp64", 5).load
+
+    @rows.inlined(tag)
+    def center_of(x, n, width, down, center):
+        n_pivot = min(n, PIVOT)
+        for i in range(width):
+            put_center(center, i, load(x, i))
+        for p in range(1, n_pivot):
+            for i in range(width):
+                put_center(center, i, get_center(center, i) + load(x + p * down, i))
+        share = compute(1.0 / n_pivot)
+        for i in range(width):
+            put_center(center, i, get_center(center, i) * share)
+
+    @rows.inlined(tag)
+    def recenter(n, width, center, totals):
+        moved = False
+        for i in range(width):
+            moved |= off(get_total(totals, i) / n, get_squares(totals + 8 * width, i) / n)
+        if moved:
+            for i in range(width):
+                left = get_total(totals, i) / n
+                put_center(center, i, compute(np.float64(get_center(center, i)) + left))
+        return moved
+
+    return center_of, recenter
+
+
+def _pixel_moments(tag, kind):
+    codec, get_center = rows.Codec(kind, 0), rows.Codec(rows.wide(kind), 1).load
+    load, itemsize = codec.load, codec.itemsize
+    of_total, of_squares = rows.Codec("fp64", 4), rows.Codec("fp64", 5)
+    get_total, put_total = of_total.load, of_total.store
+    get_squares, put_squares = of_squares.load, of_squares.store
+    moments, (center_of, recenter) = _make_moments(tag, codec), _make_center(tag, codec)
+
+    @rows.inlined(tag)
+    def precise(x, i, n, down):
+        total, squares = np.float64(0), np.float64(0)
+        for p in range(n):
+            total += np.float64(load(x + p * down, i))
+        mean = total / n
+        for p in range(n):
+            d = np.float64(load(x + p * down, i)) - mean
+            squares += d * d
+        return mean, squares
+
+    def pixel_moments(args, task):
+        x, _, _, _, partial, _, _, _, table, _, _, _, _, _ = _args(args, 0)
+        _, width, length, stride_image, stride, _, _, block, n_blocks = table_row(table, 0)
+        image, first, n = block_of(task, length, block, n_blocks)
+        x_block, down = x + (image * stride_image + first * stride) * itemsize, stride * itemsize
+        scratch = np.empty(3 * width, np.float64)
+        center, totals = scratch.ctypes.data, partial + task * width * 16
+        parts = center + 8 * width
+        center_of(x_block, n, width, down, center)
+        for _ in range(2):  # a loop: one copy of `moments` to compile
+            moments(x_block, n, width, down, center, parts, totals)
+            if not recenter(n, width, center, totals):
+                break
+        for i in range(width):
+            total, squares = get_total(totals, i), get_squares(totals + 8 * width, i)
+            left = total / n
+            mean, about = np.float64(get_center(center, i)) + left, squares - total * left
+            if poor(left, squares / n):
+                mean, about = precise(x_block, i, n, down)
+            put_total(totals, i, mean)
+            put_squares(totals + 8 * width, i, about)
+        rows.alive(scratch)
+
+    return pixel_moments
+
+
+def _pixel_sets(tag):
+    """Mean and variance of each set, from the blocks'; the sets of MERGED channels a task."""
+    of_part, of_stats = rows.Codec("fp64", 0), rows.Codec("fp64", 1)
+    get, put = of_part.load, of_stats.store
+
+    def pixel_sets(args, task):
+        _, _, _, _, partial, stats, running_mean, running_var, table, kinds, _, momentum, _, _ = (
+            _args(args, 0)
+        )
+        images, width, length, _, _, groups, batch, block, n_blocks = table_row(table, 0)
+        each = width // groups
+        n_sets, n_task = groups if batch else images * groups, max(1, MERGED // each)
+        for k in range(task * n_task, min(task * n_task + n_task, n_sets)):
+            first = 0 if batch else k // groups * n_blocks
+            last = images * n_blocks if batch else first + n_blocks
+            mean, squares, n = np.float64(0), np.float64(0), np.float64(0)
+            for c in range(k % groups * each, (k % groups + 1) * each):
+                for q in range(first, last):
+                    at = q * 2 * width + c
+                    _, _, count = block_of(q, length, block, n_blocks)
+                    m, s = get(partial, at), get(partial, at + width)
+                    if n == 0.0:
+                        mean, squares = m, s
+                    else:
+                        mean, squares = merge(n, mean, squares, np.float64(count), m, s)
+                    n += np.float64(count)
+            put(stats, 2 * k, mean)
+            put(stats, 2 * k + 1, squares / n)
+            if running_mean != 0:
+                move(running_mean, k, kind_at(kinds, 2), mean, bits_to_double(momentum))
+            if running_var != 0:
+                unbiased = squares / (n - 1.0)
+                move(running_var, k, kind_at(kinds, 3), unbiased, bits_to_double(momentum))
+
+    return pixel_sets
+
+
+def _pixel_norms(tag, kind):
+    codec, store = rows.Codec(kind, 0), rows.Codec(kind, 5).store
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    of_high, of_low, of_scale, of_shift = (rows.Codec(codec.wide, k) for k in (1, 2, 3, 4))
+    get_high, put_high, get_low, put_low = of_high.load, of_high.store, of_low.load, of_low.store
+    get_scale, put_scale = of_scale.load, of_scale.store
+    get_shift, put_shift = of_shift.load, of_shift.store
+    get_stats = rows.Codec("fp64", 6).load
+
+    @rows.inlined(tag)
+    def prepare(vectors, image, width, groups, batch, given, numbers):
+        weight, bias, stats, running_mean, running_var, kinds, eps = numbers
+        for i in range(width):
+            k = i // (width // groups) + (0 if batch else image * groups)
+            if given:
+                mean = load_any(running_mean, i, kind_at(kinds, 2))
+                variance = load_any(running_var, i, kind_at(kinds, 3))
+            else:
+                mean, variance = get_stats(stats, 2 * k), get_stats(stats, 2 * k + 1)
+            scale, shift = 1.0 / math.sqrt(variance + bits_to_double(eps)), np.float64(0)
+            if weight != 0:
+                scale *= load_any(weight, i, kind_at(kinds, 0))
+            if bias != 0:
+                shift = load_any(bias, i, kind_at(kinds, 1))
+            high = compute(mean)
+            put_high(vectors, i, high)
+            put_low(vectors + 8 * width, i, compute(mean - np.float64(high)))
+            put_scale(vectors + 16 * width, i, compute(tidy(scale)))
+            put_shift(vectors + 24 * width, i, compute(tidy(shift)))
+
+    def pixel_norms(args, task):
+        (
+            x, y, weight, bias, _, stats, running_mean, running_var, table, kinds, eps, _, given, _,
+        ) = _args(args, 0)  # fmt: skip
+        _, width, length, stride_image, stride, groups, batch, block, n_blocks = table_row(table, 0)
+        image, first, n = block_of(task, length, block, n_blocks)
+        scratch = np.empty(4 * width, np.float64)
+        high = scratch.ctypes.data
+        low, scale, shift = high + 8 * width, high + 16 * width, high + 24 * width
+        numbers = weight, bias, stats, running_mean, running_var, kinds, eps
+        prepare(high, image, width, groups, batch, given, numbers)
+        for p in range(first, first + n):
+            x_line = x + (image * stride_image + p * stride) * itemsize
+            y_line = y + (image * length + p) * width * itemsize
+            for i in range(width):
+                deviation = (load(x_line, i) - get_high(high, i)) - get_low(low, i)
+                store(y_line, i, deviation * get_scale(scale, i) + get_shift(shift, i))
+        rows.alive(scratch)
+
+    return pixel_norms
+
+
+def forward(
+    x: Tensor,
+    inputs: tuple[int, ...],
+    stats: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    channels: Channels,
+    rest: tuple[int, ...],
+) -> None:
+    """inputs: addresses of x, y, weight and bias; rest: kinds, eps, momentum, given"""
+    table, kind, given = pixels_table(channels), rows.kind_of(x), rest[-1]
+    n_blocks, n_partial = channels.images * int(table[-1]), 0
+    if not given:
+        n_partial = n_blocks * 2 * channels.channels
+        if stats is None:
+            stats = torch.empty(channels.n_sets, 2, dtype=torch.float64)
+    partial = torch.empty(n_partial, dtype=torch.float64)
+    addresses = partial.data_ptr(), *map(rows.address, (stats, *running)), table.ctypes.data
+    numbers = (*inputs, *addresses, *rest, 0)
+    if not given:
+        n_task = max(1, MERGED // (channels.channels // channels.groups))
+        sets, n_last = rows.task_of(_pixel_sets), -(-channels.n_sets // n_task)
+        moments = rows.task_of(_pixel_moments, kind)
+        rows.run(moments, n_blocks, x.numel(), numbers, sets, n_last)
+    rows.run(rows.task_of(_pixel_norms, kind), n_blocks, x.numel(), numbers)
