@@ -38,7 +38,7 @@ def batch_norm(
         n = input.shape[0] * prod(input.shape[2:])
         fits = n != 1 and eps > 0 and _movable(running)
     elif fits:
-        fits = None not in running and eps >= 0
+        fits = running_mean is not None and running_var is not None and eps >= 0
     if not fits:
         return by_torch(
             "batch_norm", F.batch_norm, input, *per_channel, training, momentum, eps
@@ -72,7 +72,7 @@ def instance_norm(
     if fits and use_input_stats:
         fits = prod(input.shape[2:]) != 1 and eps >= 0 and _movable(running)
     elif fits:
-        fits = None not in running and eps >= 0
+        fits = running_mean is not None and running_var is not None and eps >= 0
     if not fits:
         return by_torch(
             "instance_norm", F.instance_norm, input, *per_channel, use_input_stats, momentum, eps

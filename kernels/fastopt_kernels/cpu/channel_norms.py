@@ -2,9 +2,9 @@
 
     y = (x - mean) rstd weight + bias,  rstd = 1 / sqrt(var + eps)
 
-with mean and variance of a set (`fastopt_kernels.channels`), or those given. Planes: a task is some
-sets, so that a channel is still in cache when it is written. Pixels (channels_last): lines of
-channels are walked as they lie, one number a channel; blocks of pixels, then the sets, then blocks.
+with mean and variance of a set (`fastopt_kernels.channels`), or those given. A set that lies
+together is in cache still when it is written. Where images are normalized together, memory is
+walked twice as it lies: channel by channel through all images, writing takes twice as long.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from numba import types
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from fastopt_kernels.cpu.channel_sets import (
     merge,
     move,
     planes_table,
+    segments_of,
     table_row,
     tidy,
 )
@@ -33,7 +35,10 @@ from fastopt_kernels.cpu.norm_gradients import make_deviation
 from fastopt_kernels.cpu.rows import double_bits
 from fastopt_kernels.cpu.vecmath import bits_to_double
 
-_args = memory.make_row(types.int64, 13)
+_args = memory.make_row(types.int64, 12)
+_wide_args = memory.make_row(types.int64, 14)
+# Channels whose lots one task merges.
+MERGED = 32
 
 
 def _make_statistics(tag, codec):
@@ -63,54 +68,114 @@ def _make_statistics(tag, codec):
 
 
 def _planes(tag, kind):
+    """Statistics of each lot, where `own`; normalized elements, where y; from those statistics,
+    from those of each channel, or from what was given."""
     codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1).store
     load, itemsize, compute = codec.load, codec.itemsize, codec.compute
-    put = rows.Codec("fp64", 2).store
+    of_stats = rows.Codec("fp64", 2)
+    get, put = of_stats.load, of_stats.store
     deviation = make_deviation(tag, load, compute, True)
     statistics = _make_statistics(tag, codec)
 
     def norm_planes(args, task):
+        x, y, weight, bias, stats, given_mean, given_var, table, kinds, eps, own, n_task = _args(
+            args, 0
+        )
         (
-            x, y, weight, bias, stats, running_mean, running_var, table, kinds, eps, momentum,
-            given, n_task,
-        ) = _args(args, 0)  # fmt: skip
-        (
-            n_sets, inner, outer_x, inner_x, outer_y, inner_y, n_segments, segment_x, segment_y,
-            length, channels, moving, n_runs, run, run_x,
+            n_lots, inner, outer_x, inner_x, outer_y, inner_y, n_all, segment_x, segment_y, n_total,
+            length, channels, moving, merged,
         ) = table_row(table, 0)  # fmt: skip
-        for k in range(task * n_task, min(task * n_task + n_task, n_sets)):
-            x_set = x + (k // inner * outer_x + k % inner * inner_x) * itemsize
-            y_set = y + (k // inner * outer_y + k % inner * inner_y) * itemsize
-            first_channel = k % inner * channels
-            if given:
-                mean = load_any(running_mean, first_channel, kind_at(kinds, 2))
-                variance = load_any(running_var, first_channel, kind_at(kinds, 3))
+        for k in range(task * n_task, min(task * n_task + n_task, n_lots)):
+            x_lot = x + (k // inner * outer_x + k % inner * inner_x) * itemsize
+            y_lot = y + (k // inner * outer_y + k % inner * inner_y) * itemsize
+            first_channel, n_segments = k % inner * channels, segments_of(k, inner, n_all, n_total)
+            if own:
+                n_runs, run = (1, n_segments * length) if merged else (n_segments, length)
+                mean, variance = statistics(x_lot, n_runs, run, segment_x)
+                if stats != 0:
+                    put(stats, 2 * k, mean)
+                    put(stats, 2 * k + 1, variance)
+            elif given_mean != 0:
+                mean = load_any(given_mean, first_channel, kind_at(kinds, 2))
+                variance = load_any(given_var, first_channel, kind_at(kinds, 3))
             else:
-                mean, variance = statistics(x_set, n_runs, run, run_x)
-                if running_mean != 0:
-                    move(running_mean, k, kind_at(kinds, 2), mean, bits_to_double(momentum))
-                if running_var != 0:
-                    n = np.float64(n_runs * run)
-                    unbiased = variance * (n / (n - 1))
-                    move(running_var, k, kind_at(kinds, 3), unbiased, bits_to_double(momentum))
-            if stats != 0:
-                put(stats, 2 * k, mean)
-                put(stats, 2 * k + 1, variance)
+                mean, variance = get(stats, 2 * first_channel), get(stats, 2 * first_channel + 1)
             rstd = 1.0 / math.sqrt(variance + bits_to_double(eps))
             high = compute(mean)
             low = compute(mean - np.float64(high))
-            for j in range(n_segments):
+            for j in range(n_segments if y != 0 else 0):
                 c, scale, shift = first_channel + j * moving, rstd, np.float64(0)
                 if weight != 0:
                     scale *= load_any(weight, c, kind_at(kinds, 0))
                 if bias != 0:
                     shift = load_any(bias, c, kind_at(kinds, 1))
                 a, b = compute(tidy(scale)), compute(tidy(shift))
-                x_row, y_row = x_set + j * segment_x * itemsize, y_set + j * segment_y * itemsize
+                x_row, y_row = x_lot + j * segment_x * itemsize, y_lot + j * segment_y * itemsize
                 for i in range(length):
                     store(y_row, i, deviation(x_row, i, high, low) * a + b)
 
     return norm_planes
+
+
+def _merge_lots(tag):
+    """Statistics of MERGED channels from those of their lots, and what they move."""
+    of_lots, of_stats = rows.Codec("fp64", 0), rows.Codec("fp64", 1)
+    get, put = of_lots.load, of_stats.store
+
+    def merge_lots(args, task):
+        _, _, _, _, lots, running_mean, running_var, table, kinds, _, _, _, stats, momentum = (
+            _wide_args(args, 0)
+        )
+        n_lots, inner, _, _, _, _, n_all, _, _, n_total, length, _, _, _ = table_row(table, 0)
+        for c in range(task * MERGED, min(task * MERGED + MERGED, inner)):
+            mean, squares, n = np.float64(0), np.float64(0), np.float64(0)
+            for k in range(c, n_lots, inner):
+                count = np.float64(segments_of(k, inner, n_all, n_total) * length)
+                m, s = get(lots, 2 * k), get(lots, 2 * k + 1) * count
+                if k == c:
+                    mean, squares = m, s
+                else:
+                    mean, squares = merge(n, mean, squares, count, m, s)
+                n += count
+            put(stats, 2 * c, mean)
+            put(stats, 2 * c + 1, squares / n)
+            if running_mean != 0:
+                move(running_mean, c, kind_at(kinds, 2), mean, bits_to_double(momentum))
+            if running_var != 0:
+                unbiased = squares / (n - 1.0)
+                move(running_var, c, kind_at(kinds, 3), unbiased, bits_to_double(momentum))
+
+    return merge_lots
+
+
+def _forward(
+    x: Tensor,
+    inputs: tuple[int, int, int, int],
+    stats: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    channels: Channels,
+    rest: tuple[int, int, int, int],
+) -> None:
+    """inputs: addresses of x, y, weight and bias; rest: kinds, eps, momentum, given"""
+    task, table, n = rows.task_of(_planes, rows.kind_of(x)), planes_table(channels), x.numel()
+    (kinds, eps, momentum, given), addresses = rest, tuple(map(rows.address, running))
+    n_lots, n_task = int(table[0]), rows.rows_of(channels.per_set)
+    if channels.batch:
+        n_task = rows.rows_of(int(table[6]) * channels.length)
+    n_tasks, table = -(-n_lots // n_task), table.ctypes.data
+    if given or not channels.batch:
+        numbers = (*inputs, rows.address(stats), *addresses, table, kinds, eps, 1 - given, n_task)
+        rows.run(task, n_tasks, n, numbers)
+        return
+    lots = torch.empty(n_lots, 2, dtype=torch.float64)
+    if stats is None:
+        stats = torch.empty(channels.channels, 2, dtype=torch.float64)
+    only_x = inputs[0], 0, 0, 0
+    numbers = (*only_x, lots.data_ptr(), *addresses, table, kinds, eps, 1, n_task)
+    numbers = (*numbers, stats.data_ptr(), momentum)
+    rows.run(task, n_tasks, n, numbers, rows.task_of(_merge_lots), -(-channels.channels // MERGED))
+    numbers = (*inputs, stats.data_ptr(), 0, 0, table, kinds, eps, 0, n_task)
+    rows.run(task, n_tasks, n, numbers)
 
 
 def channel_norm(
@@ -135,18 +200,8 @@ def channel_norm(
     given, eps = int(momentum is None), double_bits(eps)
     inputs = x.data_ptr(), y.data_ptr(), rows.address(weight), rows.address(bias)
     rest = kinds, eps, double_bits(momentum or 0.0), given
-    if channels.pixels:
-        channel_pixels.forward(x, inputs, stats, running, channels, rest)
-        return
-    table = planes_table(channels)
-    n_task = rows.rows_of(channels.per_set)
-    numbers = (*inputs, rows.address(stats), rows.address(mean), rows.address(var))
-    rows.run(
-        rows.task_of(_planes, rows.kind_of(x)),
-        -(-channels.n_sets // n_task),
-        x.numel(),
-        (*numbers, table.ctypes.data, *rest, n_task),
-    )
+    forward = channel_pixels.forward if channels.pixels else _forward
+    forward(x, inputs, stats, running, channels, rest)
 
 
 def channel_norm_backward(

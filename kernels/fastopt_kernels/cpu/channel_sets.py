@@ -79,6 +79,14 @@ def move(running, i, kind, value, momentum):
 
 
 @njit(**JIT)
+def size_of(kind):
+    """Bytes of an element of that kind."""
+    if kind == 0:
+        return 4
+    return 8 if kind == 3 else 2
+
+
+@njit(**JIT)
 def tidy(x):
     """x, and for a NaN the one whose rounding to 16 bits is a NaN too."""
     return x if x == x else np.nan
@@ -107,31 +115,40 @@ def off(first, second):
     return not first * first <= second - first * first < np.inf
 
 
-# Of planes: a set is n_segments segments of `length` neighbours. Set k begins at
-# (k // inner) * outer_x + (k % inner) * inner_x, its segments are segment_x apart; y's likewise;
-# segment j is of channel (k % inner) * channels + j * moving, moments are taken over merged
-# segments: n_runs of `run` elements, run_x apart.
-TABLE = 15
+# Of planes. A lot is what one step of a task takes: a set, or where images are normalized together
+# a channel of some images, so that memory is walked as it lies. Lot k begins at
+# (k // inner) * outer_x + (k % inner) * inner_x and is n_segments segments of `length` neighbours,
+# segment_x apart (fewer in the last, where all have n_total); y's likewise. Segment j is of channel
+# (k % inner) * channels + j * moving. Moments are taken of segments that touch as of one: `merged`.
+TABLE = 14
 table_row = memory.make_row(types.int64, TABLE)
+# Elements a lot of several images has at least, and how many lots of images there are at most.
+IMAGES, LOTS = 65536, 64
 
 
 @lru_cache(maxsize=512)
 def planes_table(c: Channels) -> np.ndarray:
-    """The numbers of `TABLE` for a geometry."""
+    """The numbers of `TABLE` for a geometry, the first of which is how many lots there are."""
     length, per_group = c.length, c.channels // c.groups
     dense = c.channels * length
     if c.batch:
-        sets = c.groups, 0, c.stride_channel, 0, length
-        segments = c.images, c.stride_image, dense
+        images = max(-(-IMAGES // dense), -(-c.images // LOTS))
+        lots = -(-c.images // images) * c.groups, c.groups, images * c.stride_image
+        starts = c.stride_channel, images * dense, length
+        segments = images, c.stride_image, dense, c.images
     else:
-        sets = c.groups, c.stride_image, per_group * c.stride_channel, dense, per_group * length
-        segments = per_group, c.stride_channel, length
-    n_segments, segment_x, segment_y = segments
-    merged = n_segments == 1 or segment_x == length
-    runs = (1, n_segments * length, 0) if merged else (n_segments, length, segment_x)
-    moving = int(per_group > 1)
-    table = (c.n_sets, *sets, *segments, length, per_group, moving, *runs)
+        lots = c.n_sets, c.groups, c.stride_image
+        starts = per_group * c.stride_channel, dense, per_group * length
+        segments = per_group, c.stride_channel, length, c.images * per_group
+    merged = int(not c.batch and c.stride_channel == length)
+    table = (*lots, *starts, *segments, length, per_group, int(per_group > 1), merged)
     return np.array(table, dtype=np.int64)
+
+
+@njit(**JIT)
+def segments_of(k, inner, n_segments, n_total):
+    """How many segments lot k has."""
+    return min(n_segments, n_total - k // inner * n_segments)
 
 
 @njit(**JIT)
