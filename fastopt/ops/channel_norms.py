@@ -76,24 +76,26 @@ def _n_sets(x: Tensor, groups: int, batch: bool) -> int:
 
 
 def _stats(x: Tensor, n_sets: int) -> Tensor:
-    """Room for mean and variance of each set; on CPU in float64, rounded to float32 a large mean
-    would be off."""
+    """Room for mean and variance of each set, the mean not rounded to float32, where a large one
+    would be off: on CPU both in float64, on GPU the mean in two parts."""
     if backend.by_numba(x):
         return torch.empty(n_sets, 2, dtype=torch.float64)
-    return torch.empty(2, n_sets, dtype=compute_dtype(x.dtype), device=x.device)
+    return torch.empty(3, n_sets, dtype=compute_dtype(x.dtype), device=x.device)
 
 
 def moments(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance from what `_stats` made room for."""
-    mean, var = stats.unbind(1 if backend.by_numba(x) else 0)
-    return mean, var
+    if backend.by_numba(x):
+        return stats[:, 0], stats[:, 1]
+    return stats[0] + stats[1], stats[2]
 
 
 def _kept(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """Those that were given, as `_stats` has them."""
-    by_numba = backend.by_numba(x)
-    dtype = torch.float64 if by_numba else compute_dtype(x.dtype)
-    return torch.stack([mean.to(dtype), var.to(dtype)], 1 if by_numba else 0)
+    if backend.by_numba(x):
+        return torch.stack([mean.double(), var.double()], 1)
+    high, var = mean.to(compute_dtype(x.dtype)), var.to(compute_dtype(x.dtype))
+    return torch.stack([high, (mean - high).to(high.dtype), var])
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -287,7 +289,7 @@ class ChannelNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return *_backward(ctx, dy), None, None
 
 

@@ -131,7 +131,10 @@ def _planes(tag, kind):
                     put_part(parts, 2 * k + 1, slope)
                 shift, slope = shift / n, slope / n
             elif means != 0:
-                shift, slope = get_mean(means, 2 * first_channel), get_mean(means, 2 * first_channel + 1)
+                shift, slope = (
+                    get_mean(means, 2 * first_channel),
+                    get_mean(means, 2 * first_channel + 1),
+                )
             for j in range(n_segments if dx != 0 else 0):
                 w, factor = one, rstd
                 if weight != 0:
@@ -140,7 +143,10 @@ def _planes(tag, kind):
                         w = compute(tidy(of_channel))
                     else:
                         factor *= of_channel
-                dy_row, dx_row = dy_lot + j * segment_y * itemsize, dx_lot + j * segment_y * itemsize
+                dy_row, dx_row = (
+                    dy_lot + j * segment_y * itemsize,
+                    dx_lot + j * segment_y * itemsize,
+                )
                 if given:
                     write_scaled(dy_row, dx_row, length, compute(tidy(factor)))
                 else:
@@ -200,7 +206,10 @@ def gradients(
         channel_pixel_gradients.gradients(x, inputs, results, channels, rest, summed)
         return
     table, task = planes_table(channels), rows.task_of(_planes, rows.kind_of(x))
-    n_lots, per_lot = int(table[0]), int(table[6]) if batch else channels.channels // channels.groups
+    n_lots, per_lot = (
+        int(table[0]),
+        int(table[6]) if batch else channels.channels // channels.groups,
+    )
     # Sums of dy and dy x_hat of each lot, or of each of its channels; where a lot is no set, means.
     parts = torch.empty(2 * n_lots * (1 if batch else per_lot), dtype=torch.float64)
     means = torch.empty(2 * channels.channels if batch else 0, dtype=torch.float64)

@@ -220,4 +220,6 @@ def channel_norm_backward(
 
     dy, dx: dense in the order of x
     """
-    channel_norm_gradients.gradients(dy, x, weight, stats, (dx, dweight, dbias), channels, eps, given)
+    channel_norm_gradients.gradients(
+        dy, x, weight, stats, (dx, dweight, dbias), channels, eps, given
+    )
