@@ -75,7 +75,7 @@ class GroupNorm(torch.nn.GroupNorm):
 def _batch_norm(module: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
     """What torch's class does, with fastopt.functional.batch_norm: batches are counted, and without
     a momentum running statistics are the mean over all of them."""
-    module._check_input_dim(input)
+    module._check_input_dim(input)  # type: ignore[no-untyped-call]
     mean, var, counted = module.running_mean, module.running_var, module.num_batches_tracked
     momentum = 0.0 if module.momentum is None else module.momentum
     if module.training and not module.track_running_stats:

@@ -143,10 +143,8 @@ def _planes(tag, kind):
                         w = compute(tidy(of_channel))
                     else:
                         factor *= of_channel
-                dy_row, dx_row = (
-                    dy_lot + j * segment_y * itemsize,
-                    dx_lot + j * segment_y * itemsize,
-                )
+                dy_row = dy_lot + j * segment_y * itemsize
+                dx_row = dx_lot + j * segment_y * itemsize
                 if given:
                     write_scaled(dy_row, dx_row, length, compute(tidy(factor)))
                 else:
@@ -206,11 +204,8 @@ def gradients(
         channel_pixel_gradients.gradients(x, inputs, results, channels, rest, summed)
         return
     table, task = planes_table(channels), rows.task_of(_planes, rows.kind_of(x))
-    n_lots, per_lot = (
-        int(table[0]),
-        int(table[6]) if batch else channels.channels // channels.groups,
-    )
-    # Sums of dy and dy x_hat of each lot, or of each of its channels; where a lot is no set, means.
+    n_lots, per_lot = int(table[0]), int(table[6])
+    # Sums of dy and dy x_hat of each lot, or of each of its channels; means, where it is no set.
     parts = torch.empty(2 * n_lots * (1 if batch else per_lot), dtype=torch.float64)
     means = torch.empty(2 * channels.channels if batch else 0, dtype=torch.float64)
     n_task = rows.rows_of(per_lot * channels.length)

@@ -35,8 +35,8 @@ SUMMED = 16
 
 
 def _make_prepare(tag, codec):
-    """prepare(vectors, stats, image, n_channels, width, groups, batch, eps): mean in two parts and rstd of
-    every channel of an image."""
+    """prepare(vectors, stats, image, n_channels, width, groups, batch, eps): mean in two parts and
+    rstd of every channel of an image."""
     compute, get_stats = codec.compute, rows.Codec("fp64", 1).load
     put_high, put_low, put_scale = (rows.Codec(codec.wide, k).store for k in (5, 6, 7))
 
@@ -58,8 +58,8 @@ def _make_prepare(tag, codec):
 
 def _make_sums(tag, codec):
     """sums(dy, x, n, n_channels, pixels, down, vectors): totals of dy and dy x_hat of each channel
-    over n pixels; x's are `down` bytes apart. Behind the three vectors lie two scratch lines and the
-    totals."""
+    over n pixels; x's are `down` bytes apart. Behind the three vectors lie two scratch lines and
+    the totals."""
     load, load_dy, itemsize = codec.load, rows.Codec(codec.kind, 3).load, codec.itemsize
     zero = codec.compute(0)
     get_high, get_low, get_scale = (rows.Codec(codec.wide, k).load for k in (5, 6, 7))

@@ -107,7 +107,8 @@ def channel_totals_kernel(
             sets, first, n_sets, groups, base_outer, base_inner, n_parts, inner, step_outer,
             step_inner, length, piece_size, COLS,
         )  # fmt: skip
-        one, other = of_channel(plains_ptr, at, mask, COMPUTE), of_channel(alongs_ptr, at, mask, COMPUTE)
+        one = of_channel(plains_ptr, at, mask, COMPUTE)
+        other = of_channel(alongs_ptr, at, mask, COMPUTE)
         if weight_ptr is not None:
             weight = of_channel(weight_ptr, (sets % groups) * per_group + outer, mask, COMPUTE)
             one *= weight

@@ -19,9 +19,8 @@ from torch import Tensor
 from fastopt_kernels.channels import Channels
 from fastopt_kernels.gpu import rows
 
-# Elements of a tile: 16 of 4 bytes a thread.
+# Elements of a tile: 16 of 4 bytes a thread, of which 256 make a program.
 TILE = {tl.float32: 4096, tl.float64: 2048}
-TILE_THREADS = 256
 # Bytes of neighbouring channels in a tile of pixels: whole lines of the L2 cache.
 CHANNEL_BYTES = 256
 # Tiles (sets, parts) of the sums over parts.
@@ -92,9 +91,9 @@ def place(
         part = (program * LINES + tl.arange(0, LINES))[:, None]
         row = part // n_pieces
         image = row // n_channels
-        channel = row % n_channels
+        channel = row - image * n_channels
         cols = tl.arange(0, COLS)[None, :]
-        first = (part % n_pieces) * piece_size
+        first = (part - row * n_pieces) * piece_size
         here = image < images
         mask = here & (cols < piece_size) & (first + cols < length)
         start = image * stride_image + channel * (stride_channel.to(tl.int64) * VECTOR) + first
@@ -177,7 +176,9 @@ class Tiles:
             extents += (c.stride_image // v, c.stride_channel // v, 1)
         per_group = 1 if given else c.channels // c.groups
         extents += (0 if c.batch or given else c.groups, per_group)
-        threads = min(TILE_THREADS, max(32, self.lines * self.cols // 16))
+        # Addresses of single elements take registers.
+        each = 16 if v > 1 else 4
+        threads = min(512, max(32, self.lines * self.cols // each))
         rows.launch(
             kernel,
             (grid,),
