@@ -36,7 +36,7 @@ def batch_norm(
     running = (running_mean, running_var)
     if fits and training:
         n = input.shape[0] * prod(input.shape[2:])
-        fits = n != 1 and eps > 0 and _movable(running)
+        fits = n != 1 and eps > 0 and _movable(route, running)
     elif fits:
         fits = running_mean is not None and running_var is not None and eps >= 0
     if not fits:
@@ -70,7 +70,7 @@ def instance_norm(
     fits = route != BY_TORCH and _fits(input, per_channel) and _are_numbers(momentum, eps)
     running = (running_mean, running_var)
     if fits and use_input_stats:
-        fits = prod(input.shape[2:]) != 1 and eps >= 0 and _movable(running)
+        fits = prod(input.shape[2:]) != 1 and eps >= 0 and _movable(route, running)
     elif fits:
         fits = running_mean is not None and running_var is not None and eps >= 0
     if not fits:
@@ -132,14 +132,17 @@ def _fits(x: Tensor, per_channel: tuple[Tensor | None, ...]) -> bool:
     return True
 
 
-def _movable(running: channel_norms.Running) -> bool:
-    """Whether a kernel may write these statistics as they lie."""
+def _movable(route: int, running: channel_norms.Running) -> bool:
+    """Whether these are both there or neither, and a kernel may write them as they lie. (Where the
+    call is an op, torch's operators write them.)"""
+    if (running[0] is None) != (running[1] is None):
+        return False
     return all(
         t is None
         or (
-            t.is_contiguous()
-            and not t.requires_grad
-            and (torch.is_inference_mode_enabled() or not t.is_inference())
+            not t.requires_grad
+            and t.is_contiguous()
+            and (route == AS_OP or not t.is_inference() or torch.is_inference_mode_enabled())
         )
         for t in running
     )

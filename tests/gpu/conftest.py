@@ -14,6 +14,7 @@ from bench.gpu_interpret import is_interpreted, route_cpu_to_triton
 INTERPRETED = [
     "test_engine.py",
     "test_optim.py",
+    "test_rows_channel_norms.py",
     "test_rows_functional.py",
     "test_rows_losses.py",
     "test_rows_norms.py",

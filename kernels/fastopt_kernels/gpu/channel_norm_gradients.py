@@ -175,9 +175,8 @@ def channel_dx_kernel(
     else:
         var = of_channel(var_ptr, one_set, here, COMPUTE)
         factor = rows.rsqrt(var + rows.scalar(eps, COMPUTE)[None, :])
-    if weight_ptr is not None:
-        if not GROUPED:
-            factor *= weight
+    if weight_ptr is not None and not GROUPED:
+        factor *= weight
     rows.store(dx_ptr, dense, g * factor, mask)
 
 

@@ -1,4 +1,4 @@
-"""How the norms over channels walk their input on a GPU, and how sums of tiles become those of sets.
+"""How the norms over channels walk their input on a GPU, and how sums of tiles become sets'.
 
 A program takes one tile and keeps it in registers. Of planes a tile is LINES pieces of channels of
 images; of pixels (channels_last) it is LINES pixels by COLS channels. Either way COLS lie beside
@@ -24,7 +24,7 @@ TILE = {tl.float32: 4096, tl.float64: 2048}
 # Bytes of neighbouring channels in a tile of pixels: whole lines of the L2 cache.
 CHANNEL_BYTES = 256
 # Tiles (sets, parts) of the sums over parts.
-SUM_TILE, SUM_THREADS = (16, 64), 128
+SUM_TILE, SUM_THREADS = (16, 32), 128
 # What changes from call to call, and must not compile a kernel anew.
 EXTENTS = [
     "images",
