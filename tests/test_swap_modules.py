@@ -305,10 +305,10 @@ def test_modules_derived_from_ours_are_ours() -> None:
 
 
 def test_the_report_in_words_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(nn.LayerNorm(4), nn.GroupNorm(2, 4))
+    model = nn.Sequential(nn.LayerNorm(4), nn.SyncBatchNorm(4))
     with caplog.at_level(logging.INFO, logger="fastopt"):
         swap(model)
-    words = "modules replaced: 1, kept: 1\n  0: LayerNorm\n  1: kept, fastopt has no GroupNorm"
+    words = "modules replaced: 1, kept: 1\n  0: LayerNorm\n  1: kept, fastopt has no SyncBatchNorm"
     assert str(swap_report(model)) == words
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("fastopt", logging.INFO)
@@ -316,7 +316,7 @@ def test_the_report_in_words_is_logged(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_nothing_is_printed_unless_asked(capfd: pytest.CaptureFixture[str]) -> None:
-    swap(nn.Sequential(nn.LayerNorm(4), nn.GroupNorm(2, 4)))
+    swap(nn.Sequential(nn.LayerNorm(4), nn.SyncBatchNorm(4)))
     assert capfd.readouterr() == ("", "")
 
 

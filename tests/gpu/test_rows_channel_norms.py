@@ -23,7 +23,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "group_norm": lambda f, x, w, b, m, v: f.group_norm(x, 4, w, b),
 }
 # Odd extents, whole vectors of 16 bytes, several pieces of a channel, one element of it.
-SHAPES = [(2, 12, 7, 5), (2, 16, 4, 4), (1, 4, 90, 61), (35, 32)]
+SHAPES = [(2, 12, 7, 5), (2, 16, 4, 4), (1, 40, 66, 63), (35, 32)]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "planes": lambda x: x,
     "pixels": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
@@ -56,7 +56,7 @@ def test_norms(name: str, shape: tuple[int, ...], layout: str) -> None:
         given = make(LAYOUTS[layout](draw(*shape, dtype=dtype) + 1))
         with recorded() as launched:
             found = run(name, functional, given, dtype)
-        # A sum over so many pixels cancels, and the interpreter adds them one by one.
+        # Sums over so many cancel.
         least = {"dw": float(given[0][:, 0].numel()) ** 0.5}
         assert all_wrong(found, run(name, F, given, torch.float64), **least) == []
         assert launched[-1].name == "channel_dx_kernel"
