@@ -20,10 +20,10 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "batch_norm": lambda f, x, w, b, m, v: f.batch_norm(x, m, v, w, b, True),
     "batch_norm eval": lambda f, x, w, b, m, v: f.batch_norm(x, m, v, w, b, False),
     "instance_norm": lambda f, x, w, b, m, v: f.instance_norm(x, m, v, w, b),
-    "group_norm": lambda f, x, w, b, m, v: f.group_norm(x, 4, w, b),
+    "group_norm": lambda f, x, w, b, m, v: f.group_norm(x, {9: 3}.get(x.shape[1], 4), w, b),
 }
 # Odd extents, whole vectors of 16 bytes, several pieces of a channel, one element of it.
-SHAPES = [(2, 12, 7, 5), (2, 16, 4, 4), (1, 40, 66, 63), (35, 32)]
+SHAPES = [(2, 12, 7, 5), (2, 16, 4, 4), (1, 9, 66, 63), (35, 32)]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "planes": lambda x: x,
     "pixels": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
@@ -47,17 +47,18 @@ def run(name: str, f: Any, given: list[Tensor], dtype: torch.dtype, wanted: str 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(n, s) for n in CALLS for s in SHAPES if (n, len(s)) != ("instance_norm", 2)],
+    ids=str,
+)
 def test_norms(name: str, shape: tuple[int, ...], layout: str) -> None:
-    if name == "instance_norm" and len(shape) == 2:
-        pytest.skip("one element a channel")
     for dtype in (torch.float32, torch.bfloat16):
         given = make(LAYOUTS[layout](draw(*shape, dtype=dtype) + 1))
         with recorded() as launched:
             found = run(name, functional, given, dtype)
-        # Sums over so many cancel.
-        least = {"dw": float(given[0][:, 0].numel()) ** 0.5}
+        # Sums over so many cancel, and down a tile the interpreter adds one by one.
+        least = {"dw": 2 * given[0][:, 0].numel() ** 0.5}
         assert all_wrong(found, run(name, F, given, torch.float64), **least) == []
         assert launched[-1].name == "channel_dx_kernel"
 
