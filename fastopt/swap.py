@@ -55,10 +55,12 @@ def swap(x: T) -> T:
 
     An optimizer of torch.optim keeps its parameter groups, states and hooks, and so does what holds
     it: a learning rate scheduler, a GradScaler. In a model, every torch.nn.Softmax, LogSoftmax,
-    CrossEntropyLoss, LayerNorm and RMSNorm takes fastopt.nn's class: parameters, buffers, hooks and
-    state_dict keys stay what they are, and `swap_report(model)` says what was replaced, and what
-    not and why (it is logged as "fastopt", INFO). Calls of torch's functions are not modules: use
-    fastopt.functional. What is ours already stays as it is. Returns x.
+    CrossEntropyLoss, LayerNorm, RMSNorm, GroupNorm, BatchNorm and InstanceNorm takes fastopt.nn's
+    class: parameters, buffers, hooks and state_dict keys stay what they are, and
+    `swap_report(model)` says what was replaced, and what not and why (it is logged as "fastopt",
+    INFO). torch.nn.SyncBatchNorm.convert_sync_batchnorm takes ours as it takes torch's. Calls of
+    torch's functions are not modules: use fastopt.functional. What is ours already stays as it is.
+    Returns x.
 
     Raises TypeError for an object fastopt has no match for, RuntimeError where something fastopt
     does not know has wrapped the step of the optimizer.

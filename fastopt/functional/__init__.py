@@ -13,8 +13,19 @@ they give in torch. What torch refuses is refused with torch's exception.
 
 from __future__ import annotations
 
+from fastopt.functional.channel_norms import batch_norm, group_norm, instance_norm
 from fastopt.functional.losses import cross_entropy
 from fastopt.functional.norms import layer_norm, rms_norm
 from fastopt.functional.softmaxes import log_softmax, logsumexp, softmax
 
-__all__ = ["cross_entropy", "layer_norm", "log_softmax", "logsumexp", "rms_norm", "softmax"]
+__all__ = [
+    "batch_norm",
+    "cross_entropy",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "log_softmax",
+    "logsumexp",
+    "rms_norm",
+    "softmax",
+]

@@ -25,8 +25,8 @@ def along(x: Tensor, dim: int) -> Walk:
     shape = (n_outer, n_cols, n_inner)
     if not x.is_contiguous():
         strides = x.stride()
-        outer = _flattened(sizes[:dim], strides[:dim])
-        inner = _flattened(sizes[dim + 1 :], strides[dim + 1 :])
+        outer = flattened(sizes[:dim], strides[:dim])
+        inner = flattened(sizes[dim + 1 :], strides[dim + 1 :])
         step = strides[dim]
         if n_inner == 1 and outer is not None and (step == 1 or n_cols == 1):
             return x, shape, (outer, 1)
@@ -52,14 +52,14 @@ def rows(x: Tensor, n_dims: int) -> tuple[Tensor, tuple[int, int, int]]:
     if x.is_contiguous():
         return x, (n_rows, n_cols, n_cols)
     split = len(sizes) - n_dims
-    outer = _flattened(sizes[:split], x.stride()[:split])
-    inner = _flattened(sizes[split:], x.stride()[split:])
+    outer = flattened(sizes[:split], x.stride()[:split])
+    inner = flattened(sizes[split:], x.stride()[split:])
     if outer is not None and inner == 1:
         return x, (n_rows, n_cols, outer)
     return x.contiguous(), (n_rows, n_cols, n_cols)
 
 
-def _flattened(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+def flattened(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     """The stride of these dimensions as one, or None where they are not one."""
     stride, expected = None, 0
     for size, step in zip(reversed(sizes), reversed(strides), strict=True):

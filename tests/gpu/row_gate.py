@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt_kernels.gpu import losses, norms, rows, softmax
+from fastopt_kernels.channels import Channels
+from fastopt_kernels.gpu import channel_norms, losses, norms, rows, softmax
 from tests.gpu import gate
 from tests.gpu.gate import TARGETS, Read
 
@@ -133,6 +134,31 @@ def _layer_norm_backward(a: Arguments, sums: bool) -> None:
     a.norm(norms.layer_norm_backward, a.x, a.x, a.weight, a.both, *out)
 
 
+def _channels(a: Arguments, pixels: bool, batch: bool) -> Channels:
+    """Planes as long as a row, of eight channels; or pixels of as many channels."""
+    images, n_cols, _ = a.shape
+    channels, length = (n_cols, 3136) if pixels else (8, n_cols)
+    strides = (channels * length, *((1, channels) if pixels else (length, 1)))
+    return Channels(images, channels, length, *strides, channels if batch else 1, batch, pixels)
+
+
+def _channel_norm(a: Arguments, pixels: bool) -> None:
+    for batch in (True, False):
+        c = _channels(a, pixels, batch)
+        running = (a.wide, a.wide) if batch else (None, None)
+        stats = a.wide.new_empty(3, c.n_sets)
+        channel_norms.channel_norm(a.x, a.weight, a.weight, a.x, stats, running, c, 1e-5, 0.1)
+    channel_norms.channel_norm(a.x, a.weight, a.weight, a.x, None, (a.wide, a.wide), c, 1e-5, None)
+
+
+def _channel_norm_backward(a: Arguments, pixels: bool) -> None:
+    for batch, given in ((True, False), (True, True), (False, False)):
+        c = _channels(a, pixels, batch)
+        out = a.x, a.weight, a.weight
+        stats = a.wide.new_empty(3, c.n_sets)
+        channel_norms.channel_norm_backward(a.x, a.x, a.weight, stats, *out, c, 1e-5, given)
+
+
 # What each function launches, and the needs of its kernels.
 ONCE = Needs(1, 1, 1)
 OVER_DIM: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
@@ -168,9 +194,26 @@ NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
         Needs(2, 4, 1),
     ),
 }
-FUNCTIONS = OVER_DIM | NORMS
+# Their kernels' needs stand in BESIDE.
+NONE = Needs(0, 0, 0)
+CHANNEL_NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
+    "channel_norm": (lambda a: _channel_norm(a, False), NONE),
+    "channel_norm pixels": (lambda a: _channel_norm(a, True), NONE),
+    "channel_norm_backward": (lambda a: _channel_norm_backward(a, False), NONE),
+    "channel_norm_backward pixels": (lambda a: _channel_norm_backward(a, True), NONE),
+}
+FUNCTIONS = OVER_DIM | NORMS | CHANNEL_NORMS
 # Kernels beside the one the table speaks of: loads and stores of theirs in tiles of x's dtype.
-BESIDE = {"norm_weight_kernel": Needs(2, 2, 0), "norm_sum_kernel": Needs(0, 0, 0)}
+BESIDE = {
+    "norm_weight_kernel": Needs(2, 2, 0),
+    "norm_sum_kernel": NONE,
+    "channel_moments_kernel": Needs(1, 1, 0),
+    "channel_merge_kernel": NONE,
+    "channel_norm_kernel": ONCE,
+    "channel_sums_kernel": Needs(2, 2, 0),
+    "channel_totals_kernel": NONE,
+    "channel_dx_kernel": ONCE,  # of dy; x is not read where statistics were given
+}
 
 
 def faults_of(

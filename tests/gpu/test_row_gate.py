@@ -11,12 +11,23 @@ import torch
 import triton
 import triton.language as tl
 
-from fastopt_kernels.gpu import loss_gradients, losses, norm_gradients, norms, rows, softmax
+from fastopt_kernels.gpu import (
+    channel_norm_gradients,
+    channel_norms,
+    loss_gradients,
+    losses,
+    norm_gradients,
+    norms,
+    rows,
+    softmax,
+)
 from tests.gpu import gate, row_gate
 from tests.gpu.row_gate import Arguments
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-MODULES = (softmax, losses, loss_gradients, norms, norm_gradients)
+MODULES = (
+    softmax, losses, loss_gradients, norms, norm_gradients, channel_norms, channel_norm_gradients,
+)  # fmt: skip
 # Each function once, with branches, dtypes and targets in turn, and the longest walks on sm_90.
 SAMPLE = [
     (name, branch, dtype, target)
@@ -54,7 +65,7 @@ def kernels() -> set[str]:
 def test_every_function_and_every_kernel_is_checked() -> None:
     public = {
         name
-        for module in (softmax, losses, norms)
+        for module in (softmax, losses, norms, channel_norms)
         for name, value in inspect.getmembers(module, inspect.isfunction)
         if value.__module__ == module.__name__ and not name.startswith("_")
     }
@@ -65,7 +76,7 @@ def test_every_function_and_every_kernel_is_checked() -> None:
     launched = set()
     for name, branch in itertools.product(row_gate.NORMS, ("short", "walked")):
         launched |= set(names_launched(name, branch))
-    for name in row_gate.OVER_DIM:
+    for name in (*row_gate.OVER_DIM, *row_gate.CHANNEL_NORMS):
         launched |= set(names_launched(name, "short"))
     assert launched == kernels()
 

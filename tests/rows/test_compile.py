@@ -14,6 +14,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastopt import functional
 from tests.rows.cases import draw, probabilities, problem, targets, with_upstream
 from tests.rows.problem import Problem
 from tests.rows.subject import DTYPES, MODULES, NAMES, NORMS, OURS, OVER_DIM, TORCH
@@ -54,10 +55,19 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def channel_norms() -> None:
+    """Own statistics and given ones, in planes and in pixels, with and without weights."""
+    x, weight, mean = draw(4, 6, 3, 2).requires_grad_(), draw(6).requires_grad_(), draw(6)
+    functional.batch_norm(x, None, None, training=True).sum().backward()
+    functional.group_norm(x.movedim(1, -1), 1, eps=1e-3).sum().backward()
+    functional.batch_norm(x, mean, mean.abs(), weight, weight).sum().backward()
+
+
 def recorded() -> dict[str, list[tuple[Any, Any, Any]]]:
     with Recorder() as recorder:
         for made in some_of_everything():
             made.run(OURS[made.name])
+        channel_norms()
     return recorder.calls
 
 

@@ -1,0 +1,193 @@
+"""batch_norm, instance_norm and group_norm."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
+from torch import Tensor
+
+from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, autocast, by_torch, route_of, widen
+from fastopt.ops import channel_norms
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) weight + bias, over everything but channels.
+
+    input: (images, channels, ...); the others: (channels,), of any dtype each. training: mean and
+    variance are those of this batch, and the running ones move to them by momentum, the unbiased
+    variance; else they are the running ones. As torch.nn.functional.batch_norm; channels_last stays
+    channels_last. Ioffe & Szegedy 2015, algorithm 1.
+    """
+    per_channel = (running_mean, running_var, weight, bias)
+    route = route_of(input, *per_channel)
+    fits = route != BY_TORCH and _fits(input, per_channel) and _are_numbers(momentum, eps)
+    running = (running_mean, running_var)
+    if fits and training:
+        n = input.shape[0] * prod(input.shape[2:])
+        fits = n != 1 and eps > 0 and _movable(route, running)
+    elif fits:
+        fits = running_mean is not None and running_var is not None and eps >= 0
+    if not fits:
+        return by_torch(
+            "batch_norm", F.batch_norm, input, *per_channel, training, momentum, eps
+        )  # fmt: skip
+    return _normalize(
+        route, input, weight, bias, running, bool(training), input.shape[1], True, momentum, eps
+    )
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) weight + bias, over every channel of every image.
+
+    input: (images, channels, ...); the others: (channels,), of any dtype each. The running
+    statistics, where there are any, move by momentum to the mean of those of all images; without
+    use_input_stats they take their place. As torch.nn.functional.instance_norm; channels_last stays
+    channels_last. Ulyanov, Vedaldi & Lempitsky 2016, equation 2.
+    """
+    per_channel = (running_mean, running_var, weight, bias)
+    route = route_of(input, *per_channel)
+    fits = route != BY_TORCH and _fits(input, per_channel) and _are_numbers(momentum, eps)
+    running = (running_mean, running_var)
+    if fits and use_input_stats:
+        fits = prod(input.shape[2:]) != 1 and eps >= 0 and _movable(route, running)
+    elif fits:
+        fits = running_mean is not None and running_var is not None and eps >= 0
+    if not fits:
+        return by_torch(
+            "instance_norm", F.instance_norm, input, *per_channel, use_input_stats, momentum, eps
+        )
+    groups, batch = input.shape[1], not use_input_stats
+    return _normalize(
+        route, input, weight, bias, running, bool(use_input_stats), groups, batch, momentum, eps
+    )
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) weight + bias, over groups of channels of every image.
+
+    input: (images, channels, ...); weight, bias: (channels,), of any dtype each. As
+    torch.nn.functional.group_norm; channels_last stays channels_last. Wu & He 2018, equation 7.
+    """
+    route = route_of(input, weight, bias)
+    fits = (
+        route != BY_TORCH
+        and _fits(input, (weight, bias))
+        and _are_numbers(eps)
+        and isinstance(num_groups, int)
+        and num_groups > 0
+        and input.shape[1] % num_groups == 0
+        and eps >= 0
+        and prod(input.shape[2:]) * (input.shape[0] * input.shape[1] // num_groups) != 1
+    )
+    if not fits:
+        return by_torch("group_norm", F.group_norm, input, num_groups, weight, bias, eps)
+    if autocast("group_norm", input):
+        input = widen(input)
+        weight, bias = (None if t is None else widen(t) for t in (weight, bias))
+    return _normalize(
+        route, input, weight, bias, (None, None), True, num_groups, False, 0.0, eps
+    )  # fmt: skip
+
+
+def _are_numbers(*those: Any) -> bool:
+    return all(isinstance(number, (float, int)) for number in those)
+
+
+def _fits(x: Tensor, per_channel: tuple[Tensor | None, ...]) -> bool:
+    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
+    if x.dim() < 2 or x.dtype not in DTYPES or x.shape[1] == 0:
+        return False
+    for tensor in per_channel:
+        if tensor is not None and (
+            tensor.shape != (x.shape[1],) or tensor.dtype not in DTYPES or tensor.device != x.device
+        ):
+            return False
+    return True
+
+
+def _movable(route: int, running: channel_norms.Running) -> bool:
+    """Whether these are both there or neither, and a kernel may write them as they lie. (Where the
+    call is an op, torch's operators write them.)"""
+    if (running[0] is None) != (running[1] is None):
+        return False
+    return all(
+        t is None
+        or (
+            not t.requires_grad
+            and t.is_contiguous()
+            and (route == AS_OP or not t.is_inference() or torch.is_inference_mode_enabled())
+        )
+        for t in running
+    )
+
+
+def _normalize(
+    route: int,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: channel_norms.Running,
+    own: bool,
+    groups: int,
+    batch: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """own: by statistics of x, to which the running ones move; else by those."""
+    given = (None, None) if own else running
+    moved = running if own and x.numel() else (None, None)
+    moves = moved[0] is not None or moved[1] is not None
+    if route == AS_OP or (moves and not batch):
+        y, stats = torch.ops.fastopt.channel_norm(x, weight, bias, *given, groups, batch, eps)
+        if moves:
+            _move(moved, channel_norms.moments(x, stats.detach()), x, momentum)
+        return y  # type: ignore[no-any-return]
+    args = (x, weight, bias, *given, groups, batch, eps, moved, momentum)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return channel_norms.apply_channel_norm(*args)  # type: ignore[no-any-return]
+    return channel_norms.run_channel_norm(*args, keep=False)[0]
+
+
+def _move(
+    running: channel_norms.Running, moments: tuple[Tensor, Tensor], x: Tensor, momentum: float
+) -> None:
+    """running = momentum own + (1 - momentum) running, and the mean of those where images have
+    moments of their own."""
+    mean, var = moments
+    n = x.numel() // mean.numel()
+    with torch.no_grad():
+        for before, own in zip(running, (mean, var * (n / (n - 1))), strict=True):
+            if before is not None:
+                after = momentum * own.view(-1, x.shape[1]) + (1 - momentum) * before.to(own.dtype)
+                before.copy_(after.mean(0))

@@ -1,0 +1,219 @@
+"""The gradients of BatchNorm, InstanceNorm and GroupNorm for CPU.
+
+    dx = rstd (g - mean(g) - x_hat mean(g x_hat)),  g = dy weight,  x_hat = (x - mean) rstd
+    dx = rstd g  where the statistics were given
+    dweight = sum dy x_hat,  dbias = sum dy
+
+Where a set has one channel its weight is taken out of the brackets: nothing there is rounded twice.
+Sums run over fixed blocks, and over the blocks in order, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import types
+from torch import Tensor
+
+from fastopt_kernels.channels import Channels
+from fastopt_kernels.cpu import channel_pixel_gradients, memory, rows
+from fastopt_kernels.cpu.channel_sets import (
+    kind_at,
+    kinds_code,
+    load_any,
+    planes_table,
+    segments_of,
+    size_of,
+    store_any,
+    table_row,
+    tidy,
+)
+from fastopt_kernels.cpu.norm_gradients import make_deviation
+from fastopt_kernels.cpu.rows import block_end, double_bits
+from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
+
+_args = memory.make_row(types.int64, 14)
+# Channels whose weight gradients one task adds up.
+SUMMED = 64
+
+
+def _make_sums(tag, codec):
+    """sums(dy, x, n, high, low, scale) -> sum dy and sum dy x_hat of a segment, in float64."""
+    load, load_dy, zero = codec.load, rows.Codec(codec.kind, 3).load, codec.compute(0)
+    deviation = make_deviation(tag, load, codec.compute, True)
+
+    @rows.inlined(tag)
+    def sums(dy, x, n, high, low, scale):
+        across, along, start = np.float64(0), np.float64(0), 0
+        while start < n:
+            stop = block_end(start, n)
+            plain, part = zero, zero
+            for i in range(start, stop):
+                g = load_dy(dy, i)
+                plain = add(plain, g)
+                part = add(part, g * (deviation(x, i, high, low) * scale))
+            across += np.float64(plain)
+            along += np.float64(part)
+            start = stop
+        return across, along
+
+    return sums
+
+
+def _planes(tag, kind):
+    codec, load_dy, store = rows.Codec(kind, 0), rows.Codec(kind, 3).load, rows.Codec(kind, 2).store
+    load, itemsize, compute = codec.load, codec.itemsize, codec.compute
+    get_stats, put_part = rows.Codec("fp64", 1).load, rows.Codec("fp64", 4).store
+    get_mean = rows.Codec("fp64", 5).load
+    deviation, sums = make_deviation(tag, load, compute, True), _make_sums(tag, codec)
+    one = compute(1)
+
+    @rows.inlined(tag)
+    def write(dy, x, dx, n, high, low, scale, w, shift, slope, factor):
+        for i in range(n):
+            normal = deviation(x, i, high, low) * scale
+            store(dx, i, factor * ((product(load_dy(dy, i), w) - shift) - normal * slope))
+
+    @rows.inlined(tag)
+    def write_scaled(dy, dx, n, factor):
+        for i in range(n):
+            store(dx, i, load_dy(dy, i) * factor)
+
+    @rows.inlined(tag)
+    def lot_sums(dy, x, n_segments, segment_y, segment_x, n, high, low, scale, weight, kind, parts):
+        """Sums of g and g x_hat of a lot; parts: where those of its channels go, if it has some;
+        weight: address of theirs"""
+        across, along = np.float64(0), np.float64(0)
+        for j in range(n_segments):
+            dy_row, x_row = dy + j * segment_y * itemsize, x + j * segment_x * itemsize
+            plain, slope = sums(dy_row, x_row, n, high, low, scale)
+            if parts != 0:
+                put_part(parts, 2 * j, plain)
+                put_part(parts, 2 * j + 1, slope)
+                if weight != 0:
+                    w = load_any(weight, j, kind)
+                    plain, slope = plain * w, slope * w
+            across += plain
+            along += slope
+        return across, along
+
+    def norm_planes_backward(args, task):
+        (
+            dy, x, weight, stats, dx, parts, _, _, table, kinds, eps, given, means, n_task,
+        ) = _args(args, 0)  # fmt: skip
+        (
+            n_lots, inner, outer_x, inner_x, outer_y, inner_y, n_all, segment_x, segment_y, n_total,
+            length, channels, moving, _,
+        ) = table_row(table, 0)  # fmt: skip
+        of_weight, of_channels = kind_at(kinds, 0), kind_at(kinds, 3)
+        for k in range(task * n_task, min(task * n_task + n_task, n_lots)):
+            x_lot = x + (k // inner * outer_x + k % inner * inner_x) * itemsize
+            at = (k // inner * outer_y + k % inner * inner_y) * itemsize
+            dy_lot, dx_lot, first_channel = dy + at, dx + at, k % inner * channels
+            n_segments, one_set = segments_of(k, inner, n_all, n_total), k
+            if of_channels:
+                one_set = first_channel
+            mean = get_stats(stats, 2 * one_set)
+            rstd = 1.0 / math.sqrt(get_stats(stats, 2 * one_set + 1) + bits_to_double(eps))
+            high, scale = compute(mean), compute(rstd)
+            low = compute(mean - np.float64(high))
+            shift, slope, n = np.float64(0), np.float64(0), np.float64(n_segments * length)
+            if parts != 0:
+                shift, slope = lot_sums(
+                    dy_lot, x_lot, n_segments, segment_y, segment_x, length, high, low, scale,
+                    weight + first_channel * size_of(of_weight) if weight != 0 else 0, of_weight,
+                    parts + 16 * k * n_segments if moving else 0,
+                )  # fmt: skip
+                if not moving:
+                    put_part(parts, 2 * k, shift)
+                    put_part(parts, 2 * k + 1, slope)
+                shift, slope = shift / n, slope / n
+            elif means != 0:
+                shift, slope = (
+                    get_mean(means, 2 * first_channel),
+                    get_mean(means, 2 * first_channel + 1),
+                )
+            for j in range(n_segments if dx != 0 else 0):
+                w, factor = one, rstd
+                if weight != 0:
+                    of_channel = load_any(weight, first_channel + j * moving, of_weight)
+                    if moving and not given:
+                        w = compute(tidy(of_channel))
+                    else:
+                        factor *= of_channel
+                dy_row = dy_lot + j * segment_y * itemsize
+                dx_row = dx_lot + j * segment_y * itemsize
+                if given:
+                    write_scaled(dy_row, dx_row, length, compute(tidy(factor)))
+                else:
+                    write(
+                        dy_row, x_lot + j * segment_x * itemsize, dx_row, length, high, low, scale,
+                        w, compute(tidy(shift)), compute(tidy(slope)), compute(tidy(factor)),
+                    )  # fmt: skip
+
+    return norm_planes_backward
+
+
+def _sum_parts(tag):
+    """dweight and dbias of SUMMED channels, and the means where a channel is a set: parts of
+    channel c are at c, c + channels, ..."""
+    get, put = rows.Codec("fp64", 0).load, rows.Codec("fp64", 1).store
+
+    def sum_parts(args, task):
+        _, _, _, _, _, parts, dweight, dbias, table, kinds, _, _, means, _ = _args(args, 0)
+        n_lots, inner, _, _, _, _, _, _, _, n_total, length, channels, _, _ = table_row(table, 0)
+        n_channels = inner * channels
+        for c in range(task * SUMMED, min(task * SUMMED + SUMMED, n_channels)):
+            plain, along = np.float64(0), np.float64(0)
+            for outer in range(n_lots // inner):
+                at = 2 * (outer * n_channels + c)
+                plain += get(parts, at)
+                along += get(parts, at + 1)
+            if dweight != 0:
+                store_any(dweight, c, kind_at(kinds, 1), along)
+            if dbias != 0:
+                store_any(dbias, c, kind_at(kinds, 2), plain)
+            if means != 0:
+                put(means, 2 * c, plain / np.float64(n_total * length))
+                put(means, 2 * c + 1, along / np.float64(n_total * length))
+
+    return sum_parts
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    channels: Channels,
+    eps: float,
+    given: bool,
+) -> None:
+    """Fill those of dx, dweight and dbias that there are."""
+    dx, dweight, dbias = outputs
+    summed = dweight is not None or dbias is not None
+    kinds, batch = kinds_code(weight, dweight, dbias) | channels.batch << 6, channels.batch
+    inputs = dy.data_ptr(), x.data_ptr(), rows.address(weight), stats.data_ptr()
+    results = rows.address(dweight), rows.address(dbias)
+    rest = kinds, double_bits(eps), int(given)
+    if channels.pixels:
+        inputs = (*inputs, rows.address(dx))
+        channel_pixel_gradients.gradients(x, inputs, results, channels, rest, summed)
+        return
+    table, task = planes_table(channels), rows.task_of(_planes, rows.kind_of(x))
+    n_lots, per_lot = int(table[0]), int(table[6])
+    # Sums of dy and dy x_hat of each lot, or of each of its channels; means, where it is no set.
+    parts = torch.empty(2 * n_lots * (1 if batch else per_lot), dtype=torch.float64)
+    means = torch.empty(2 * channels.channels if batch else 0, dtype=torch.float64)
+    n_task = rows.rows_of(per_lot * channels.length)
+    n_tasks, n, rest = -(-n_lots // n_task), x.numel(), (table.ctypes.data, *rest)
+    tail, now = (*results, *rest, means.data_ptr(), n_task), 0 if batch else rows.address(dx)
+    if summed or not given:
+        last, n_last = rows.task_of(_sum_parts), -(-channels.channels // SUMMED)
+        numbers = (*inputs, now, parts.data_ptr(), *tail)
+        rows.run(task, n_tasks, n, numbers, last, n_last if summed or batch else 0)
+    if batch and dx is not None:
+        rows.run(task, n_tasks, n, (*inputs, rows.address(dx), 0, *tail))
