@@ -15,6 +15,16 @@ from __future__ import annotations
 
 from fastopt.functional.losses import cross_entropy
 from fastopt.functional.norms import layer_norm, rms_norm
+from fastopt.functional.residual_norms import add_layer_norm, add_rms_norm
 from fastopt.functional.softmaxes import log_softmax, logsumexp, softmax
 
-__all__ = ["cross_entropy", "layer_norm", "log_softmax", "logsumexp", "rms_norm", "softmax"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "cross_entropy",
+    "layer_norm",
+    "log_softmax",
+    "logsumexp",
+    "rms_norm",
+    "softmax",
+]

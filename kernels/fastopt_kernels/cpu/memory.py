@@ -45,7 +45,7 @@ def _emit_load(builder, kind, address, i, compute, stream=None):
 
 
 # Arrays of one kernel that share no memory may be told apart by a stream number below this.
-STREAMS = 12
+STREAMS = 17
 
 
 def _mark(builder, instruction, stream):
