@@ -14,6 +14,7 @@ they give in torch. What torch refuses is refused with torch's exception.
 from __future__ import annotations
 
 from fastopt.functional.losses import cross_entropy
+from fastopt.functional.masked_softmax import scaled_masked_softmax
 from fastopt.functional.norms import layer_norm, rms_norm
 from fastopt.functional.residual_norms import add_layer_norm, add_rms_norm
 from fastopt.functional.softmaxes import log_softmax, logsumexp, softmax
@@ -26,5 +27,6 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "rms_norm",
+    "scaled_masked_softmax",
     "softmax",
 ]

@@ -1,5 +1,5 @@
 """Row functions as torch ops in the namespace `fastopt`, one module a family."""
 
-from fastopt.ops import losses, norms, residual_norms, softmax
+from fastopt.ops import losses, masked_softmax, norms, residual_norms, softmax
 
-__all__ = ["losses", "norms", "residual_norms", "softmax"]
+__all__ = ["losses", "masked_softmax", "norms", "residual_norms", "softmax"]

@@ -191,6 +191,23 @@ def make_loader(kind: str, compute: types.Float, stream: int | None = None):
     return load
 
 
+def make_flag_loader(stream: int | None = None):
+    """flag(address, i) -> element i of an array of booleans, a byte each."""
+
+    @intrinsic
+    def flag(typingctx, address, i):
+        def codegen(context, builder, signature, args):
+            address, i = args
+            base = builder.inttoptr(address, _I8.as_pointer())
+            byte = builder.load(builder.gep(base, [i]))
+            _mark(builder, byte, stream)
+            return builder.icmp_unsigned("!=", byte, ir.Constant(_I8, 0))
+
+        return types.boolean(address, i), codegen
+
+    return flag
+
+
 def make_storer(kind: str, compute: types.Float, own_nan: bool = False, stream: int | None = None):
     """store(address, i, x): round x to this kind, once.
 
