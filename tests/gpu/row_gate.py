@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt_kernels.gpu import losses, norms, rows, softmax
+from fastopt_kernels.gpu import losses, masked_softmax, norms, residual_norms, rows, softmax
 from tests.gpu import gate
 from tests.gpu.gate import TARGETS, Read
 
@@ -99,6 +99,8 @@ class Arguments:
         self.target = torch.empty(n_outer, n_inner, dtype=torch.int64)
         self.class_weight = torch.empty(self.n_cols, dtype=wide)
         self.weight = torch.empty(self.n_cols, dtype=dtype)
+        self.flags = torch.empty(n_outer, self.n_cols, dtype=torch.bool)
+        self.dropout = (torch.empty((), dtype=torch.int64), 2**31, 2.0)
 
     def over_dim(self, function: Callable[..., None], *tensors: Tensor, **options: Any) -> None:
         function(*tensors, self.shape, self.strides, **options)
@@ -131,6 +133,25 @@ def _probs(a: Arguments, backward: bool) -> None:
 def _layer_norm_backward(a: Arguments, sums: bool) -> None:
     out = (a.x, a.weight, a.weight) if sums else (a.x, None, None)
     a.norm(norms.layer_norm_backward, a.x, a.x, a.weight, a.both, *out)
+
+
+def _add_norm(a: Arguments, centered: bool, drops: bool) -> None:
+    sizes, stats = (a.shape[0], a.n_cols, a.n_cols, a.n_cols), a.both if centered else a.wide
+    weights = (a.weight, a.weight if centered else None)
+    options = (1e-5, 0.0 if centered else 1.0, a.dropout if drops else None, centered)
+    residual_norms.add_norm(a.x, a.x, *weights, a.x, a.x, stats, sizes, *options)
+
+
+def _add_norm_backward(a: Arguments, centered: bool, drops: bool) -> None:
+    stats, dropout = a.both if centered else a.wide, a.dropout if drops else None
+    outputs = (a.x if drops else None, a.x, a.weight, a.weight if centered else None)
+    options = ((a.shape[0], a.n_cols), 0.0 if centered else 1.0, dropout, centered)
+    residual_norms.add_norm_backward(a.x, a.x, a.x, a.weight, stats, *outputs, *options)
+
+
+def _masked_softmax(a: Arguments, mask: Tensor | None, n_queries: int = 0) -> None:
+    sizes, walk = (a.shape[0], a.n_cols, a.n_cols), (1, a.shape[0], 0, 0, a.n_cols)
+    masked_softmax.masked_softmax(a.x, mask, a.x, sizes, walk, 0.125, n_queries)
 
 
 # What each function launches, and the needs of its kernels.
@@ -168,7 +189,20 @@ NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
         Needs(2, 4, 1),
     ),
 }
-FUNCTIONS = OVER_DIM | NORMS
+RESIDUAL_NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
+    "add_norm": (lambda a: _add_norm(a, True, False), Needs(2, 4, 2)),
+    "add_norm dropout": (lambda a: _add_norm(a, True, True), Needs(2, 4, 2)),
+    "add_norm rms": (lambda a: _add_norm(a, False, False), Needs(2, 4, 2)),
+    "add_norm_backward": (lambda a: _add_norm_backward(a, True, False), Needs(3, 5, 1)),
+    "add_norm_backward dropout": (lambda a: _add_norm_backward(a, True, True), Needs(3, 5, 2)),
+    "add_norm_backward rms": (lambda a: _add_norm_backward(a, False, False), Needs(3, 5, 1)),
+}
+MASKED: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
+    "masked_softmax": (lambda a: _masked_softmax(a, a.flags), Needs(1, 2, 1)),
+    "masked_softmax added": (lambda a: _masked_softmax(a, a.x), Needs(2, 4, 1)),
+    "masked_softmax causal": (lambda a: _masked_softmax(a, None, 4), Needs(1, 2, 1)),
+}
+FUNCTIONS = OVER_DIM | NORMS | RESIDUAL_NORMS | MASKED
 # Kernels beside the one the table speaks of: loads and stores of theirs in tiles of x's dtype.
 BESIDE = {"norm_weight_kernel": Needs(2, 2, 0), "norm_sum_kernel": Needs(0, 0, 0)}
 
