@@ -35,8 +35,6 @@ def _scores(
 ):
     """A tile as the softmax sees it; last: the last column of each row that is seen."""
     inside = here & (cols < n_cols)[None, :]
-    if CAUSAL:
-        inside = inside & (cols[None, :] <= last[:, None])
     x = rows.load(x_ptr, x_start[:, None] + cols[None, :], inside, 0.0, COMPUTE)
     x *= rows.scalar(scale, COMPUTE)[:, None]
     if mask_ptr is not None:
@@ -45,6 +43,9 @@ def _scores(
             inside = tl.load(mask_ptr + at, mask=inside, other=0) != 0
         else:
             x += rows.load(mask_ptr, at, inside, 0.0, COMPUTE)
+    if CAUSAL:
+        # After the loads: a mask that changes within 16 bytes would take their vectors apart.
+        inside = inside & (cols[None, :] <= last[:, None])
     return tl.where(inside, x, -float("inf"))
 
 
