@@ -70,6 +70,8 @@ class AddLayerNorm(torch.nn.LayerNorm):
     dropout_p: of the branch, while training; all else as torch.nn.LayerNorm, state_dict keys too
     """
 
+    dropout_p = 0.0
+
     def __init__(self, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.dropout_p = dropout_p

@@ -102,11 +102,13 @@ def _grads(
     offset: float,
     p: float,
     centered: bool,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """(dx, dresidual, dweight, dbias); None where one is not wanted, and for dx where it is
-    dresidual. dtypes: of x and of residual."""
+    dresidual."""
+    dtypes = (x_dtype, residual_dtype)
     alike = _alike(seed, dtypes)
     wants_dx, wants_dresidual = wanted[0] and not alike, wanted[1] or (wanted[0] and alike)
     dx, dresidual = (
@@ -135,11 +137,9 @@ def _alike(seed: Tensor | None, dtypes: tuple[torch.dtype, torch.dtype]) -> bool
     return seed is None and dtypes[0] == dtypes[1]
 
 
-def run_add_norm_backward(dy: Tensor, dsum: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def run_add_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dx, dresidual, dweight, dbias) as an op gives them."""
-    *options, x_dtype, residual_dtype, wanted = args
-    grads = _grads(dy, dsum, *options, (x_dtype, residual_dtype), wanted)
-    return tuple(norms.given(dy, grad) for grad in grads)
+    return tuple(norms.given(dy, grad) for grad in _grads(dy, *args))
 
 
 def keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -160,12 +160,12 @@ def add_norm_backward(
     if dy is None or differentiated(dy) or (dsum is not None and differentiated(dsum)):
         return *_composed_grads(ctx, dy, dsum), *(None,) * 6
     wanted = ctx.needs_input_grad[:4]
-    args = (dy, dsum, total, weight, bias, stats, seed, n_dims, offset, p, centered)
+    args = (dy, dsum, total, weight, bias, stats, seed, n_dims, offset, p, centered, *ctx.dtypes)
     grads: Sequence[Tensor | None]
     if plain(dy) and (dsum is None or plain(dsum)):
-        grads = _grads(*args, ctx.dtypes, wanted)
+        grads = _grads(*args, wanted)
     else:
-        grads = torch.ops.fastopt.add_norm_backward(*args, *ctx.dtypes, wanted)
+        grads = torch.ops.fastopt.add_norm_backward(*args, wanted)
     dx = grads[1] if _alike(seed, ctx.dtypes) else grads[0]
     found = (dx, *grads[1:])
     return *(g if wants else None for g, wants in zip(found, wanted, strict=True)), *(None,) * 6

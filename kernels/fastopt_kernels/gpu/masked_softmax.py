@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu.norm_gradients import tile_of
 
 # What changes from call to call, and must not compile a kernel anew.
 EXTENTS = ["n_rows", "n_cols", "stride_row", "n1", "n2", "s0", "s1", "s2", "n_queries"]
@@ -140,7 +141,7 @@ def masked_softmax(
     compute = rows.COMPUTE[x.dtype]
     extents = (n_cols, stride_row, *strides)
     vector = rows.vector_of((x, mask, y), extents, x.element_size())
-    tile = rows.tile_of_rows(n_cols, compute, vector)
+    tile = tile_of(n_cols, compute, vector)
     args = (x, mask, y, n_rows, n_cols // vector, stride_row // vector, n1, n2)
     args += (*(s // vector for s in strides), max(n_queries, 1), rows.parts(scale))
     rows.launch(
