@@ -126,7 +126,8 @@ def test_a_module_is_ours_in_place_and_goes_back(case: str) -> None:
 
 
 def test_every_module_of_ours_is_among_the_cases() -> None:
-    assert {type(make(case)).__name__ for case in CASES} == set(fastopt.nn.__all__)
+    theirs = {name for name in fastopt.nn.__all__ if hasattr(torch.nn, name)}
+    assert {type(make(case)).__name__ for case in CASES} == theirs
 
 
 # Deliberately wrong candidates.

@@ -160,12 +160,13 @@ def add_norm_backward(
     if dy is None or differentiated(dy) or (dsum is not None and differentiated(dsum)):
         return *_composed_grads(ctx, dy, dsum), *(None,) * 6
     wanted = ctx.needs_input_grad[:4]
-    args = (dy, dsum, total, weight, bias, stats, seed, n_dims, offset, p, centered, *ctx.dtypes)
+    tensors, options = (dy, dsum, total, weight, bias, stats, seed), (n_dims, offset, p, centered)
+    args: tuple[Any, ...] = (*tensors, *options, *ctx.dtypes, wanted)
     grads: Sequence[Tensor | None]
     if plain(dy) and (dsum is None or plain(dsum)):
-        grads = _grads(*args, wanted)
+        grads = _grads(*args)
     else:
-        grads = torch.ops.fastopt.add_norm_backward(*args, wanted)
+        grads = torch.ops.fastopt.add_norm_backward(*args)
     dx = grads[1] if _alike(seed, ctx.dtypes) else grads[0]
     found = (dx, *grads[1:])
     return *(g if wants else None for g, wants in zip(found, wanted, strict=True)), *(None,) * 6

@@ -7,6 +7,8 @@ The sum is rounded once, to what it is stored in, and y is the norm of what is s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -124,6 +126,9 @@ def add_norm(
     compute, tensors = rows.COMPUTE[total.dtype], (x, residual, y, total, weight, bias)
     vector = rows.vector_of(tensors, (n_cols, *strides), total.element_size())
     tile = norm_gradients.tile_of(n_cols, compute, vector)
+    if dropout is not None and vector == 1:
+        # Hashes and addresses of single elements at once (sm_100).
+        tile = replace(tile, threads=min(512, 2 * tile.threads))
     mean, rstd = norm_gradients.split(stats, centered)
     extents = (n_rows, n_cols // vector, *(stride // vector for stride in strides))
     scalars = (
