@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastopt_kernels.gpu import rows
-from fastopt_kernels.gpu.norm_gradients import tile_of
+from fastopt_kernels.gpu.norm_tiles import tile_of
 
 # What changes from call to call, and must not compile a kernel anew.
 EXTENTS = ["n_rows", "n_cols", "stride_row", "n1", "n2", "s0", "s1", "s2", "n_queries"]

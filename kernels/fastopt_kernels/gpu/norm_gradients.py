@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastopt_kernels.gpu import dropout as dropouts
-from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu import norm_tiles, rows
 from fastopt_kernels.gpu.dropout import Dropout
 
 # What changes from call to call, and must not compile a kernel anew.
@@ -290,29 +290,6 @@ def norm_sum_kernel(
         _sum_of_shares(dbiases_ptr, dbias_ptr, n_shares, n_cols, LINES, COLS)
 
 
-def tile_of(n_cols: int, compute: tl.dtype, vector: int) -> rows.Tile:
-    """How rows are tiled that are normalized."""
-    # Welford in float64 takes 128 registers for more, and spills (sm_90).
-    tile = rows.tile_of_rows(n_cols, compute, vector, halved=compute == tl.float64)
-    if vector == 1:
-        # Addresses of single elements take registers too (sm_100).
-        tile = replace(tile, threads=min(512, 2 * tile.threads))
-    return tile
-
-
-def split(stats: Tensor | None, centered: bool) -> tuple[Tensor | None, Tensor | None]:
-    """mean and rstd, of those there are."""
-    if stats is None or not centered:
-        return None, stats
-    mean, rstd = stats.unbind()
-    return mean, rstd
-
-
-def offset_parts(weight_offset: float) -> tuple[float, ...] | None:
-    """What is added to the weight as kernels are given it."""
-    return rows.parts(weight_offset) if weight_offset else None
-
-
 def _share(n_rows: int, lines: int, programs: int) -> tuple[int, int]:
     """Programs over the rows, and how many rows each takes, in tiles of `lines`."""
     programs = min(programs, triton.cdiv(n_rows, lines * TILES_EACH))
@@ -352,7 +329,7 @@ def gradients(
     dx, dweight, dbias = wanted
     dsum, dropped, dropout = beside
     joined = dsum is not None or dropped is not None
-    more = (offset_parts(weight_offset), dsum, dropped)
+    more = (norm_tiles.offset_parts(weight_offset), dsum, dropped)
     more += dropouts.arguments(dropout)
     wants_dx = dx is not None or dropped is not None
     n_rows, n_cols, stride_row = sizes

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastopt_kernels.gpu import norm_gradients, rows
+from fastopt_kernels.gpu import norm_gradients, norm_tiles, rows
 from fastopt_kernels.gpu.norm_gradients import EXTENTS, STATISTICS, scaled
 
 
@@ -194,15 +194,15 @@ def _forward(
     weight_offset: float = 0.0,
 ) -> None:
     n_rows, n_cols, stride_row = sizes
-    compute, (mean, rstd) = rows.COMPUTE[x.dtype], norm_gradients.split(stats, centered)
+    compute, (mean, rstd) = rows.COMPUTE[x.dtype], norm_tiles.split(stats, centered)
     vector = rows.vector_of((x, y, weight, bias), (n_cols, stride_row), x.element_size())
-    tile = norm_gradients.tile_of(n_cols, compute, vector)
+    tile = norm_tiles.tile_of(n_cols, compute, vector)
     rows.launch(
         norm_kernel,
         (triton.cdiv(n_rows, tile.lines),),
         (x, weight, bias, y, mean, rstd, n_rows, n_cols // vector, stride_row // vector),
         eps=rows.parts(eps),
-        offset=norm_gradients.offset_parts(weight_offset),
+        offset=norm_tiles.offset_parts(weight_offset),
         CENTERED=centered,
         COMPUTE=compute,
         WHOLE=tile.whole,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastopt_kernels.gpu import dropout as dropouts
-from fastopt_kernels.gpu import norm_gradients, norms, rows
+from fastopt_kernels.gpu import norm_gradients, norm_tiles, norms, rows
 from fastopt_kernels.gpu.dropout import Dropout
 from fastopt_kernels.gpu.norm_gradients import EXTENTS, STATISTICS
 
@@ -125,15 +125,15 @@ def add_norm(
     n_rows, n_cols, *strides = sizes
     compute, tensors = rows.COMPUTE[total.dtype], (x, residual, y, total, weight, bias)
     vector = rows.vector_of(tensors, (n_cols, *strides), total.element_size())
-    tile = norm_gradients.tile_of(n_cols, compute, vector)
+    tile = norm_tiles.tile_of(n_cols, compute, vector)
     if dropout is not None and vector == 1:
         # Hashes and addresses of single elements at once (sm_100).
         tile = replace(tile, threads=min(512, 2 * tile.threads))
-    mean, rstd = norm_gradients.split(stats, centered)
+    mean, rstd = norm_tiles.split(stats, centered)
     extents = (n_rows, n_cols // vector, *(stride // vector for stride in strides))
     scalars = (
         rows.parts(eps),
-        norm_gradients.offset_parts(weight_offset),
+        norm_tiles.offset_parts(weight_offset),
         *dropouts.arguments(dropout),
     )
     rows.launch(
@@ -172,7 +172,7 @@ def add_norm_backward(
         dy,
         total,
         weight,
-        *norm_gradients.split(stats, centered),
+        *norm_tiles.split(stats, centered),
         outputs,
         (*sizes, sizes[1]),
         weight_offset,
