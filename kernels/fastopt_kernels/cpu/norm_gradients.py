@@ -104,6 +104,10 @@ class Outputs(NamedTuple):
     dweight: bool
     dbias: bool
 
+    @property
+    def wants_dx(self) -> bool:
+        return self.dx is not None or self.dropped is not None
+
 
 def _make_put(tag, kind, weight_kind, outputs, streams):
     """put(dx, dropped, dsum, j, d, chance): d, the gradient by what was normalized, on its way."""
@@ -129,14 +133,27 @@ def _make_put(tag, kind, weight_kind, outputs, streams):
     return put
 
 
+def _make_dx(tag):
+    @rows.inlined(tag)
+    def dx_of(dy, w, normal, scale, along, across):
+        """dx = rstd (g - mean(g) - normal mean(g normal)),  g = dy weight"""
+        return scale * (product(dy, w) - across - normal * along)
+
+    return dx_of
+
+
+def _make_sums(kind):
+    """(get, put) of the sums of a block's dweight and dbias, in the compute type."""
+    codecs = (rows.Codec(rows.wide(kind), stream) for stream in (5, 6))
+    return [(codec.load, codec.store) for codec in codecs]
+
+
 def _make_gradients(tag, kind, weight_kind, centered, shifted, outputs):
     """one(..., row, ...) and four(..., row, ...): the gradients of a row, and of that and the next
     three; to: addresses of dx, dropped and dsum; sums: of this block's, in the compute type."""
-    wants_dx = outputs.dx is not None or outputs.dropped is not None
-    wants_dw, wants_db = outputs.dweight, outputs.dbias
+    wants_dx, wants_dw, wants_db = outputs.wants_dx, outputs.dweight, outputs.dbias
     codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 3).load
-    sum_dw, sum_db = rows.Codec(codec.wide, 5), rows.Codec(codec.wide, 6)
-    get_dw, put_dw, get_db, put_db = sum_dw.load, sum_dw.store, sum_db.load, sum_db.store
+    dx_of, ((get_dw, put_dw), (get_db, put_db)) = _make_dx(tag), _make_sums(kind)
     weight_of = make_weight(tag, weight_kind, codec.compute, 7, shifted)
     put, put_1, put_2, put_3 = (
         _make_put(tag, kind, weight_kind, outputs, streams)
@@ -145,13 +162,9 @@ def _make_gradients(tag, kind, weight_kind, centered, shifted, outputs):
     deviation = make_deviation(tag, codec.load, codec.compute, centered)
     read = _make_row_reader(tag, kind, weight_kind, centered, wants_dx, shifted)
     chance_of = make_chance(tag, codec.compute, outputs.drops)
-    size = rows.ITEMSIZE[kind]
-    dx_size, dropped_size = (rows.ITEMSIZE[to or kind] for to in (outputs.dx, outputs.dropped))
-
-    @rows.inlined(tag)
-    def dx_of(dy, w, normal, scale, along, across):
-        """dx = rstd (g - mean(g) - normal mean(g normal)),  g = dy weight"""
-        return scale * (product(dy, w) - across - normal * along)
+    dx_size, dropped_size, size = (
+        rows.ITEMSIZE[to or kind] for to in (outputs.dx, outputs.dropped, kind)
+    )
 
     @rows.inlined(tag)
     def one(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout):

@@ -60,6 +60,22 @@ def _normalized(x, mean_ptr, rstd_ptr, lines, here, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _held_gradient(dy, x_hat, rstd, each, mean_ptr):
+    """dx of rows held in registers; dy: times the weight."""
+    dx = dy - x_hat * (tl.sum(dy * x_hat, 1) * each)[:, None]
+    if mean_ptr is not None:
+        dx -= (tl.sum(dy, 1) * each)[:, None]
+    return dx * rstd
+
+
+@triton.jit
+def _store_share(shares_ptr, at, total, inside):
+    """A program's share of a sum over rows, if it is wanted."""
+    if shares_ptr is not None:
+        rows.store(shares_ptr, at, tl.sum(total, 0), inside)
+
+
+@triton.jit
 def _put(
     d,
     dx_ptr,
@@ -141,18 +157,13 @@ def norm_backward_kernel(
             dbias += dy
         if WANTS_DX:
             dy = scaled(dy, weight_ptr, None, offset, cols, n_cols, COMPUTE)
-            slope = (tl.sum(dy * x_hat, 1) * each)[:, None]
-            dx = dy - x_hat * slope
-            if mean_ptr is not None:
-                dx -= (tl.sum(dy, 1) * each)[:, None]
+            d = _held_gradient(dy, x_hat, rstd, each, mean_ptr)
             _put(
-                dx * rstd, dx_ptr, dropped_ptr, dsum_ptr, packed, lines, cols, mask,
+                d, dx_ptr, dropped_ptr, dsum_ptr, packed, lines, cols, mask,
                 seed_ptr, kept, scale, COMPUTE,
             )  # fmt: skip
-    if dweights_ptr is not None:
-        rows.store(dweights_ptr, program * n_cols + cols, tl.sum(dweight, 0), inside)
-    if dbiases_ptr is not None:
-        rows.store(dbiases_ptr, program * n_cols + cols, tl.sum(dbias, 0), inside)
+    _store_share(dweights_ptr, program * n_cols + cols, dweight, inside)
+    _store_share(dbiases_ptr, program * n_cols + cols, dbias, inside)
 
 
 @triton.jit(do_not_specialize=[*EXTENTS, "kept"], do_not_specialize_on_alignment=STATISTICS)
@@ -251,10 +262,8 @@ def norm_weight_kernel(
             dweight += dy * _normalized(x, mean_ptr, rstd_ptr, lines, here, COMPUTE)[0]
         if dbiases_ptr is not None:
             dbias += dy
-    if dweights_ptr is not None:
-        rows.store(dweights_ptr, program * n_cols + cols, tl.sum(dweight, 0), inside)
-    if dbiases_ptr is not None:
-        rows.store(dbiases_ptr, program * n_cols + cols, tl.sum(dbias, 0), inside)
+    _store_share(dweights_ptr, program * n_cols + cols, dweight, inside)
+    _store_share(dbiases_ptr, program * n_cols + cols, dbias, inside)
 
 
 @triton.jit
@@ -288,6 +297,13 @@ def norm_sum_kernel(
         _sum_of_shares(dweights_ptr, dweight_ptr, n_shares, n_cols, LINES, COLS)
     if dbiases_ptr is not None:
         _sum_of_shares(dbiases_ptr, dbias_ptr, n_shares, n_cols, LINES, COLS)
+
+
+def _tile_of(n_cols: int, compute: tl.dtype, vector: int, joined: bool) -> rows.Tile:
+    """How rows are tiled; joined: the gradient of a sum, or a dropout, takes registers too, so a
+    thread has half as many elements (sm_90)."""
+    tile = rows.tile_of_rows(n_cols, compute, vector, WIDEST[compute] // (1 + joined))
+    return replace(tile, threads=min(512, 2 * tile.threads)) if joined else tile
 
 
 def _share(n_rows: int, lines: int, programs: int) -> tuple[int, int]:
@@ -335,10 +351,7 @@ def gradients(
     n_rows, n_cols, stride_row = sizes
     compute, itemsize = rows.COMPUTE[x.dtype], x.element_size()
     vector = rows.vector_of((dy, x, weight, dx, dsum, dropped), (n_cols, stride_row), itemsize)
-    tile = rows.tile_of_rows(n_cols, compute, vector, WIDEST[compute] // (1 + joined))
-    if joined:
-        # Its gradient, and what is hashed, take registers too: half as many elements a thread.
-        tile = replace(tile, threads=min(512, 2 * tile.threads))
+    tile = _tile_of(n_cols, compute, vector, joined)
     extents = (n_rows, n_cols // vector, stride_row // vector)
     sums = dweight is not None or dbias is not None
     constants = {"COMPUTE": compute, **tile.options()}
