@@ -1,6 +1,9 @@
-"""The modules of torch.nn that fastopt.functional serves: same constructors, same state_dict."""
+"""The modules of torch.nn that fastopt.functional serves: same constructors, same state_dict; and
+modules for functions of its own."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +11,8 @@ from torch import Tensor
 from fastopt import functional
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -137,3 +142,71 @@ class InstanceNorm3d(torch.nn.InstanceNorm3d):
     """fastopt.functional.instance_norm with this module's weights and running statistics."""
 
     _apply_instance_norm = _apply_instance_norm
+
+
+class AddLayerNorm(torch.nn.LayerNorm):
+    """fastopt.functional.add_layer_norm with this module's weight and bias: where a residual branch
+    joins, (branch, residual) to (the norm of the sum, the sum).
+
+    dropout_p: of the branch, while training; all else as torch.nn.LayerNorm, state_dict keys too
+    """
+
+    dropout_p = 0.0
+
+    def __init__(self, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dropout_p = dropout_p
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return functional.add_layer_norm(
+            x,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.dropout_p,
+            self.training,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
+
+
+class AddRMSNorm(torch.nn.RMSNorm):
+    """fastopt.functional.add_rms_norm with this module's weight: where a residual branch joins,
+    (branch, residual) to (the norm of the sum, the sum).
+
+    dropout_p: of the branch, while training; weight_offset: added to the weight, which starts at
+    what makes it 1; all else as torch.nn.RMSNorm, state_dict keys too
+    """
+
+    weight_offset = 0.0
+
+    def __init__(
+        self, *args: Any, dropout_p: float = 0.0, weight_offset: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.dropout_p, self.weight_offset = dropout_p, weight_offset
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.weight is not None:
+            torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return functional.add_rms_norm(
+            x,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            self.dropout_p,
+            self.training,
+            weight_offset=self.weight_offset,
+        )
+
+    def extra_repr(self) -> str:
+        offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}{offset}"

@@ -16,10 +16,10 @@ from fastopt.optim import FusedOptimizer
 T = TypeVar("T")
 
 _MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__
+    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)
 }
 _THEIRS = {ours: theirs for theirs, ours in _MODULES.items()}
-_OURS = tuple(_THEIRS)
+_OURS = tuple(getattr(nn, name) for name in nn.__all__)
 # Modules of torch near those fastopt has: a report says that they stay.
 _NEAR = (
     "torch.nn.modules.normalization",

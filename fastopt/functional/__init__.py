@@ -15,10 +15,14 @@ from __future__ import annotations
 
 from fastopt.functional.channel_norms import batch_norm, group_norm, instance_norm
 from fastopt.functional.losses import cross_entropy
+from fastopt.functional.masked_softmax import scaled_masked_softmax
 from fastopt.functional.norms import layer_norm, rms_norm
+from fastopt.functional.residual_norms import add_layer_norm, add_rms_norm
 from fastopt.functional.softmaxes import log_softmax, logsumexp, softmax
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm",
     "cross_entropy",
     "group_norm",
@@ -27,5 +31,6 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "rms_norm",
+    "scaled_masked_softmax",
     "softmax",
 ]

@@ -54,12 +54,16 @@ def rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
 ) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) weight over the last dimensions.
+    """y = x / sqrt(mean(x^2) + eps) (weight + weight_offset) over the last dimensions.
 
     normalized_shape: those dimensions, the shape of weight too, which may be of another dtype than
     the input; the result is of the input's. eps: the machine epsilon of the type it is computed in
-    unless given. As torch.nn.functional.rms_norm. Zhang & Sennrich 2019, equation 4.
+    unless given. As torch.nn.functional.rms_norm, but for weight_offset, which is added in float32
+    (float64 for float64): 1.0 for models that keep the weight's difference from 1, as Gemma does.
+    Zhang & Sennrich 2019, equation 4.
     """
     route, x, shape = route_of(input, weight), input, _as_shape(normalized_shape)
     if (
@@ -67,19 +71,22 @@ def rms_norm(
         or not isinstance(eps, (float, int, type(None)))
         or not _affine_fits(x, shape, weight, None)
     ):
-        return by_torch("rms_norm", F.rms_norm, input, normalized_shape, weight, eps)
+        args = (input, normalized_shape, weight, eps)
+        if not weight_offset:
+            return by_torch("rms_norm", F.rms_norm, *args)
+        return by_torch("rms_norm", norms.rms_norm_by_torch, *args, weight_offset)
     if autocast("rms_norm", x):
         x, weight = widen(x), None if weight is None else widen(weight)
     if eps is None:
         eps = torch.finfo(compute_dtype(x.dtype)).eps
     if route == AS_OP:
-        result: Tensor = torch.ops.fastopt.rms_norm(x, weight, len(shape), eps)[0]
+        result: Tensor = torch.ops.fastopt.rms_norm(x, weight, len(shape), eps, weight_offset)[0]
         return result
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad)
     ):
-        return norms.apply_rms_norm(x, weight, len(shape), eps)  # type: ignore[no-any-return]
-    return norms.run_rms_norm(x, weight, len(shape), eps, False)[0]
+        return norms.apply_rms_norm(x, weight, len(shape), eps, weight_offset)  # type: ignore[no-any-return]
+    return norms.run_rms_norm(x, weight, len(shape), eps, weight_offset, False)[0]
 
 
 def _as_shape(shape: Any) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from fastopt.ops import layout
 from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
 
 
-def _flat(weight: Tensor | None) -> Tensor | None:
+def flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
@@ -29,8 +29,9 @@ def _stats(x: Tensor, n_rows: int, centered: bool) -> Tensor:
     return torch.empty(2, n_rows, dtype=compute_dtype(x.dtype), device=x.device)
 
 
-def _n_rows(x: Tensor, n_dims: int) -> int:
-    return prod(x.shape[: x.dim() - n_dims])
+def stats_of(x: Tensor, n_dims: int, centered: bool) -> Tensor:
+    """Room for them."""
+    return _stats(x, prod(x.shape[: x.dim() - n_dims]), centered)
 
 
 def run_layer_norm(
@@ -44,32 +45,38 @@ def run_layer_norm(
     """(y, stats); the last n_dims dimensions are one row. keep: whether the backward follows."""
     y = layout.output(x)
     if not x.numel():
-        return y, _stats(x, _n_rows(x, n_dims), True)
+        return y, stats_of(x, n_dims, True)
     x, sizes = layout.rows(x, n_dims)
     stats = _stats(x, sizes[0], True) if keep else None
     kernels = backend.kernels_for(x, "norms")
-    kernels.layer_norm(x, _flat(weight), _flat(bias), y, stats, sizes, eps)
+    kernels.layer_norm(x, flat(weight), flat(bias), y, stats, sizes, eps)
     return y, stats
 
 
 def run_rms_norm(
-    x: Tensor, weight: Tensor | None, n_dims: int, eps: float, keep: bool = True
+    x: Tensor,
+    weight: Tensor | None,
+    n_dims: int,
+    eps: float,
+    offset: float,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, stats); the last n_dims dimensions are one row. keep: whether the backward follows."""
+    """(y, stats); the last n_dims dimensions are one row; the weight counts as weight + offset.
+    keep: whether the backward follows."""
     y = layout.output(x)
     if not x.numel():
-        return y, _stats(x, _n_rows(x, n_dims), False)
+        return y, stats_of(x, n_dims, False)
     x, sizes = layout.rows(x, n_dims)
     stats = _stats(x, sizes[0], False) if keep else None
-    backend.kernels_for(x, "norms").rms_norm(x, _flat(weight), y, stats, sizes, eps)
+    backend.kernels_for(x, "norms").rms_norm(x, flat(weight), y, stats, sizes, eps, offset)
     return y, stats
 
 
-def _wanted(wanted: bool, x: Tensor | None) -> Tensor | None:
+def wanted_of(wanted: bool, x: Tensor | None) -> Tensor | None:
     return layout.output(x) if wanted and x is not None else None
 
 
-def _given(dy: Tensor, grad: Tensor | None) -> Tensor:
+def given(dy: Tensor, grad: Tensor | None) -> Tensor:
     """An op returns tensors only: empty for one that is not wanted."""
     return dy.new_empty(0) if grad is None else grad
 
@@ -84,13 +91,13 @@ def _layer_norm_grads(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias; None where one is not wanted."""
-    dx, dweight, dbias = map(_wanted, wanted, (x, weight, bias))
+    dx, dweight, dbias = map(wanted_of, wanted, (x, weight, bias))
     if x.numel():
         x, sizes = layout.rows(x, n_dims)
-        kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), _flat(weight)
+        kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), flat(weight)
         kernels.layer_norm_backward(dy, x, weight, stats, dx, dweight, dbias, sizes)
     else:
-        _zero(dweight, dbias)
+        zero(dweight, dbias)
     return dx, dweight, dbias
 
 
@@ -100,20 +107,21 @@ def _rms_norm_grads(
     weight: Tensor | None,
     stats: Tensor,
     n_dims: int,
+    offset: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, dweight; None where one is not wanted."""
-    dx, dweight = map(_wanted, wanted, (x, weight))
+    dx, dweight = map(wanted_of, wanted, (x, weight))
     if x.numel():
         x, sizes = layout.rows(x, n_dims)
-        kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), _flat(weight)
-        kernels.rms_norm_backward(dy, x, weight, stats, dx, dweight, sizes)
+        kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), flat(weight)
+        kernels.rms_norm_backward(dy, x, weight, stats, dx, dweight, sizes, offset)
     else:
-        _zero(dweight)
+        zero(dweight)
     return dx, dweight
 
 
-def _zero(*grads: Tensor | None) -> None:
+def zero(*grads: Tensor | None) -> None:
     for grad in grads:
         if grad is not None:
             grad.zero_()
@@ -121,12 +129,12 @@ def _zero(*grads: Tensor | None) -> None:
 
 def run_layer_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dx, dweight, dbias) as an op gives them."""
-    return tuple(_given(dy, grad) for grad in _layer_norm_grads(dy, *args))
+    return tuple(given(dy, grad) for grad in _layer_norm_grads(dy, *args))
 
 
 def run_rms_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dx, dweight) as an op gives them."""
-    return tuple(_given(dy, grad) for grad in _rms_norm_grads(dy, *args))
+    return tuple(given(dy, grad) for grad in _rms_norm_grads(dy, *args))
 
 
 def keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -157,8 +165,18 @@ def _those(grads: tuple[Tensor, ...], wanted: Sequence[bool]) -> list[Tensor | N
     return [grad if wants else None for grad, wants in zip(grads, wanted, strict=True)]
 
 
+def rms_norm_by_torch(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None, offset: float
+) -> Tensor:
+    """torch's, its weight counted as weight + offset in the type that is computed in."""
+    if not offset or weight is None:
+        return F.rms_norm(x, shape, weight, eps)
+    dtype = compute_dtype(x.dtype)
+    return F.rms_norm(x.to(dtype), shape, weight.to(dtype) + offset, eps).to(x.dtype)
+
+
 def keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, ctx.n_dims, ctx.eps = inputs
+    x, weight, ctx.n_dims, ctx.eps, ctx.offset = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -166,21 +184,21 @@ def keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, stats = ctx.saved_tensors
     if differentiated(dy):
-        shape, eps = x.shape[x.dim() - ctx.n_dims :], ctx.eps
+        shape, eps, offset = x.shape[x.dim() - ctx.n_dims :], ctx.eps, ctx.offset
 
         def norm(x: Tensor, weight: Tensor | None) -> Tensor:
-            return F.rms_norm(x, shape, weight, eps)
+            return rms_norm_by_torch(x, shape, weight, eps, offset)
 
-        return *by_torch(norm, [x, weight], dy), None, None
-    args = (dy, x, weight, stats, ctx.n_dims, ctx.needs_input_grad[:2])
+        return *by_torch(norm, [x, weight], dy), None, None, None
+    args = (dy, x, weight, stats, ctx.n_dims, ctx.offset, ctx.needs_input_grad[:2])
     if plain(dy):
-        return *_rms_norm_grads(*args), None, None
+        return *_rms_norm_grads(*args), None, None, None
     grads = torch.ops.fastopt.rms_norm_backward(*args)
-    return *_those(grads, args[-1]), None, None
+    return *_those(grads, args[-1]), None, None, None
 
 
 def _fake_grads(wanted: list[bool], dy: Tensor, *likes: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(_given(dy, grad) for grad in map(_wanted, wanted, likes))
+    return tuple(given(dy, grad) for grad in map(wanted_of, wanted, likes))
 
 
 define(
@@ -188,7 +206,7 @@ define(
     run_layer_norm,
     lambda x, weight, bias, n_dims, eps: (
         layout.output(x),
-        _stats(x, _n_rows(x, n_dims), True),
+        stats_of(x, n_dims, True),
     ),
     keep_layer_norm,
     layer_norm_backward,
@@ -200,17 +218,17 @@ define(
     lambda dy, x, weight, bias, stats, n_dims, wanted: _fake_grads(wanted, dy, x, weight, bias),
 )
 define(
-    "rms_norm(Tensor x, Tensor? weight, int n_dims, float eps) -> (Tensor, Tensor)",
+    "rms_norm(Tensor x, Tensor? weight, int n_dims, float eps, float offset) -> (Tensor, Tensor)",
     run_rms_norm,
-    lambda x, weight, n_dims, eps: (layout.output(x), _stats(x, _n_rows(x, n_dims), False)),
+    lambda x, weight, n_dims, eps, offset: (layout.output(x), stats_of(x, n_dims, False)),
     keep_rms_norm,
     rms_norm_backward,
 )
 define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, int n_dims, "
-    "bool[2] wanted) -> (Tensor, Tensor)",
+    "float offset, bool[2] wanted) -> (Tensor, Tensor)",
     run_rms_norm_backward,
-    lambda dy, x, weight, stats, n_dims, wanted: _fake_grads(wanted, dy, x, weight),
+    lambda dy, x, weight, stats, n_dims, offset, wanted: _fake_grads(wanted, dy, x, weight),
 )
 
 
@@ -236,9 +254,11 @@ class RMSNorm(torch.autograd.Function):
     """The op without the dispatcher, for plain tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, n_dims: int, eps: float) -> Tensor:
-        y, stats = run_rms_norm(x, weight, n_dims, eps)
-        ctx.n_dims, ctx.eps = n_dims, eps
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, n_dims: int, eps: float, offset: float
+    ) -> Tensor:
+        y, stats = run_rms_norm(x, weight, n_dims, eps, offset)
+        ctx.n_dims, ctx.eps, ctx.offset = n_dims, eps, offset
         ctx.save_for_backward(x, weight, stats)
         return y
 

@@ -18,7 +18,9 @@ INTERPRETED = [
     "test_rows_channel_norms.py",
     "test_rows_functional.py",
     "test_rows_losses.py",
+    "test_rows_masked_softmax.py",
     "test_rows_norms.py",
+    "test_rows_residual_norms.py",
     "test_rows_softmax.py",
 ]
 COMPILED = [

@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from fastopt_kernels.channels import Channels
-from fastopt_kernels.gpu import channel_norms, losses, norms, rows, softmax
+from fastopt_kernels.gpu import (
+    channel_norms,
+    losses,
+    masked_softmax,
+    norms,
+    residual_norms,
+    rows,
+    softmax,
+)
 from tests.gpu import gate
 from tests.gpu.gate import TARGETS, Read
 
@@ -100,6 +108,8 @@ class Arguments:
         self.target = torch.empty(n_outer, n_inner, dtype=torch.int64)
         self.class_weight = torch.empty(self.n_cols, dtype=wide)
         self.weight = torch.empty(self.n_cols, dtype=dtype)
+        self.flags = torch.empty(n_outer, self.n_cols, dtype=torch.bool)
+        self.dropout = (torch.empty((), dtype=torch.int64), 2**31, 2.0)
 
     def over_dim(self, function: Callable[..., None], *tensors: Tensor, **options: Any) -> None:
         function(*tensors, self.shape, self.strides, **options)
@@ -159,6 +169,25 @@ def _channel_norm_backward(a: Arguments, pixels: bool) -> None:
         channel_norms.channel_norm_backward(a.x, a.x, a.weight, stats, *out, c, 1e-5, given)
 
 
+def _add_norm(a: Arguments, centered: bool, drops: bool) -> None:
+    sizes, stats = (a.shape[0], a.n_cols, a.n_cols, a.n_cols), a.both if centered else a.wide
+    weights = (a.weight, a.weight if centered else None)
+    options = (1e-5, 0.0 if centered else 1.0, a.dropout if drops else None, centered)
+    residual_norms.add_norm(a.x, a.x, *weights, a.x, a.x, stats, sizes, *options)
+
+
+def _add_norm_backward(a: Arguments, centered: bool, drops: bool) -> None:
+    stats, dropout = a.both if centered else a.wide, a.dropout if drops else None
+    outputs = (a.x if drops else None, a.x, a.weight, a.weight if centered else None)
+    options = ((a.shape[0], a.n_cols), 0.0 if centered else 1.0, dropout, centered)
+    residual_norms.add_norm_backward(a.x, a.x, a.x, a.weight, stats, *outputs, *options)
+
+
+def _masked_softmax(a: Arguments, mask: Tensor | None, n_queries: int = 0) -> None:
+    sizes, walk = (a.shape[0], a.n_cols, a.n_cols), (1, a.shape[0], 0, 0, a.n_cols)
+    masked_softmax.masked_softmax(a.x, mask, a.x, sizes, walk, 0.125, n_queries)
+
+
 # What each function launches, and the needs of its kernels.
 ONCE = Needs(1, 1, 1)
 OVER_DIM: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
@@ -202,7 +231,20 @@ CHANNEL_NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
     "channel_norm_backward": (lambda a: _channel_norm_backward(a, False), NONE),
     "channel_norm_backward pixels": (lambda a: _channel_norm_backward(a, True), NONE),
 }
-FUNCTIONS = OVER_DIM | NORMS | CHANNEL_NORMS
+RESIDUAL_NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
+    "add_norm": (lambda a: _add_norm(a, True, False), Needs(2, 4, 2)),
+    "add_norm dropout": (lambda a: _add_norm(a, True, True), Needs(2, 4, 2)),
+    "add_norm rms": (lambda a: _add_norm(a, False, False), Needs(2, 4, 2)),
+    "add_norm_backward": (lambda a: _add_norm_backward(a, True, False), Needs(3, 5, 1)),
+    "add_norm_backward dropout": (lambda a: _add_norm_backward(a, True, True), Needs(3, 5, 2)),
+    "add_norm_backward rms": (lambda a: _add_norm_backward(a, False, False), Needs(3, 5, 1)),
+}
+MASKED: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
+    "masked_softmax": (lambda a: _masked_softmax(a, a.flags), Needs(1, 2, 1)),
+    "masked_softmax added": (lambda a: _masked_softmax(a, a.x), Needs(2, 4, 1)),
+    "masked_softmax causal": (lambda a: _masked_softmax(a, None, 4), Needs(1, 2, 1)),
+}
+FUNCTIONS = OVER_DIM | NORMS | RESIDUAL_NORMS | MASKED | CHANNEL_NORMS
 # Kernels beside the one the table speaks of: loads and stores of theirs in tiles of x's dtype.
 BESIDE = {
     "norm_weight_kernel": Needs(2, 2, 0),

@@ -16,8 +16,10 @@ from fastopt_kernels.gpu import (
     channel_norms,
     loss_gradients,
     losses,
+    masked_softmax,
     norm_gradients,
     norms,
+    residual_norms,
     rows,
     softmax,
 )
@@ -25,9 +27,8 @@ from tests.gpu import gate, row_gate
 from tests.gpu.row_gate import Arguments
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-MODULES = (
-    softmax, losses, loss_gradients, norms, norm_gradients, channel_norms, channel_norm_gradients,
-)  # fmt: skip
+PUBLIC = (softmax, losses, norms, residual_norms, masked_softmax, channel_norms)
+MODULES = (*PUBLIC, loss_gradients, norm_gradients, channel_norm_gradients)
 # Each function once, with branches, dtypes and targets in turn, and the longest walks on sm_90.
 SAMPLE = [
     (name, branch, dtype, target)
@@ -65,7 +66,7 @@ def kernels() -> set[str]:
 def test_every_function_and_every_kernel_is_checked() -> None:
     public = {
         name
-        for module in (softmax, losses, norms, channel_norms)
+        for module in PUBLIC
         for name, value in inspect.getmembers(module, inspect.isfunction)
         if value.__module__ == module.__name__ and not name.startswith("_")
     }
@@ -74,7 +75,8 @@ def test_every_function_and_every_kernel_is_checked() -> None:
         "log_softmax_backward",
     } == public
     launched = set()
-    for name, branch in itertools.product(row_gate.NORMS, ("short", "walked")):
+    walking = row_gate.NORMS | row_gate.RESIDUAL_NORMS | row_gate.MASKED
+    for name, branch in itertools.product(walking, ("short", "walked")):
         launched |= set(names_launched(name, branch))
     for name in (*row_gate.OVER_DIM, *row_gate.CHANNEL_NORMS):
         launched |= set(names_launched(name, "short"))

@@ -48,7 +48,7 @@ def _emit_load(builder, kind, address, i, compute, stream=None):
 
 
 # Arrays of one kernel that share no memory may be told apart by a stream number below this.
-STREAMS = 12
+STREAMS = 17
 
 
 def _mark(builder, instruction, stream):
@@ -210,6 +210,23 @@ def make_loader(kind: str, compute: types.Float, stream: int | None = None):
         return compute(address, i), codegen
 
     return load
+
+
+def make_flag_loader(stream: int | None = None):
+    """flag(address, i) -> element i of an array of booleans, a byte each."""
+
+    @intrinsic
+    def flag(typingctx, address, i):
+        def codegen(context, builder, signature, args):
+            address, i = args
+            base = builder.inttoptr(address, _I8.as_pointer())
+            byte = builder.load(builder.gep(base, [i]))
+            _mark(builder, byte, stream)
+            return builder.icmp_unsigned("!=", byte, ir.Constant(_I8, 0))
+
+        return types.boolean(address, i), codegen
+
+    return flag
 
 
 def make_storer(kind: str, compute: types.Float, own_nan: bool = False, stream: int | None = None):

@@ -9,16 +9,19 @@ same bits in every run and for any number of threads.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu import memory, rows
-from fastopt_kernels.cpu.rows import block_end
-from fastopt_kernels.cpu.vecmath import add, product
+from fastopt_kernels.cpu.dropout import make_chance, make_dropper, numbers_of
+from fastopt_kernels.cpu.rows import block_end, double_bits
+from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
 
-_args = memory.make_row(types.int64, 13)
+_args = memory.make_row(types.int64, 19)
 # Blocks of rows whose weight gradients are summed apart: at most so many, of at least so many rows.
 BLOCKS, BLOCK_ROWS = 64, 32
 # Rows summed in the compute type before they are added to the block's sum in float64.
@@ -43,18 +46,30 @@ def make_deviation(tag, load, compute, centered):
     return deviation
 
 
-def _make_row_reader(tag, kind, weight_kind, centered, wants_dx):
-    """read(dy, x, weight, stats, row, n, stride), all that a row brings into its backward:
+def make_weight(tag, kind, compute, stream, shifted):
+    """weight_of(weight, j, shift), an element of the weight; shifted: plus shift. 1 without one."""
+    load, one = memory.make_loader(kind or "fp32", compute, stream), compute(1)
+    weighted = kind is not None
+
+    @rows.inlined(tag)
+    def weight_of(weight, j, shift):
+        w = load(weight, j) if weighted else one
+        return w + shift if weighted and shifted else w
+
+    return weight_of
+
+
+def _make_row_reader(tag, kind, weight_kind, centered, wants_dx, shifted):
+    """read(dy, x, weight, stats, row, n, stride, shift), all that a row brings into its backward:
     addresses of dy and x, the mean in two parts, rstd, mean(g normal) and mean(g)."""
     codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 3).load
     load, itemsize, compute = codec.load, codec.itemsize, codec.compute
     get, get_double = rows.Codec(codec.wide, 1).load, rows.Codec("fp64", 4).load
-    weight_of = memory.make_loader(weight_kind or "fp32", compute, 7)
-    weighted, zero, one = weight_kind is not None, compute(0), compute(1)
-    deviation = make_deviation(tag, load, compute, centered)
+    weight_of = make_weight(tag, weight_kind, compute, 7, shifted)
+    zero, deviation = compute(0), make_deviation(tag, load, compute, centered)
 
     @rows.inlined(tag)
-    def read(dy, x, weight, stats, row, n, stride):
+    def read(dy, x, weight, stats, row, n, stride, shift):
         x, dy = x + row * stride * itemsize, dy + row * n * itemsize
         center = get_double(stats, 2 * row) if centered else np.float64(0)
         high = compute(center)
@@ -66,7 +81,7 @@ def _make_row_reader(tag, kind, weight_kind, centered, wants_dx):
             stop = block_end(start, n)
             part, plain = zero, zero
             for j in range(start, stop):
-                g = product(load_dy(dy, j), weight_of(weight, j) if weighted else one)
+                g = product(load_dy(dy, j), weight_of(weight, j, shift))
                 part = add(part, g * (deviation(x, j, high, low) * scale))
                 plain = add(plain, g) if centered else plain
             along += np.float64(part)
@@ -77,58 +92,120 @@ def _make_row_reader(tag, kind, weight_kind, centered, wants_dx):
     return read
 
 
-def _make_gradients(tag, kind, weight_kind, centered, wanted):
-    """one(..., row, ...) and four(..., row, ...): the gradients of a row, and of that and the next
-    three; dw and db: addresses of this block's sums, in the compute type."""
-    wants_dx, wants_dw, wants_db = wanted
-    own_nan = weight_kind in (None, kind)
-    codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 3).load
-    itemsize, compute = codec.itemsize, codec.compute
-    sum_dw, sum_db = rows.Codec(codec.wide, 5), rows.Codec(codec.wide, 6)
-    get_dw, put_dw, get_db, put_db = sum_dw.load, sum_dw.store, sum_db.load, sum_db.store
-    weight_of = memory.make_loader(weight_kind or "fp32", compute, 7)
-    store, store_1, store_2, store_3 = (rows.Codec(kind, k, own_nan).store for k in (2, 8, 9, 10))
-    weighted, one_ = weight_kind is not None, compute(1)
-    deviation = make_deviation(tag, codec.load, compute, centered)
-    read = _make_row_reader(tag, kind, weight_kind, centered, wants_dx)
+class Outputs(NamedTuple):
+    """What a kernel of the gradients is compiled for: kinds of dx and of dx through the dropout,
+    None where one is not wanted; whether the sum has a gradient of its own; and which more there
+    are."""
 
+    dx: str | None
+    dropped: str | None
+    summed: bool
+    drops: bool
+    dweight: bool
+    dbias: bool
+
+    @property
+    def wants_dx(self) -> bool:
+        return self.dx is not None or self.dropped is not None
+
+
+def _make_put(tag, kind, weight_kind, outputs, streams):
+    """put(dx, dropped, dsum, j, d, chance): d, the gradient by what was normalized, on its way."""
+    compute = memory.compute_type(kind)
+    own_nan = weight_kind in (None, kind)
+    store, store_dropped = (
+        memory.make_storer(to or kind, compute, own_nan and to == kind, stream)
+        for to, stream in zip((outputs.dx, outputs.dropped), streams, strict=True)
+    )
+    load_dsum, drop = rows.Codec(kind, 16).load, make_dropper(tag, compute, outputs.drops)
+    summed, stores = outputs.summed, outputs.dx is not None
+    stores_dropped = outputs.dropped is not None
+
+    @rows.inlined(tag)
+    def put(dx, dropped, dsum, j, d, chance):
+        if summed:
+            d = d + load_dsum(dsum, j)
+        if stores:
+            store(dx, j, d)
+        if stores_dropped:
+            store_dropped(dropped, j, drop(d, j, chance))
+
+    return put
+
+
+def _make_dx(tag):
     @rows.inlined(tag)
     def dx_of(dy, w, normal, scale, along, across):
         """dx = rstd (g - mean(g) - normal mean(g normal)),  g = dy weight"""
         return scale * (product(dy, w) - across - normal * along)
 
+    return dx_of
+
+
+def _make_sums(kind):
+    """(get, put) of the sums of a block's dweight and dbias, in the compute type."""
+    codecs = (rows.Codec(rows.wide(kind), stream) for stream in (5, 6))
+    return [(codec.load, codec.store) for codec in codecs]
+
+
+def _make_gradients(tag, kind, weight_kind, centered, shifted, outputs):
+    """one(..., row, ...) and four(..., row, ...): the gradients of a row, and of that and the next
+    three; to: addresses of dx, dropped and dsum; sums: of this block's, in the compute type."""
+    wants_dx, wants_dw, wants_db = outputs.wants_dx, outputs.dweight, outputs.dbias
+    codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 3).load
+    dx_of, ((get_dw, put_dw), (get_db, put_db)) = _make_dx(tag), _make_sums(kind)
+    weight_of = make_weight(tag, weight_kind, codec.compute, 7, shifted)
+    put, put_1, put_2, put_3 = (
+        _make_put(tag, kind, weight_kind, outputs, streams)
+        for streams in ((2, 12), (8, 13), (9, 14), (10, 15))
+    )
+    deviation = make_deviation(tag, codec.load, codec.compute, centered)
+    read = _make_row_reader(tag, kind, weight_kind, centered, wants_dx, shifted)
+    chance_of = make_chance(tag, codec.compute, outputs.drops)
+    dx_size, dropped_size, size = (
+        rows.ITEMSIZE[to or kind] for to in (outputs.dx, outputs.dropped, kind)
+    )
+
     @rows.inlined(tag)
-    def one(dy, x, weight, stats, dx, dw, db, row, n, stride):
-        dy, x, high, low, scale, along, across = read(dy, x, weight, stats, row, n, stride)
-        dx = dx + row * n * itemsize
+    def one(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout):
+        (dx, dropped, dsum), (dw, db), at = to, sums, row * n
+        dy, x, high, low, scale, along, across = read(dy, x, weight, stats, row, n, stride, shift)
+        dx, dropped, dsum = dx + at * dx_size, dropped + at * dropped_size, dsum + at * size
+        chance = chance_of(dropout, row)
         for j in range(n):
-            w = weight_of(weight, j) if weighted else one_
+            w = weight_of(weight, j, shift)
             upstream = load_dy(dy, j)
             normal = deviation(x, j, high, low) * scale
             if wants_dx:
-                store(dx, j, dx_of(upstream, w, normal, scale, along, across))
+                put(dx, dropped, dsum, j, dx_of(upstream, w, normal, scale, along, across), chance)
             if wants_dw:
                 put_dw(dw, j, get_dw(dw, j) + upstream * normal)
             if wants_db:
                 put_db(db, j, get_db(db, j) + upstream)
 
     @rows.inlined(tag)
-    def four(dy, x, weight, stats, dx, dw, db, row, n, stride):
-        dy0, x0, h0, l0, s0, a0, c0 = read(dy, x, weight, stats, row, n, stride)
-        dy1, x1, h1, l1, s1, a1, c1 = read(dy, x, weight, stats, row + 1, n, stride)
-        dy2, x2, h2, l2, s2, a2, c2 = read(dy, x, weight, stats, row + 2, n, stride)
-        dy3, x3, h3, l3, s3, a3, c3 = read(dy, x, weight, stats, row + 3, n, stride)
-        dx, down = dx + row * n * itemsize, n * itemsize
+    def four(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout):
+        (dx, dropped, dsum), (dw, db), at = to, sums, row * n
+        dy0, x0, h0, l0, s0, a0, c0 = read(dy, x, weight, stats, row, n, stride, shift)
+        dy1, x1, h1, l1, s1, a1, c1 = read(dy, x, weight, stats, row + 1, n, stride, shift)
+        dy2, x2, h2, l2, s2, a2, c2 = read(dy, x, weight, stats, row + 2, n, stride, shift)
+        dy3, x3, h3, l3, s3, a3, c3 = read(dy, x, weight, stats, row + 3, n, stride, shift)
+        dx, dropped, dsum = dx + at * dx_size, dropped + at * dropped_size, dsum + at * size
+        down, down_, down__ = n * dx_size, n * dropped_size, n * size
+        k0, k1 = chance_of(dropout, row), chance_of(dropout, row + 1)
+        k2, k3 = chance_of(dropout, row + 2), chance_of(dropout, row + 3)
         for j in range(n):
-            w = weight_of(weight, j) if weighted else one_
+            w = weight_of(weight, j, shift)
             g0, g1, g2, g3 = load_dy(dy0, j), load_dy(dy1, j), load_dy(dy2, j), load_dy(dy3, j)
             n0, n1 = deviation(x0, j, h0, l0) * s0, deviation(x1, j, h1, l1) * s1
             n2, n3 = deviation(x2, j, h2, l2) * s2, deviation(x3, j, h3, l3) * s3
             if wants_dx:
-                store(dx, j, dx_of(g0, w, n0, s0, a0, c0))
-                store_1(dx + down, j, dx_of(g1, w, n1, s1, a1, c1))
-                store_2(dx + 2 * down, j, dx_of(g2, w, n2, s2, a2, c2))
-                store_3(dx + 3 * down, j, dx_of(g3, w, n3, s3, a3, c3))
+                d0, d1 = dx_of(g0, w, n0, s0, a0, c0), dx_of(g1, w, n1, s1, a1, c1)
+                d2, d3 = dx_of(g2, w, n2, s2, a2, c2), dx_of(g3, w, n3, s3, a3, c3)
+                put(dx, dropped, dsum, j, d0, k0)
+                put_1(dx + down, dropped + down_, dsum + down__, j, d1, k1)
+                put_2(dx + 2 * down, dropped + 2 * down_, dsum + 2 * down__, j, d2, k2)
+                put_3(dx + 3 * down, dropped + 3 * down_, dsum + 3 * down__, j, d3, k3)
             if wants_dw:
                 put_dw(dw, j, get_dw(dw, j) + ((g0 * n0 + g1 * n1) + (g2 * n2 + g3 * n3)))
             if wants_db:
@@ -152,21 +229,27 @@ def _make_flush(tag, part, total):
     return flush
 
 
-def _backward(tag, kind, weight_kind, centered, *wanted):
-    _, wants_dw, wants_db = wanted
-    one, four = _make_gradients(tag, kind, weight_kind, centered, wanted)
+def _backward(tag, kind, weight_kind, centered, shifted, *outputs):
+    outputs = Outputs(*outputs)
+    wants_dw, wants_db = outputs.dweight, outputs.dbias
+    one, four = _make_gradients(tag, kind, weight_kind, centered, shifted, outputs)
+    compute = memory.compute_type(kind)
     sum_dw, sum_db = rows.Codec(rows.wide(kind), 5), rows.Codec(rows.wide(kind), 6)
     put_dw, put_db, size, zero = sum_dw.store, sum_db.store, sum_dw.itemsize, sum_dw.compute(0)
     total = rows.Codec("fp64", 11)
     flush_dw, flush_db = _make_flush(tag, sum_dw, total), _make_flush(tag, sum_db, total)
 
     def norm_backward(args, task):
-        dy, x, weight, stats, dx, blocks, _, _, n_rows, n_cols, stride, n_task, _ = _args(args, 0)
+        numbers = _args(args, 0)
+        dy, x, weight, stats, dx, blocks, _, _, n_rows, n_cols, stride, n_task, _ = numbers[:13]
+        offset, dropped, dsum = numbers[13:16]
+        dropout, shift = numbers[16:], compute(bits_to_double(offset))
         first = task * n_task
         last = min(first + n_task, n_rows)
         all_dw = blocks + task * n_cols * 32
         all_db, dw = all_dw + 8 * n_cols, all_dw + 16 * n_cols
         db = dw + size * n_cols
+        to, sums = (dx, dropped, dsum), (dw, db)
         for j in range(n_cols):
             if wants_dw:
                 put_dw(dw, j, zero)
@@ -177,9 +260,9 @@ def _backward(tag, kind, weight_kind, centered, *wanted):
             fours = (stop - start) // TOGETHER if n_cols <= TOGETHER_COLS else 0
             for k in range(fours):
                 row = start + k * TOGETHER
-                four(dy, x, weight, stats, dx, dw, db, row, n_cols, stride)
+                four(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout)
             for row in range(start + fours * TOGETHER, stop):
-                one(dy, x, weight, stats, dx, dw, db, row, n_cols, stride)
+                one(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout)
             if wants_dw:
                 flush_dw(dw, all_dw, n_cols, start == first)
             if wants_db:
@@ -214,7 +297,7 @@ def _sum_blocks(tag, dweight_kind, dbias_kind):
     add_dw, add_db = make_add(to_dw), make_add(to_db)
 
     def sum_blocks(args, task):
-        _, _, _, _, _, blocks, dw, db, _, n_cols, _, _, n_blocks = _args(args, 0)
+        _, _, _, _, _, blocks, dw, db, _, n_cols, _, _, n_blocks = _args(args, 0)[:13]
         first = task * SUMMED
         width = min(SUMMED, n_cols - first)
         total = blocks + 8 * (2 * n_cols + first)
@@ -226,6 +309,18 @@ def _sum_blocks(tag, dweight_kind, dbias_kind):
     return sum_blocks
 
 
+class Beside(NamedTuple):
+    """Of a norm of a sum: the sum's own gradient, if any; where dx through the dropout goes, if it
+    is wanted; and the dropout, if any."""
+
+    dsum: Tensor | None
+    dropped: Tensor | None
+    dropout: tuple[Tensor, int, float] | None
+
+
+ALONE = Beside(None, None, None)
+
+
 def gradients(
     dy: Tensor,
     x: Tensor,
@@ -234,13 +329,20 @@ def gradients(
     outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
     sizes: tuple[int, int, int],
     centered: bool,
+    weight_offset: float = 0.0,
+    beside: Beside = ALONE,
 ) -> None:
-    """Fill those of dx, dweight and dbias that there are; sizes: rows, columns, stride of a row."""
+    """Fill those of dx, dweight and dbias that there are; sizes: rows, columns, stride of a row.
+
+    beside: what more there is where x is a sum, whose gradient dx then is
+    """
     (dx, dweight, dbias), (n_rows, n_cols, _) = outputs, sizes
-    wanted = dx is not None, dweight is not None, dbias is not None
-    kinds = rows.kind_of(x), rows.kind_of(weight)
-    task, last, n_last = rows.task_of(_backward, *kinds, centered, *wanted), None, 0
-    if wanted[1] or wanted[2]:
+    dsum, dropped, dropout = beside
+    wanted = (rows.kind_of(dx), rows.kind_of(dropped), dsum is not None, dropout is not None)
+    wanted += (dweight is not None, dbias is not None)
+    kinds = rows.kind_of(x), rows.kind_of(weight), centered, weight_offset != 0
+    task, last, n_last = rows.task_of(_backward, *kinds, *wanted), None, 0
+    if dweight is not None or dbias is not None:
         n_task = max(BLOCK_ROWS, -(-n_rows // BLOCKS))
         n_blocks = -(-n_rows // n_task)
         last = rows.task_of(_sum_blocks, rows.kind_of(dweight), rows.kind_of(dbias))
@@ -252,5 +354,6 @@ def gradients(
     blocks = torch.empty(4 * n_blocks * n_cols if n_last else 0, dtype=torch.float64)
     inputs = (dy.data_ptr(), x.data_ptr(), rows.address(weight), stats.data_ptr())
     results = (rows.address(dx), blocks.data_ptr(), rows.address(dweight), rows.address(dbias))
-    numbers = (*inputs, *results, *sizes, n_task, n_blocks)
+    numbers = (*inputs, *results, *sizes, n_task, n_blocks, double_bits(weight_offset))
+    numbers += (rows.address(dropped), rows.address(dsum), *numbers_of(dropout))
     rows.run(task, n_blocks, n_rows * n_cols, numbers, last, n_last)

@@ -138,7 +138,7 @@ def _on_stack(typingctx, numbers):
 
 
 # Integers that a task is given, at most.
-N_ARGS = 14
+N_ARGS = 20
 _ZEROS = (0,) * N_ARGS
 
 

@@ -16,8 +16,8 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu import columns, memory, rows
-from fastopt_kernels.cpu.rows import block_end
-from fastopt_kernels.cpu.vecmath import add, exp_of, larger
+from fastopt_kernels.cpu.rows import block_end, double_bits
+from fastopt_kernels.cpu.vecmath import add, bits_to_double, exp_of, larger
 
 Shape = tuple[int, int, int]
 Strides = tuple[int, int]
@@ -126,8 +126,9 @@ def _softmax_backward(tag, kind, log):
     zero = compute(0)
 
     def softmax_backward(args, task):
-        dy, y, dx, n_rows, n_cols, n_task = _args(args, 0)
+        dy, y, dx, n_rows, n_cols, factor, n_task = _args7(args, 0)
         ahead, first = rows.ahead_of(n_rows, n_cols, n_cols, itemsize), task * n_task
+        scale = compute(bits_to_double(factor))
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
             whole = np.float64(0)
@@ -145,8 +146,9 @@ def _softmax_backward(tag, kind, log):
                 stop = block_end(start, n_cols)
                 rows.fetch(dy + at, ahead, start, stop, itemsize)
                 rows.fetch(y + at, ahead, start, stop, itemsize)
-                for j in range(start, stop):  # dx = y (dy - sum dy y)
-                    store(dx + at, j, load_y(y + at, j) * (load_dy(dy + at, j) - total))
+                for j in range(start, stop):  # dx = y (dy - sum dy y), times what scaled x
+                    d = load_y(y + at, j) * (load_dy(dy + at, j) - total)
+                    store(dx + at, j, d * scale)
                 start = stop
 
     def log_softmax_backward(args, task):
@@ -234,13 +236,17 @@ def softmax(x: Tensor, y: Tensor, shape: Shape, strides: Strides, log: bool) -> 
         columns.run(task, shape, *pointers, n_cols, n_inner, *strides, width=width)
 
 
-def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, shape: Shape, log: bool) -> None:
-    """The derivative of softmax, or of its logarithm, from its result y."""
+def softmax_backward(
+    dy: Tensor, y: Tensor, dx: Tensor, shape: Shape, log: bool, scale: float = 1.0
+) -> None:
+    """The derivative of softmax, or of its logarithm, from its result y; of softmax over rows,
+    times what its input had been scaled by."""
     n_outer, n_cols, n_inner = shape
     kind, pointers = rows.KINDS[y.dtype], (dy.data_ptr(), y.data_ptr(), dx.data_ptr())
     if n_inner == 1:
         task = rows.task_of(_softmax_backward, kind, log)
-        rows.run_rows(task, n_outer, n_cols, *pointers, n_outer, n_cols)
+        scalars = () if log else (double_bits(scale),)
+        rows.run_rows(task, n_outer, n_cols, *pointers, n_outer, n_cols, *scalars)
     else:
         task = rows.task_of(columns.softmax_backward, kind, log)
         columns.run(task, shape, *pointers, n_cols, n_inner)

@@ -73,6 +73,21 @@ def larger_float(typingctx, x, y):
     return x(x, x), codegen
 
 
+@intrinsic
+def ordered(typingctx, x):
+    """A float as an integer that compares as `memory.make_order` has it."""
+    width = x.bitwidth
+    integer = ir.IntType(width)
+
+    def codegen(context, builder, signature, args):
+        bits = builder.bitcast(args[0], integer)
+        negative = builder.ashr(bits, ir.Constant(integer, width - 1))
+        low_bits = ir.Constant(integer, (1 << (width - 1)) - 1)
+        return builder.xor(bits, builder.and_(negative, low_bits))
+
+    return getattr(types, f"int{width}")(x), codegen
+
+
 # exp(x) = 2^n exp(r), where n is the integer nearest to x / ln 2. Adding _MAGIC leaves n + 191 in
 # the low bits of the sum: the exponent of 2^(n + 64), a normal number for all x in [-104, 0].
 _LOG2_E, _MAGIC = np.float32(1.4426950408889634), np.float32(12582912.0 + 191.0)

@@ -7,12 +7,17 @@ kernel of dx does it on the way, and dy and x are read once.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu import dropout as dropouts
+from fastopt_kernels.gpu import norm_tiles, rows
+from fastopt_kernels.gpu.dropout import Dropout
 
 # What changes from call to call, and must not compile a kernel anew.
 EXTENTS = ["n_rows", "n_cols", "stride_row"]
@@ -33,10 +38,13 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @triton.jit
-def scaled(x, weight_ptr, bias_ptr, cols, n_cols, COMPUTE: tl.constexpr):
-    """x weight + bias, of those there are."""
+def scaled(x, weight_ptr, bias_ptr, offset, cols, n_cols, COMPUTE: tl.constexpr):
+    """x (weight + offset) + bias, of those there are."""
     if weight_ptr is not None:
-        x = x * rows.load(weight_ptr, cols[None, :], (cols < n_cols)[None, :], 0.0, COMPUTE)
+        weight = rows.load(weight_ptr, cols[None, :], (cols < n_cols)[None, :], 0.0, COMPUTE)
+        if offset is not None:
+            weight += rows.scalar(offset, COMPUTE)[:, None]
+        x = x * weight
     if bias_ptr is not None:
         x = x + rows.load(bias_ptr, cols[None, :], (cols < n_cols)[None, :], 0.0, COMPUTE)
     return x
@@ -51,7 +59,50 @@ def _normalized(x, mean_ptr, rstd_ptr, lines, here, COMPUTE: tl.constexpr):
     return x * rstd, rstd
 
 
-@triton.jit(do_not_specialize=[*EXTENTS, "rows_each"], do_not_specialize_on_alignment=STATISTICS)
+@triton.jit
+def _held_gradient(dy, x_hat, rstd, each, mean_ptr):
+    """dx of rows held in registers; dy: times the weight."""
+    dx = dy - x_hat * (tl.sum(dy * x_hat, 1) * each)[:, None]
+    if mean_ptr is not None:
+        dx -= (tl.sum(dy, 1) * each)[:, None]
+    return dx * rstd
+
+
+@triton.jit
+def _store_share(shares_ptr, at, total, inside):
+    """A program's share of a sum over rows, if it is wanted."""
+    if shares_ptr is not None:
+        rows.store(shares_ptr, at, tl.sum(total, 0), inside)
+
+
+@triton.jit
+def _put(
+    d,
+    dx_ptr,
+    dropped_ptr,
+    dsum_ptr,
+    at,
+    lines,
+    cols,
+    mask,
+    seed_ptr,
+    kept,
+    scale,
+    COMPUTE: tl.constexpr,
+):
+    """The gradient by what was normalized on its way: of a sum, to what was added up to it."""
+    if dsum_ptr is not None:
+        d += rows.load(dsum_ptr, at, mask, 0.0, COMPUTE)
+    if dx_ptr is not None:
+        rows.store(dx_ptr, at, d, mask)
+    if dropped_ptr is not None:
+        d = dropouts.drop(d, seed_ptr, lines, cols, kept, scale, COMPUTE)
+        rows.store(dropped_ptr, at, d, mask)
+
+
+@triton.jit(
+    do_not_specialize=[*EXTENTS, "rows_each", "kept"], do_not_specialize_on_alignment=STATISTICS
+)
 def norm_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -65,6 +116,13 @@ def norm_backward_kernel(
     n_cols,
     stride_row,
     rows_each,
+    offset,
+    dsum_ptr,
+    dropped_ptr,
+    seed_ptr,
+    kept,
+    scale,
+    WANTS_DX: tl.constexpr,
     COMPUTE: tl.constexpr,
     LINES: tl.constexpr,
     COLS: tl.constexpr,
@@ -97,20 +155,18 @@ def norm_backward_kernel(
             dweight += dy * x_hat
         if dbiases_ptr is not None:
             dbias += dy
-        if dx_ptr is not None:
-            dy = scaled(dy, weight_ptr, None, cols, n_cols, COMPUTE)
-            slope = (tl.sum(dy * x_hat, 1) * each)[:, None]
-            dx = dy - x_hat * slope
-            if mean_ptr is not None:
-                dx -= (tl.sum(dy, 1) * each)[:, None]
-            rows.store(dx_ptr, packed, dx * rstd, mask)
-    if dweights_ptr is not None:
-        rows.store(dweights_ptr, program * n_cols + cols, tl.sum(dweight, 0), inside)
-    if dbiases_ptr is not None:
-        rows.store(dbiases_ptr, program * n_cols + cols, tl.sum(dbias, 0), inside)
+        if WANTS_DX:
+            dy = scaled(dy, weight_ptr, None, offset, cols, n_cols, COMPUTE)
+            d = _held_gradient(dy, x_hat, rstd, each, mean_ptr)
+            _put(
+                d, dx_ptr, dropped_ptr, dsum_ptr, packed, lines, cols, mask,
+                seed_ptr, kept, scale, COMPUTE,
+            )  # fmt: skip
+    _store_share(dweights_ptr, program * n_cols + cols, dweight, inside)
+    _store_share(dbiases_ptr, program * n_cols + cols, dbias, inside)
 
 
-@triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STATISTICS)
+@triton.jit(do_not_specialize=[*EXTENTS, "kept"], do_not_specialize_on_alignment=STATISTICS)
 def norm_dx_kernel(
     dy_ptr,
     x_ptr,
@@ -121,6 +177,12 @@ def norm_dx_kernel(
     n_rows,
     n_cols,
     stride_row,
+    offset,
+    dsum_ptr,
+    dropped_ptr,
+    seed_ptr,
+    kept,
+    scale,
     COMPUTE: tl.constexpr,
     LINES: tl.constexpr,
     COLS: tl.constexpr,
@@ -140,7 +202,7 @@ def norm_dx_kernel(
         dy = rows.load(dy_ptr, dx_start + cols[None, :], mask, 0.0, COMPUTE)
         x = rows.load(x_ptr, x_start + cols[None, :], mask, 0.0, COMPUTE)
         x_hat, rstd = _normalized(x, mean_ptr, rstd_ptr, lines, here, COMPUTE)
-        dy = scaled(dy, weight_ptr, None, cols, n_cols, COMPUTE)
+        dy = scaled(dy, weight_ptr, None, offset, cols, n_cols, COMPUTE)
         slopes += dy * x_hat
         if mean_ptr is not None:
             shifts += dy
@@ -153,10 +215,13 @@ def norm_dx_kernel(
         dy = rows.load(dy_ptr, dx_start + cols[None, :], mask, 0.0, COMPUTE)
         x = rows.load(x_ptr, x_start + cols[None, :], mask, 0.0, COMPUTE)
         x_hat, rstd = _normalized(x, mean_ptr, rstd_ptr, lines, here, COMPUTE)
-        dx = scaled(dy, weight_ptr, None, cols, n_cols, COMPUTE) - x_hat * slope
+        dx = scaled(dy, weight_ptr, None, offset, cols, n_cols, COMPUTE) - x_hat * slope
         if mean_ptr is not None:
             dx -= shift
-        rows.store(dx_ptr, dx_start + cols[None, :], dx * rstd, mask)
+        _put(
+            dx * rstd, dx_ptr, dropped_ptr, dsum_ptr, dx_start + cols[None, :], lines, cols, mask,
+            seed_ptr, kept, scale, COMPUTE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*EXTENTS, "rows_each"], do_not_specialize_on_alignment=STATISTICS)
@@ -197,10 +262,8 @@ def norm_weight_kernel(
             dweight += dy * _normalized(x, mean_ptr, rstd_ptr, lines, here, COMPUTE)[0]
         if dbiases_ptr is not None:
             dbias += dy
-    if dweights_ptr is not None:
-        rows.store(dweights_ptr, program * n_cols + cols, tl.sum(dweight, 0), inside)
-    if dbiases_ptr is not None:
-        rows.store(dbiases_ptr, program * n_cols + cols, tl.sum(dbias, 0), inside)
+    _store_share(dweights_ptr, program * n_cols + cols, dweight, inside)
+    _store_share(dbiases_ptr, program * n_cols + cols, dbias, inside)
 
 
 @triton.jit
@@ -236,6 +299,13 @@ def norm_sum_kernel(
         _sum_of_shares(dbiases_ptr, dbias_ptr, n_shares, n_cols, LINES, COLS)
 
 
+def _tile_of(n_cols: int, compute: tl.dtype, vector: int, joined: bool) -> rows.Tile:
+    """How rows are tiled; joined: the gradient of a sum, or a dropout, takes registers too, so a
+    thread has half as many elements (sm_90)."""
+    tile = rows.tile_of_rows(n_cols, compute, vector, WIDEST[compute] // (1 + joined))
+    return replace(tile, threads=min(512, 2 * tile.threads)) if joined else tile
+
+
 def _share(n_rows: int, lines: int, programs: int) -> tuple[int, int]:
     """Programs over the rows, and how many rows each takes, in tiles of `lines`."""
     programs = min(programs, triton.cdiv(n_rows, lines * TILES_EACH))
@@ -243,6 +313,18 @@ def _share(n_rows: int, lines: int, programs: int) -> tuple[int, int]:
         return 0, lines
     rows_each = triton.cdiv(triton.cdiv(n_rows, programs), lines) * lines
     return triton.cdiv(n_rows, rows_each), rows_each
+
+
+class Beside(NamedTuple):
+    """Of a norm of a sum: the sum's own gradient, if any; where dx through the dropout goes, if it
+    is wanted; and the dropout, if any."""
+
+    dsum: Tensor | None
+    dropped: Tensor | None
+    dropout: Dropout | None
+
+
+ALONE = Beside(None, None, None)
 
 
 def gradients(
@@ -253,16 +335,23 @@ def gradients(
     rstd: Tensor,
     wanted: Gradients,
     sizes: tuple[int, int, int],
+    weight_offset: float = 0.0,
+    beside: Beside = ALONE,
 ) -> None:
     """Fill those of `wanted` (dx, dweight, dbias) that there are; sizes: n_rows, n_cols, stride_row
 
-    mean: None for RMSNorm
+    mean: None for RMSNorm; beside: what more there is where x is a sum, whose gradient dx then is
     """
     dx, dweight, dbias = wanted
+    dsum, dropped, dropout = beside
+    joined = dsum is not None or dropped is not None
+    more = (norm_tiles.offset_parts(weight_offset), dsum, dropped)
+    more += dropouts.arguments(dropout)
+    wants_dx = dx is not None or dropped is not None
     n_rows, n_cols, stride_row = sizes
     compute, itemsize = rows.COMPUTE[x.dtype], x.element_size()
-    vector = rows.vector_of((dy, x, weight, dx), (n_cols, stride_row), itemsize)
-    tile = rows.tile_of_rows(n_cols, compute, vector, WIDEST[compute])
+    vector = rows.vector_of((dy, x, weight, dx, dsum, dropped), (n_cols, stride_row), itemsize)
+    tile = _tile_of(n_cols, compute, vector, joined)
     extents = (n_rows, n_cols // vector, stride_row // vector)
     sums = dweight is not None or dbias is not None
     constants = {"COMPUTE": compute, **tile.options()}
@@ -271,11 +360,11 @@ def gradients(
         if sums:
             n_shares, rows_each = _share(n_rows, tile.lines, SUMMING_THREADS // tile.threads)
         shares = _shares(x, dweight, dbias, n_shares, n_cols)
-        args = (dy, x, weight, mean, rstd, dx, *shares, *extents, rows_each)
-        rows.launch(norm_backward_kernel, (n_shares,), args, **constants)
+        args = (dy, x, weight, mean, rstd, dx, *shares, *extents, rows_each, *more)
+        rows.launch(norm_backward_kernel, (n_shares,), args, WANTS_DX=wants_dx, **constants)
     else:
-        if dx is not None:
-            args = (dy, x, weight, mean, rstd, dx, *extents)
+        if wants_dx:
+            args = (dy, x, weight, mean, rstd, dx, *extents, *more)
             rows.launch(norm_dx_kernel, (n_rows,), args, **constants)
         if sums:
             constants |= dict(zip(("LINES", "COLS"), LONG_TILE, strict=True))

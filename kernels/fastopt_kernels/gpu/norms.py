@@ -1,20 +1,18 @@
 """LayerNorm and RMSNorm for Triton; the variance is about the mean, never E[x^2] - E[x]^2.
 
-    layer_norm  y = (x - mean) rstd weight + bias,  rstd = 1 / sqrt(var + eps)
-    rms_norm    y = x rstd weight,                  rstd = 1 / sqrt(mean x^2 + eps)
+    layer_norm  y = (x - mean) rstd weight + bias,    rstd = 1 / sqrt(var + eps)
+    rms_norm    y = x rstd (weight + weight_offset),  rstd = 1 / sqrt(mean x^2 + eps)
 
 Both are one kernel: CENTERED tells them apart.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastopt_kernels.gpu import norm_gradients, rows
+from fastopt_kernels.gpu import norm_gradients, norm_tiles, rows
 from fastopt_kernels.gpu.norm_gradients import EXTENTS, STATISTICS, scaled
 
 
@@ -79,6 +77,69 @@ def _walked_moments(
     return mean, drift, square * each
 
 
+@triton.jit
+def normalize(
+    x,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    y_start,
+    cols,
+    mask,
+    n_cols,
+    n,
+    eps,
+    offset,
+    COMPUTE: tl.constexpr,
+    CENTERED: tl.constexpr,
+):
+    """The norm of rows held in registers into y; (mean, rstd)."""
+    mean, drift, square = _moments(x, mask, n, COMPUTE, CENTERED)
+    rstd = rows.rsqrt(square + rows.scalar(eps, COMPUTE))
+    x = ((x - mean[:, None]) - drift[:, None]) * rstd[:, None]
+    y = scaled(x, weight_ptr, bias_ptr, offset, cols, n_cols, COMPUTE)
+    rows.store(y_ptr, y_start[:, None] + cols[None, :], y, mask)
+    return mean + drift, rstd
+
+
+@triton.jit
+def walk(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    x_start,
+    y_start,
+    n_cols,
+    n,
+    eps,
+    offset,
+    COMPUTE: tl.constexpr,
+    COLS: tl.constexpr,
+    CENTERED: tl.constexpr,
+):
+    """The norm of a row that is walked twice into y; (mean, rstd)."""
+    mean, drift, square = _walked_moments(x_ptr, x_start, n_cols, n, COMPUTE, COLS, CENTERED)
+    rstd = rows.rsqrt(square + rows.scalar(eps, COMPUTE))
+    for first in range(0, n_cols, COLS):
+        cols = first + tl.arange(0, COLS)
+        mask = (cols < n_cols)[None, :]
+        x = rows.load(x_ptr, x_start[:, None] + cols[None, :], mask, 0.0, COMPUTE)
+        x = ((x - mean[:, None]) - drift[:, None]) * rstd[:, None]
+        y = scaled(x, weight_ptr, bias_ptr, offset, cols, n_cols, COMPUTE)
+        rows.store(y_ptr, y_start[:, None] + cols[None, :], y, mask)
+    return mean + drift, rstd
+
+
+@triton.jit
+def keep(mean_ptr, rstd_ptr, lines, here, mean, rstd):
+    """Store what the backward needs, of what there is room for."""
+    if rstd_ptr is not None:
+        rows.store(rstd_ptr, lines, rstd, here)
+    if mean_ptr is not None:
+        rows.store(mean_ptr, lines, mean, here)
+
+
 @triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STATISTICS)
 def norm_kernel(
     x_ptr,
@@ -91,6 +152,7 @@ def norm_kernel(
     n_cols,
     stride_row,
     eps,
+    offset,
     CENTERED: tl.constexpr,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -108,25 +170,16 @@ def norm_kernel(
         cols = tl.arange(0, COLS)
         mask = here[:, None] & (cols < n_cols)[None, :]
         x = rows.load(x_ptr, x_start[:, None] + cols[None, :], mask, 0.0, COMPUTE)
-        mean, drift, square = _moments(x, mask, n, COMPUTE, CENTERED)
-        rstd = rows.rsqrt(square + rows.scalar(eps, COMPUTE))
-        x = ((x - mean[:, None]) - drift[:, None]) * rstd[:, None]
-        y = scaled(x, weight_ptr, bias_ptr, cols, n_cols, COMPUTE)
-        rows.store(y_ptr, y_start[:, None] + cols[None, :], y, mask)
+        mean, rstd = normalize(
+            x, weight_ptr, bias_ptr, y_ptr, y_start, cols, mask, n_cols, n, eps, offset,
+            COMPUTE, CENTERED,
+        )  # fmt: skip
     else:
-        mean, drift, square = _walked_moments(x_ptr, x_start, n_cols, n, COMPUTE, COLS, CENTERED)
-        rstd = rows.rsqrt(square + rows.scalar(eps, COMPUTE))
-        for first in range(0, n_cols, COLS):
-            cols = first + tl.arange(0, COLS)
-            mask = (cols < n_cols)[None, :]
-            x = rows.load(x_ptr, x_start[:, None] + cols[None, :], mask, 0.0, COMPUTE)
-            x = ((x - mean[:, None]) - drift[:, None]) * rstd[:, None]
-            y = scaled(x, weight_ptr, bias_ptr, cols, n_cols, COMPUTE)
-            rows.store(y_ptr, y_start[:, None] + cols[None, :], y, mask)
-    if rstd_ptr is not None:
-        rows.store(rstd_ptr, lines, rstd, here)
-    if mean_ptr is not None:
-        rows.store(mean_ptr, lines, mean + drift, here)
+        mean, rstd = walk(
+            x_ptr, weight_ptr, bias_ptr, y_ptr, x_start, y_start, n_cols, n, eps, offset,
+            COMPUTE, COLS, CENTERED,
+        )  # fmt: skip
+    keep(mean_ptr, rstd_ptr, lines, here, mean, rstd)
 
 
 def _forward(
@@ -134,25 +187,22 @@ def _forward(
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    stats: Tensor | None,
     sizes: tuple[int, int, int],
     eps: float,
     centered: bool,
+    weight_offset: float = 0.0,
 ) -> None:
     n_rows, n_cols, stride_row = sizes
-    compute = rows.COMPUTE[x.dtype]
+    compute, (mean, rstd) = rows.COMPUTE[x.dtype], norm_tiles.split(stats, centered)
     vector = rows.vector_of((x, y, weight, bias), (n_cols, stride_row), x.element_size())
-    # Welford in float64 takes 128 registers for more, and spills (sm_90).
-    tile = rows.tile_of_rows(n_cols, compute, vector, halved=compute == tl.float64)
-    if vector == 1:
-        # Addresses of single elements take registers too (sm_100).
-        tile = replace(tile, threads=min(512, 2 * tile.threads))
+    tile = norm_tiles.tile_of(n_cols, compute, vector)
     rows.launch(
         norm_kernel,
         (triton.cdiv(n_rows, tile.lines),),
         (x, weight, bias, y, mean, rstd, n_rows, n_cols // vector, stride_row // vector),
         eps=rows.parts(eps),
+        offset=norm_tiles.offset_parts(weight_offset),
         CENTERED=centered,
         COMPUTE=compute,
         WHOLE=tile.whole,
@@ -174,8 +224,7 @@ def layer_norm(
     sizes: rows, columns, stride of a row of x; y: contiguous; weight, bias: (n_cols,), of any dtype
     each; stats: (2, n_rows), mean and rstd, in the compute type, written if there is one
     """
-    mean, rstd = (None, None) if stats is None else stats.unbind()
-    _forward(x, weight, bias, y, mean, rstd, sizes, eps, centered=True)
+    _forward(x, weight, bias, y, stats, sizes, eps, centered=True)
 
 
 def layer_norm_backward(
@@ -203,12 +252,13 @@ def rms_norm(
     stats: Tensor | None,
     sizes: tuple[int, int, int],
     eps: float,
+    weight_offset: float = 0.0,
 ) -> None:
-    """y = x rstd weight,  rstd = 1 / sqrt(mean(x^2) + eps)
+    """y = x rstd (weight + weight_offset),  rstd = 1 / sqrt(mean(x^2) + eps)
 
     Tensors as those of `layer_norm`; stats: (n_rows,), rstd.
     """
-    _forward(x, weight, None, y, None, stats, sizes, eps, centered=False)
+    _forward(x, weight, None, y, stats, sizes, eps, False, weight_offset)
 
 
 def rms_norm_backward(
@@ -219,9 +269,11 @@ def rms_norm_backward(
     dx: Tensor | None,
     dweight: Tensor | None,
     sizes: tuple[int, int, int],
+    weight_offset: float = 0.0,
 ) -> None:
     """dx = rstd (weight dy - x_hat mean(weight dy x_hat)),  x_hat = x rstd,  dweight = sum dy x_hat
 
-    Tensors as those of `layer_norm_backward`.
+    Tensors as those of `layer_norm_backward`; the weight counts as weight + weight_offset.
     """
-    norm_gradients.gradients(dy, x, weight, None, stats, (dx, dweight, None), sizes)
+    outputs = (dx, dweight, None)
+    norm_gradients.gradients(dy, x, weight, None, stats, outputs, sizes, weight_offset)

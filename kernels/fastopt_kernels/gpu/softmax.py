@@ -92,11 +92,13 @@ def _weight(dy, y, LOG: tl.constexpr):
 
 
 @triton.jit
-def _softmax_gradient(dy, y, total, LOG: tl.constexpr):
+def _softmax_gradient(dy, y, total, scale, LOG: tl.constexpr, COMPUTE: tl.constexpr):
     if LOG:
         dx = dy - rows.exp(y) * total[:, None]
     else:
         dx = y * (dy - total[:, None])
+    if scale is not None:
+        dx *= rows.scalar(scale, COMPUTE)[:, None]
     return dx
 
 
@@ -109,6 +111,7 @@ def softmax_backward_kernel(
     n_cols,
     stride_outer,
     stride_col,
+    scale,
     LOG: tl.constexpr,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -117,7 +120,7 @@ def softmax_backward_kernel(
     COLS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """dx = y (dy - sum dy y), of the logarithm dx = dy - exp(y) sum dy."""
+    """dx = scale y (dy - sum dy y), of the logarithm dx = dy - exp(y) sum dy."""
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
     )
@@ -131,7 +134,7 @@ def softmax_backward_kernel(
         dy = rows.load(dy_ptr, at, mask, 0.0, COMPUTE)
         y = rows.load(y_ptr, at, mask, 0.0, COMPUTE)
         total = tl.sum(_weight(dy, y, LOG), 1)
-        rows.store(dx_ptr, at, _softmax_gradient(dy, y, total, LOG), mask)
+        rows.store(dx_ptr, at, _softmax_gradient(dy, y, total, scale, LOG, COMPUTE), mask)
     else:
         totals = tl.zeros((LINES, COLS), COMPUTE)
         for first in range(0, n_cols, COLS):
@@ -150,7 +153,7 @@ def softmax_backward_kernel(
             at = rows.spread(start, cols, stride_col, COLUMNS)
             dy = rows.load(dy_ptr, at, mask, 0.0, COMPUTE)
             y = rows.load(y_ptr, at, mask, 0.0, COMPUTE)
-            rows.store(dx_ptr, at, _softmax_gradient(dy, y, total, LOG), mask)
+            rows.store(dx_ptr, at, _softmax_gradient(dy, y, total, scale, LOG, COMPUTE), mask)
 
 
 @triton.jit(do_not_specialize=rows.EXTENTS)
@@ -234,15 +237,18 @@ def softmax(x: Tensor, y: Tensor, shape: Shape, strides: Strides, log: bool) -> 
     lines.launch(softmax_kernel, (x, y), LOG=log, WIDTH=lines.tile.width)
 
 
-def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, shape: Shape, log: bool) -> None:
-    """dx = y (dy - sum dy y); log: dx = dy - exp(y) sum dy
+def softmax_backward(
+    dy: Tensor, y: Tensor, dx: Tensor, shape: Shape, log: bool, scale: float | None = None
+) -> None:
+    """dx = scale y (dy - sum dy y); log: dx = dy - exp(y) sum dy
 
-    dy, y, dx: (n_outer, n_cols, n_inner), contiguous
+    dy, y, dx: (n_outer, n_cols, n_inner), contiguous; scale: what the input had been scaled by
     """
     # In columns of 16 bits the walk with exp spills for more (sm_100).
     halved = log and shape[2] != 1
     lines = Lines.of(y, shape, (shape[1] * shape[2], shape[2]), (dy, y, dx), halved)
-    lines.launch(softmax_backward_kernel, (dy, y, dx), LOG=log)
+    factor = None if scale is None else rows.parts(scale)
+    lines.launch(softmax_backward_kernel, (dy, y, dx), factor, LOG=log)
 
 
 def logsumexp(x: Tensor, lse: Tensor, shape: Shape, strides: Strides) -> None:
