@@ -1,5 +1,5 @@
 """Row functions as torch ops in the namespace `fastopt`, one module a family."""
 
-from fastopt.ops import losses, norms, softmax
+from fastopt.ops import linear_losses, losses, norms, softmax
 
-__all__ = ["losses", "norms", "softmax"]
+__all__ = ["linear_losses", "losses", "norms", "softmax"]
