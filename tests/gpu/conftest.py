@@ -15,6 +15,7 @@ INTERPRETED = [
     "test_engine.py",
     "test_optim.py",
     "test_rows_functional.py",
+    "test_rows_loss_terms.py",
     "test_rows_losses.py",
     "test_rows_norms.py",
     "test_rows_softmax.py",

@@ -102,7 +102,7 @@ def test_the_batch_compiles_nothing_anew() -> None:
         def function(a: Arguments, n_outer: int = n_outer, ignored: int = ignored) -> None:
             # Triton asks no more of them than their dtype and their address.
             shape, strides = (n_outer, *a.shape[1:]), (a.strides[0] * 4, 1)
-            losses.cross_entropy(a.x, a.target, None, a.wide, a.wide, shape, strides, ignored, 0.1)
+            losses.cross_entropy(a.x, a.target, None, a.wide, a.wide, shape, strides, ignored, (0.1, 0.0, 0.0))
             sizes = (n_outer, a.n_cols, a.n_cols)
             norms.layer_norm(a.x, a.weight, a.weight, a.x, a.both, sizes, 1e-5)
 
