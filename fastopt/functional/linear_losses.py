@@ -53,12 +53,12 @@ def linear_cross_entropy(
         )
     ignored = -100 if ignore_index is None else ignore_index
     layer = linear_losses.Layer(input, linear_weight, target, linear_bias, weight)
-    numbers = (reduction, ignored, label_smoothing, *terms)
+    given = (reduction, ignored, label_smoothing, *terms)
     if route == BY_TORCH:
-        return by_torch("linear_cross_entropy", _composed, *layer, shape, *numbers)
+        return by_torch("linear_cross_entropy", _composed, *layer, shape, *given)
     layer, dtype = _cast(layer)
     if reduction not in losses.REDUCTIONS or not _fits(layer, label_smoothing):
-        return by_torch("linear_cross_entropy", _unchunked, *layer, shape, *numbers)
+        return by_torch("linear_cross_entropy", _unchunked, *layer, shape, *given)
     if len(shape) == 1:
         layer = layer._replace(x=layer.x[None], target=layer.target[None])
     chunk = getattr(options, "batch_chunk_size", None) or linear_losses.chunk_of(layer.x)
@@ -66,13 +66,14 @@ def linear_cross_entropy(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (layer.x, layer.linear_weight, layer.linear_bias)
     ]
-    args = (losses.REDUCTIONS[reduction], ignored, float(label_smoothing), *terms, chunk, dtype)
+    numbers = (losses.REDUCTIONS[reduction], ignored, float(label_smoothing), *terms)
+    args: tuple[Any, ...] = (*layer, *numbers, chunk, dtype, wanted)
     if route == AS_OP:
-        loss: Tensor = torch.ops.fastopt.linear_cross_entropy(*layer, *args, wanted)[0]
+        loss: Tensor = torch.ops.fastopt.linear_cross_entropy(*args)[0]
     elif any(wanted):
-        loss = linear_losses.apply_linear_cross_entropy(*layer, *args, wanted)
+        loss = linear_losses.apply_linear_cross_entropy(*args)
     else:
-        loss = linear_losses.run_linear_cross_entropy(*layer, *args, wanted)[0]
+        loss = linear_losses.run_linear_cross_entropy(*args)[0]
     return loss.squeeze(0) if len(shape) == 1 and reduction == "none" else loss
 
 

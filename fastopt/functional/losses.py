@@ -8,6 +8,7 @@ from math import inf
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, autocast, by_torch, route_of, widen
 from fastopt.ops import losses
@@ -94,7 +95,7 @@ def _torchs(z_loss: float, softcap: float) -> Callable[..., Tensor]:
         label_smoothing: float,
     ) -> Tensor:
         if size_average is not None or reduce is not None:
-            reduction = F._Reduction.legacy_get_string(size_average, reduce)
+            reduction = legacy_get_string(size_average, reduce)
         options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
         return losses.composed(input, target, weight, *options)
 

@@ -2,10 +2,10 @@
 
     loss = cross_entropy(x linear_weight^T + linear_bias, target)
 
-Tokens are taken in chunks: a chunk's logits are a matrix product into one buffer, and their gradient
-is written over them. So the gradients of a mean or a sum are made in forward, where the logits are,
-and the backward multiplies them by its upstream gradient; with a gradient for each token, which
-forward cannot know, the backward makes the logits again.
+Tokens are taken in chunks: a chunk's logits are a matrix product into one buffer, and their
+gradient is written over them. So the gradients of a mean or a sum are made in forward, where the
+logits are, and the backward multiplies them by its upstream gradient; with a gradient for each
+token, which forward cannot know, the backward makes the logits again.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
 
-from fastopt import backend
 from fastopt.ops import losses
-from fastopt.ops.losses import MEAN, NONE, refuse_target
+from fastopt.ops.losses import MEAN, NONE
 from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
 
 # Tokens a chunk, by device type. CPU, 4096 tokens x 32000 classes x 512 wide, float32, ms forward +
 # backward: see bench/linear_cases.py. A GPU's matrix units want more rows.
-CHUNK = {"cpu": 256, "cuda": 2048}
+CHUNK = {"cpu": 512, "cuda": 2048}
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -84,7 +83,11 @@ class Sums:
     """The gradients of a layer, chunk by chunk of the gradient of its logits."""
 
     def __init__(self, layer: Layer, wanted: Sequence[bool], compute: torch.dtype) -> None:
-        self.x, self.linear_weight, n_classes = layer.x, layer.linear_weight, layer.linear_weight.shape[:1]
+        self.x, self.linear_weight, n_classes = (
+            layer.x,
+            layer.linear_weight,
+            layer.linear_weight.shape[:1],
+        )
         dx = layer.x.new_empty(layer.x.shape) if wanted[0] else None
         weights = (layer.linear_weight.shape, n_classes)
         dweight, dbias = (
@@ -113,21 +116,33 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _reduced(result: Tensor, layer: Layer, reduction: int, ignore_index: int, chunk: int) -> Tensor:
-    """(sum of the losses, what it is divided by), in float64 on CPU, chunk by chunk: torch sums
-    more at once in an order that depends on the threads."""
+def _reduced(
+    result: Tensor, layer: Layer, reduction: int, ignore_index: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """(the loss, what gradients of the sum are divided by), in float64 on CPU.
+
+    Chunk by chunk: torch sums more at once in an order that depends on the threads.
+    """
     wide = torch.float64 if result.is_cpu else result.dtype
-    sums = result.new_zeros(2, dtype=wide)
-    for losses_of, target in zip(result.split(chunk), layer.target.split(chunk), strict=True):
-        sums[0] += losses_of.sum(dtype=wide)
-        if target.is_floating_point():
-            sums[1] += len(target)
-        else:
-            weight = None if layer.weight is None else layer.weight.to(result.dtype)
-            sums[1] += losses.weights_of(target, weight, ignore_index).sum(dtype=wide)
+    total, divisor = result.new_zeros(2, dtype=wide).unbind()
+    one = divisor + 1.0
+    for part in torch.split(result, chunk):
+        total = total + part.sum(dtype=wide)
     if reduction != MEAN:
-        sums[1] = 1.0
-    return sums
+        return total, one
+    if layer.target.is_floating_point():
+        counts, weights = (
+            layer.target.new_ones(len(result), dtype=torch.bool),
+            one.expand(len(result)),
+        )
+    else:
+        counts, weight = layer.target != ignore_index, layer.weight
+        weight = None if weight is None else weight.to(result.dtype)
+        weights = losses.weights_of(layer.target, weight, ignore_index)
+    for part in torch.split(weights, chunk):
+        divisor = divisor + part.sum(dtype=wide)
+    # Where no target counts the loss is NaN, and its gradient 0.
+    return total / divisor, torch.where(counts.any(), divisor, one)
 
 
 def run_linear_cross_entropy(
@@ -155,8 +170,8 @@ def run_linear_cross_entropy(
     result, grads = _walk(layer, ignore_index, terms, now, chunk)
     if reduction == NONE:
         return result.to(dtype), result.new_ones(()), *grads
-    total, divisor = _reduced(result, layer, reduction, ignore_index, chunk).unbind()
-    return (total / divisor).to(dtype), divisor.to(result.dtype), *grads
+    loss, divisor = _reduced(result, layer, reduction, ignore_index, chunk)
+    return loss.to(dtype), divisor.to(result.dtype), *grads
 
 
 def _op(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -228,7 +243,7 @@ def composed(
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, divisor, *grads = output
     ctx.save_for_backward(*inputs[:5], divisor, *grads)
-    ctx.options = inputs[5:]
+    ctx.options, ctx.private = inputs[5:], False
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -250,10 +265,12 @@ def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     elif reduction == NONE:
         args = (dloss, *tensors, ignore_index, *terms, chunk, wanted)
         run = run_linear_cross_entropy_backward
-        found = run(*args) if plain(dloss) else torch.ops.fastopt.linear_cross_entropy_backward(*args)
+        found = (
+            run(*args) if plain(dloss) else torch.ops.fastopt.linear_cross_entropy_backward(*args)
+        )
         dx, dweight, dbias = found
     else:
-        scale, spare = dloss.to(divisor.dtype) / divisor, plain(dloss) and not _graph_is_kept()
+        scale, spare = dloss.to(divisor.dtype) / divisor, ctx.private and not _graph_is_kept()
         dx, dweight, dbias = (
             _scaled(grad, scale, x.dtype, spare) if wants else None
             for grad, wants in zip((dx, dweight, dbias), wanted, strict=True)
@@ -269,7 +286,8 @@ def _needed(ctx: Any) -> tuple[bool, bool, bool]:
 
 def _graph_is_kept() -> bool:
     """Whether this backward may be run again."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, spare: bool) -> Tensor:
@@ -280,9 +298,7 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, spare: bool) -> Ten
 
 
 _NUMBERS = "SymInt ignore_index, float smoothing, float z_loss, float softcap, SymInt chunk"
-_TENSORS = (
-    "Tensor x, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
-)
+_TENSORS = "Tensor x, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
 define(
     f"linear_cross_entropy({_TENSORS}, int reduction, {_NUMBERS}, ScalarType dtype, "
     "bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -306,7 +322,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         loss, *kept = run_linear_cross_entropy(*inputs)
         ctx.save_for_backward(*inputs[:5], *kept)
-        ctx.options = inputs[5:]
+        # Nobody else has the gradients that were made here: the last backward may write over them.
+        ctx.options, ctx.private = inputs[5:], True
         return loss
 
     backward = staticmethod(backward)

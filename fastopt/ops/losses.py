@@ -113,11 +113,11 @@ class Block(NamedTuple):
         probs = target.is_floating_point()
         if not backend.by_numba(x):
             stats = torch.empty_like(out)
-            args = (x, target, weight, out, stats, *walk)
+            filled = (x, target, weight, out, stats, *walk)
             if probs:
-                kernels.cross_entropy_probs(*args, terms)
+                kernels.cross_entropy_probs(*filled, terms)
             else:
-                kernels.cross_entropy(*args, ignore_index, terms)
+                kernels.cross_entropy(*filled, ignore_index, terms)
             return stats
         args = (x, target, weight, *walk, NONE)
         if probs:
@@ -231,19 +231,26 @@ def composed(
     kernel does not take what came."""
     if softcap:
         x = softcap * torch.tanh(x / softcap)
-    options = {"ignore_index": ignore_index, "label_smoothing": smoothing}
-    loss = F.cross_entropy(x, target, weight, reduction=reduction, **options)
+    loss = F.cross_entropy(
+        x,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
     if not z_loss:
         return loss
     squares = z_loss * torch.logsumexp(x, _dim(x)).square()
-    weights = torch.ones_like(squares)
-    if not target.is_floating_point():
-        weights = weights_of(target, weight, ignore_index).to(squares.dtype)
-        squares = torch.where(target != ignore_index, squares * weights, 0.0)
-    if reduction == "none":
-        return loss + squares
-    total = squares.sum()
-    return loss + (total / weights.sum() if reduction == "mean" else total)
+    if target.is_floating_point():
+        return loss + (squares if reduction == "none" else getattr(squares, reduction)())
+    weights = weights_of(target, weight, ignore_index).to(squares.dtype)
+    counts = target != ignore_index
+    squares = torch.where(counts, squares * weights, 0.0)
+    if reduction == "mean":
+        # Where no target counts the loss is NaN, and its gradient 0.
+        squares = squares.sum() / torch.where(counts.any(), weights.sum(), 1.0)
+    return loss + (squares.sum() if reduction == "sum" else squares)
 
 
 define(

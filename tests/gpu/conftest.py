@@ -19,6 +19,7 @@ INTERPRETED = [
     "test_rows_losses.py",
     "test_rows_norms.py",
     "test_rows_softmax.py",
+    "test_rows_weight_norms.py",
 ]
 COMPILED = [
     "test_cuda.py",

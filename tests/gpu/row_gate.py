@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt_kernels.gpu import losses, norms, rows, softmax
+from fastopt_kernels.gpu import losses, norms, rows, softmax, weight_norms
 from tests.gpu import gate
 from tests.gpu.gate import TARGETS, Read
 
@@ -135,6 +135,19 @@ def _layer_norm_backward(a: Arguments, sums: bool) -> None:
     a.norm(norms.layer_norm_backward, a.x, a.x, a.weight, a.both, *out)
 
 
+def _weight_norm(a: Arguments, backward: bool) -> None:
+    n_outer, n_cols, n_inner = a.shape
+    sizes = (1, n_outer, n_cols) if n_inner == 1 else (n_cols, n_outer * n_inner, 1)
+    if backward:
+        weight_norms.weight_norm_backward(a.x, a.x, a.line, a.wide, a.x, a.line, sizes)
+    else:
+        weight_norms.weight_norm(a.x, a.line, a.x, a.wide, sizes)
+
+
+def _unit(a: Arguments) -> None:
+    weight_norms.unit(a.x, a.x, 1e-12)
+
+
 # What each function launches, and the needs of its kernels.
 ONCE = Needs(1, 1, 1)
 OVER_DIM: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
@@ -155,8 +168,16 @@ OVER_DIM: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
     "cross_entropy_probs_backward": (lambda a: _probs(a, True), Needs(2, 4, 1)),
     "cross_entropy capped": (lambda a: _entropy(a, False, False, 1e-4, 30.0), Needs(1, 1, 0)),
     "cross_entropy_probs capped": (lambda a: _probs(a, False, 1e-4, 30.0), Needs(2, 2, 0)),
-    "cross_entropy_backward capped": (lambda a: _entropy(a, True, True, 1e-4, 30.0), Needs(1, 2, 1)),
+    "cross_entropy_backward capped": (
+        lambda a: _entropy(a, True, True, 1e-4, 30.0),
+        Needs(1, 2, 1),
+    ),
     "cross_entropy_probs_backward capped": (lambda a: _probs(a, True, 1e-4, 30.0), Needs(2, 4, 1)),
+}
+OVER_DIM |= {
+    "weight_norm": (lambda a: _weight_norm(a, False), Needs(1, 2, 1)),
+    "weight_norm_backward": (lambda a: _weight_norm(a, True), Needs(2, 4, 1)),
+    "unit": (_unit, Needs(1, 2, 1)),
 }
 NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
     "layer_norm": (

@@ -11,12 +11,20 @@ import torch
 import triton
 import triton.language as tl
 
-from fastopt_kernels.gpu import loss_gradients, losses, norm_gradients, norms, rows, softmax
+from fastopt_kernels.gpu import (
+    loss_gradients,
+    losses,
+    norm_gradients,
+    norms,
+    rows,
+    softmax,
+    weight_norms,
+)
 from tests.gpu import gate, row_gate
 from tests.gpu.row_gate import Arguments
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-MODULES = (softmax, losses, loss_gradients, norms, norm_gradients)
+MODULES = (softmax, losses, loss_gradients, norms, norm_gradients, weight_norms)
 # Each function once, with branches, dtypes and targets in turn, and the longest walks on sm_90.
 SAMPLE = [
     (name, branch, dtype, target)
@@ -54,7 +62,7 @@ def kernels() -> set[str]:
 def test_every_function_and_every_kernel_is_checked() -> None:
     public = {
         name
-        for module in (softmax, losses, norms)
+        for module in (softmax, losses, norms, weight_norms)
         for name, value in inspect.getmembers(module, inspect.isfunction)
         if value.__module__ == module.__name__ and not name.startswith("_")
     }
@@ -102,7 +110,10 @@ def test_the_batch_compiles_nothing_anew() -> None:
         def function(a: Arguments, n_outer: int = n_outer, ignored: int = ignored) -> None:
             # Triton asks no more of them than their dtype and their address.
             shape, strides = (n_outer, *a.shape[1:]), (a.strides[0] * 4, 1)
-            losses.cross_entropy(a.x, a.target, None, a.wide, a.wide, shape, strides, ignored, (0.1, 0.0, 0.0))
+            terms = (0.1, 0.0, 0.0)
+            losses.cross_entropy(
+                a.x, a.target, None, a.wide, a.wide, shape, strides, ignored, terms
+            )
             sizes = (n_outer, a.n_cols, a.n_cols)
             norms.layer_norm(a.x, a.weight, a.weight, a.x, a.both, sizes, 1e-5)
 

@@ -76,7 +76,9 @@ class Problem:
             scale = torch.ones_like(loss)
             if self.target is not None:
                 counts = self.target != self.ignore_index
-                scale = counts.to(dtype) * (1 if weight is None else weight[self.target.where(counts, 0)])
+                scale = counts.to(dtype) * (
+                    1 if weight is None else weight[self.target.where(counts, 0)]
+                )
             loss = loss + self.z_loss * scale * torch.logsumexp(z, 1) ** 2
         dloss = self.dloss if self.dloss.numel() > 1 else self.dloss.expand(loss.shape)
         (dx,) = torch.autograd.grad(loss, x, dloss.to(dtype).view(loss.shape))

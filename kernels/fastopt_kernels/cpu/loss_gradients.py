@@ -45,9 +45,21 @@ def _loss_backward(tag, kind, dloss_kind, weighted, smooth, squared, capped, in_
     caps_of, cap, _, _ = make_logits(tag, codec, capped)
 
     def cross_entropy_backward(args, task):
-        x, target, weight, stats, dloss, dx, each, n_rows, n_cols, stride, ignore, numbers, n_task = (
-            _args(args, 0)
-        )
+        (
+            x,
+            target,
+            weight,
+            stats,
+            dloss,
+            dx,
+            each,
+            n_rows,
+            n_cols,
+            stride,
+            ignore,
+            numbers,
+            n_task,
+        ) = _args(args, 0)
         spread, z_loss = compute(scalar(numbers, SMOOTHING)), scalar(numbers, Z_LOSS)
         caps = caps_of(scalar(numbers, SOFTCAP))
         share = spread / compute(n_cols)
@@ -107,8 +119,8 @@ def _probs_loss_backward(tag, kind, dloss_kind, weighted, squared, capped, in_pl
     caps_of, cap, _, _ = make_logits(tag, codec, capped)
 
     def cross_entropy_probs_backward(args, task):
-        x, probs, weight, stats, dloss, dx, each, n_rows, n_cols, stride, _, numbers, n_task = _args(
-            args, 0
+        x, probs, weight, stats, dloss, dx, each, n_rows, n_cols, stride, _, numbers, n_task = (
+            _args(args, 0)
         )
         spread, z_loss = compute(scalar(numbers, SMOOTHING)), scalar(numbers, Z_LOSS)
         caps = caps_of(scalar(numbers, SOFTCAP))

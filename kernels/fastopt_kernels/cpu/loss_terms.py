@@ -1,7 +1,7 @@
 """What may stand around the logits of a cross entropy, for CPU: a cap, and the numbers of a loss.
 
-    logits  z = softcap tanh(x / softcap)
-    loss    += z_loss w_t logsumexp(z)^2
+logits  z = softcap tanh(x / softcap)
+loss    += z_loss w_t logsumexp(z)^2
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastopt_kernels.cpu import rows
 from fastopt_kernels.cpu.rows import block_end
 from fastopt_kernels.cpu.softmax import Shape, Strides, make_row_parts
 from fastopt_kernels.cpu.vecmath import FAR, add, cap_of, exp_of
+
 
 def make_logits(tag, codec, capped):
     """(numbers_of, cap, peak, exp_sum) of rows whose logits are capped, or are not.

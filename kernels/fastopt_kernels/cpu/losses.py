@@ -49,9 +49,22 @@ def _loss(tag, kind, loss_kind, weighted, smooth, squared, capped):
     zero, one = compute(0), compute(1)
 
     def cross_entropy(args, task):
-        x, target, weight, out, stats, sums, n_rows, n_cols, stride, ignore, numbers, _, _, n_task = (
-            _args(args, 0)
-        )
+        (
+            x,
+            target,
+            weight,
+            out,
+            stats,
+            sums,
+            n_rows,
+            n_cols,
+            stride,
+            ignore,
+            numbers,
+            _,
+            _,
+            n_task,
+        ) = _args(args, 0)
         spread, z_loss = compute(scalar(numbers, SMOOTHING)), scalar(numbers, Z_LOSS)
         caps = caps_of(scalar(numbers, SOFTCAP))
         ahead = rows.ahead_of(n_rows, n_cols, stride, itemsize)
@@ -106,8 +119,8 @@ def _probs_loss(tag, kind, loss_kind, weighted, squared, capped):
     zero, one = compute(0), compute(1)
 
     def cross_entropy_probs(args, task):
-        x, probs, weight, out, stats, sums, n_rows, n_cols, stride, _, numbers, _, _, n_task = _args(
-            args, 0
+        x, probs, weight, out, stats, sums, n_rows, n_cols, stride, _, numbers, _, _, n_task = (
+            _args(args, 0)
         )
         spread, z_loss = compute(scalar(numbers, SMOOTHING)), scalar(numbers, Z_LOSS)
         caps = caps_of(scalar(numbers, SOFTCAP))

@@ -127,7 +127,8 @@ def exp_of(kind: str):
 
 # A cap: x counts as no more than so many caps, where exp(-2 |x| / cap) is still a normal number.
 FAR = 43.0
-_BIAS, _TWO, _FOUR = np.float32(12582912.0 + 127.0), np.float32(2), np.float32(4)
+_BIAS = np.float32(12582912.0 + 127.0)
+_HALF, _TWO, _FOUR = np.float32(0.5), np.float32(2), np.float32(4)
 
 
 @intrinsic
@@ -154,16 +155,19 @@ def _cap32(x, caps):
     power = _power_of(t)
     less = power * grown + (power - _ONE)
     share = _ONE / (_TWO + less)
+    tanh = -less * share
     slope = _FOUR * (power * grown + power) * share * share
-    z = math.copysign(cap * (-less * share), x)
-    return z, slope if size < far else np.float32(0)
+    slope = slope if size < far else np.float32(0)
+    slope = _ONE - tanh * tanh if tanh < _HALF else slope
+    return math.copysign(cap * tanh, x), slope
 
 
 @njit(**JIT)
 def _cap64(x, caps):
     cap, high, _, _ = caps
-    e = math.exp(math.fabs(x) * high)
-    return cap * math.tanh(x / cap), 4.0 * e / ((1.0 + e) * (1.0 + e))
+    e, tanh = math.exp(math.fabs(x) * high), math.tanh(x / cap)
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return cap * tanh, 1.0 - tanh * tanh if math.fabs(tanh) < 0.5 else slope
 
 
 def cap_of(kind: str):
@@ -171,6 +175,7 @@ def cap_of(kind: str):
 
     caps: cap, the high and the low part of -2 / cap, and FAR caps
     With e = exp(-2 |x| / cap) tanh is (1 - e) / (1 + e) and its slope 4 e / (1 + e)^2. e - 1 is
-    computed as expm1 does, so that small x keep their digits, and the slope has no difference.
+    computed as expm1 does, so that small x keep their digits. Where tanh is small the slope is
+    1 - tanh^2, which rounds less there.
     """
     return _cap64 if kind == "fp64" else _cap32

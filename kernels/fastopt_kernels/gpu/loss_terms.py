@@ -5,7 +5,8 @@
 
 A kernel that is given None for either does not have it.
 With e = exp(-2 |x| / softcap) tanh is (1 - e) / (1 + e) and its slope 4 e / (1 + e)^2. e - 1 is
-computed as expm1 does, so that small logits keep their digits, and the slope has no difference.
+computed as expm1 does, so that small logits keep their digits. Where tanh is small the slope is
+1 - tanh^2, which rounds less there.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ def capped(x, softcap, COMPUTE: tl.constexpr):
         low = tl.zeros((1, 1), COMPUTE) + softcap[4] + softcap[5]
         less, e = _grown(size * high + size * low)
         share = rows.reciprocal(2.0 + less)
-        z = cap * (-less * share)
-        z = tl.where(x < 0.0, -z, z)
+        tanh = -less * share
         slope = tl.where(size < FAR * cap, 4.0 * e * share * share, 0.0)
+        slope = tl.where(tanh < 0.5, 1.0 - tanh * tanh, slope)
+        z = cap * tl.where(x < 0.0, -tanh, tanh)
     return z, slope
 
 
