@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -114,9 +115,9 @@ def _peak(name: str, which: str, dtype: str) -> int:
         small = x[:64].detach().requires_grad_(), weight[:64].detach().requires_grad_()
         function(*small, target[:64] % 64).backward()
     step = _step(case, function)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     step()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
 
 
 def _ratios(case: FunctionCase, rounds: int) -> tuple[float, float, float]:

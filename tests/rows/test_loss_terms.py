@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -98,9 +97,9 @@ def test_class_indices(dtype: torch.dtype, terms: str) -> None:
 
 
 def test_weight_and_smoothing() -> None:
-    for terms, reduction in itertools.product(("z_loss", "both"), ("mean", "none")):
+    for reduction in ("mean", "none"):
         x = draw(37, 67, scale=4.0)
-        options = {"reduction": reduction, "label_smoothing": 0.1, **TERMS[terms]}
+        options = {"reduction": reduction, "label_smoothing": 0.1, **TERMS["both"]}
         ask(x, weight=True, **options).check()
         ask(x, probabilities(x), **options).check()
 

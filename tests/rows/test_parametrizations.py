@@ -21,6 +21,9 @@ from tests.rows.cases import draw, same
 from tests.rows.problem import plain
 from tests.rows.test_determinism import threads
 
+# torch's own forward derivatives are scripts.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
 ours = fnn.parametrizations
 F64 = torch.float64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, F64)

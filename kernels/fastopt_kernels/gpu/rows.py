@@ -366,8 +366,8 @@ class Lines:
         widest: int | None = None,
     ) -> Lines:
         """tensors: all that are read or written as tiles, x among them; the rest: `tile_of_rows`"""
-        n_outer, n_cols, n_inner = shape
-        itemsize, compute = x.element_size(), COMPUTE[x.dtype]
+        (n_outer, n_cols, n_inner), compute = shape, COMPUTE[x.dtype]
+        itemsize = x.element_size()
         if n_inner == 1:
             vector = vector_of(tensors, (n_cols, strides[0]), itemsize)
             tile = tile_of_rows(n_cols, compute, vector, widest, halved)
