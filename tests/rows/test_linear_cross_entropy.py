@@ -217,6 +217,14 @@ def test_no_tokens(reduction: str) -> None:
     ask(n=0, reduction=reduction).check()
 
 
+def test_meta_tensors() -> None:
+    x, w, t = (y.to("meta") for y in (draw(5, D), draw(C, D), targets(5, classes=C)))
+    for reduction, shape in (("mean", ()), ("none", (5,))):
+        found = linear_cross_entropy(x, w, t, reduction=reduction)
+        assert found.is_meta
+        assert found.shape == shape
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_all_targets_ignored(reduction: str) -> None:
     made = ask(reduction=reduction)
