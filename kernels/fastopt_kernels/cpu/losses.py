@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -182,6 +185,22 @@ def _reduced(tag, kind, reduction):
     return reduce_sums
 
 
+@lru_cache(maxsize=256)
+def _task_and_terms(
+    build: Callable[..., Any],
+    dtype: torch.dtype,
+    loss_dtype: torch.dtype,
+    weighted: bool,
+    terms: tuple[float, float, float],
+) -> tuple[rows.Task, Terms]:
+    """Both in one look-up: a small loss takes little longer."""
+    numbers = terms_of(*terms)
+    # A distribution is spread over the classes with smoothing and without.
+    flags = numbers.flags if build is _loss else numbers.flags[1:]
+    kinds = rows.KINDS[dtype], rows.KINDS[loss_dtype]
+    return rows.task_of(build, *kinds, weighted, *flags), numbers
+
+
 def cross_entropy(
     x: Tensor,
     target: Tensor,
@@ -199,10 +218,9 @@ def cross_entropy(
     row, and last what the sum was divided by; terms: label smoothing, z_loss and softcap, 0 for
     what is not wanted
     """
-    numbers = terms_of(*terms)
     x, n_rows, n_cols, stride = as_rows(x, shape, strides)
-    kinds = rows.KINDS[x.dtype], rows.KINDS[loss.dtype if reduction == NONE else x.dtype]
-    task = rows.task_of(_loss, *kinds, weight is not None, *numbers.flags)
+    loss_dtype = loss.dtype if reduction == NONE else x.dtype
+    task, numbers = _task_and_terms(_loss, x.dtype, loss_dtype, weight is not None, terms)
     options = (n_rows, n_cols, stride, ignore_index)
     stats, all_inside = _run_loss(task, x, target, weight, options, numbers, reduction, loss)
     if all_inside:
@@ -222,12 +240,11 @@ def cross_entropy_probs(
     loss: Tensor,
 ) -> Tensor:
     """stats; the loss against probabilities, which are contiguous and of x's dtype."""
-    numbers = terms_of(*terms)
     _, n_cols, n_inner = shape
     x, n_rows, n_cols, stride = as_rows(x, shape, strides)
     probs, *_ = as_rows(probs, shape, (n_cols * n_inner, n_inner))
-    kinds = rows.KINDS[x.dtype], rows.KINDS[loss.dtype if reduction == NONE else x.dtype]
-    task = rows.task_of(_probs_loss, *kinds, weight is not None, *numbers.flags[1:])
+    loss_dtype = loss.dtype if reduction == NONE else x.dtype
+    task, numbers = _task_and_terms(_probs_loss, x.dtype, loss_dtype, weight is not None, terms)
     options = (n_rows, n_cols, stride, 0)
     return _run_loss(task, x, probs, weight, options, numbers, reduction, loss)[0]
 
