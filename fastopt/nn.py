@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastopt import functional
+from fastopt import parametrizations as parametrizations
 
 __all__ = [
     "AddLayerNorm",

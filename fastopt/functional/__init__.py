@@ -14,6 +14,7 @@ they give in torch. What torch refuses is refused with torch's exception.
 from __future__ import annotations
 
 from fastopt.functional.channel_norms import batch_norm, group_norm, instance_norm
+from fastopt.functional.linear_losses import linear_cross_entropy
 from fastopt.functional.losses import cross_entropy
 from fastopt.functional.masked_softmax import scaled_masked_softmax
 from fastopt.functional.norms import layer_norm, rms_norm
@@ -28,6 +29,7 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "rms_norm",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import inf
+
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, autocast, by_torch, route_of, widen
 from fastopt.ops import losses
@@ -19,21 +23,32 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """The cross entropy of logits, without ever writing their softmax.
 
         class indices  (1 - s) w_t (logsumexp(x) - x_t) + s / C sum_c w_c (logsumexp(x) - x_c)
         probabilities  sum_c w_c ((1 - s) q_c + s / C) (logsumexp(x) - x_c)
 
+    softcap: x is softcap tanh(logits / softcap), which keeps it within +-softcap (Gemma 2, 2024,
+    section 2). z_loss: adds z_loss w_t logsumexp(x)^2 to the loss of a row that counts, w_t 1 for
+    probabilities; it keeps logsumexp(x) near 0 (PaLM, Chowdhery et al. 2022, section 5).
+
     input: (C), (N, C) or (N, C, d1, ...); target: int64 without C, or probabilities of input's
     shape and dtype; weight: (C). reduction "mean" divides by the weights of the targets that
     count. As torch.nn.functional.cross_entropy; a target out of range is an IndexError on CPU and
-    a NaN on CUDA. Szegedy et al. 2016, section 7, for label smoothing.
+    a NaN on CUDA. Szegedy et al. 2016, section 7, for label smoothing. ValueError for a z_loss or
+    a softcap that is not a positive number.
     """
     args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    extra = (0.0, 0.0)
+    if z_loss or softcap is not None:
+        extra = terms_of(z_loss, softcap)
     route = route_of(input, target, weight)
     if route == BY_TORCH:
-        return by_torch("cross_entropy", F.cross_entropy, *args)
+        return by_torch("cross_entropy", _torchs(*extra), *args)
     x = input
     if autocast("cross_entropy", x):
         x, weight = widen(x), None if weight is None else widen(weight)
@@ -45,14 +60,46 @@ def cross_entropy(
         or not 0.0 <= label_smoothing <= 1.0
         or not _loss_fits(x, target, weight, ignore_index)
     ):
-        return by_torch("cross_entropy", F.cross_entropy, *args)
-    options = (losses.REDUCTIONS[reduction], ignore_index, float(label_smoothing))
+        return by_torch("cross_entropy", _torchs(*extra), *args)
+    options = (losses.REDUCTIONS[reduction], ignore_index, float(label_smoothing), *extra)
     if route == AS_OP:
         result: Tensor = torch.ops.fastopt.cross_entropy(x, target, weight, *options)[0]
         return result
     if torch.is_grad_enabled() and x.requires_grad:
         return losses.apply_cross_entropy(x, target, weight, *options)  # type: ignore[no-any-return]
     return losses.run_cross_entropy(x, target, weight, *options)[0]
+
+
+def terms_of(z_loss: float, softcap: float | None) -> tuple[float, float]:
+    """Both as kernels take them: a softcap of 0 is none."""
+    if not 0.0 <= z_loss < inf:
+        raise ValueError(f"z_loss is {z_loss}: it must be a positive number, or 0.0 for none.")
+    if softcap is not None and not 0.0 < softcap < inf:
+        raise ValueError(f"softcap is {softcap}: it must be a positive number, or None for none.")
+    return float(z_loss), float(softcap or 0.0)
+
+
+def _torchs(z_loss: float, softcap: float) -> Callable[..., Tensor]:
+    """torch's own function; with these terms, as much of it as there is."""
+    if not z_loss and not softcap:
+        return F.cross_entropy
+
+    def cross_entropy(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        size_average: bool | None,
+        ignore_index: int,
+        reduce: bool | None,
+        reduction: str,
+        label_smoothing: float,
+    ) -> Tensor:
+        if size_average is not None or reduce is not None:
+            reduction = legacy_get_string(size_average, reduce)
+        options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
+        return losses.composed(input, target, weight, *options)
+
+    return cross_entropy
 
 
 def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:

@@ -2,11 +2,22 @@
 
 from fastopt.ops import (
     channel_norms,
+    linear_losses,
     losses,
     masked_softmax,
     norms,
     residual_norms,
     softmax,
+    weight_norms,
 )
 
-__all__ = ["channel_norms", "losses", "masked_softmax", "norms", "residual_norms", "softmax"]
+__all__ = [
+    "channel_norms",
+    "linear_losses",
+    "losses",
+    "masked_softmax",
+    "norms",
+    "residual_norms",
+    "softmax",
+    "weight_norms",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
@@ -15,7 +15,7 @@ from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, diff
 
 NONE, MEAN, SUM = 0, 1, 2
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
-_NAMES = {number: name for name, number in REDUCTIONS.items()}
+NAMES = {number: name for name, number in REDUCTIONS.items()}
 
 
 def _dim(x: Tensor) -> int:
@@ -34,29 +34,35 @@ def run_cross_entropy(
     reduction: int,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats): what the backward needs of each row, and last what the sum was divided by.
 
     Of a row, on CPU: its maximum and log sum exp(x - max), in float64; on a GPU: its logsumexp.
     """
     logits, shape, strides = layout.along(x, _dim(x))
-    kernels = backend.kernels_for(x, "losses")
+    kernels, terms = backend.kernels_for(x, "losses"), (smoothing, z_loss, softcap)
     if not backend.by_numba(x):
         args = (logits, target.contiguous(), _weight(weight, x), shape, strides)
-        return _by_rows(kernels, args, _positions(x), reduction, ignore_index, smoothing)
+        return _by_rows(kernels, args, _positions(x), reduction, ignore_index, terms)
     walk = (target.contiguous(), _weight(weight, x), shape, strides, reduction)
     sizes = _positions(x) if reduction == NONE else []
     loss = torch.empty(sizes, dtype=x.dtype, device=x.device)
     if target.is_floating_point():
-        stats = kernels.cross_entropy_probs(logits, *walk, smoothing, loss)
+        stats = kernels.cross_entropy_probs(logits, *walk, terms, loss)
     else:
-        stats, outside = kernels.cross_entropy(logits, *walk, ignore_index, smoothing, loss)
+        stats, outside = kernels.cross_entropy(logits, *walk, ignore_index, terms, loss)
         if outside is not None:
-            raise IndexError(
-                f"Target {outside} is out of bounds: targets are in [0, {shape[1]}) for "
-                f"{shape[1]} classes, or ignore_index={ignore_index}."
-            )
+            refuse_target(outside, shape[1], ignore_index)
     return loss, stats
+
+
+def refuse_target(outside: int, n_classes: int, ignore_index: int) -> None:
+    raise IndexError(
+        f"Target {outside} is out of bounds: targets are in [0, {n_classes}) for "
+        f"{n_classes} classes, or ignore_index={ignore_index}."
+    )
 
 
 def _by_rows(
@@ -65,7 +71,7 @@ def _by_rows(
     sizes: list[int],
     reduction: int,
     ignore_index: int,
-    smoothing: float,
+    terms: tuple[float, float, float],
 ) -> tuple[Tensor, Tensor]:
     """As `run_cross_entropy`, where kernels leave the sum to torch."""
     x, target, weight, shape, strides = args
@@ -75,17 +81,70 @@ def _by_rows(
     row_args = (x, target, weight, rows, stats[:-1], shape, strides)
     divisor = stats[-1:].fill_(1.0)
     if target.is_floating_point():
-        kernels.cross_entropy_probs(*row_args, smoothing)
+        kernels.cross_entropy_probs(*row_args, terms)
         weights = divisor * rows.numel()
     else:
-        kernels.cross_entropy(*row_args, ignore_index, smoothing)
-        counts = target != ignore_index
-        weights = counts if weight is None else weight[target.where(counts, 0)] * counts
+        kernels.cross_entropy(*row_args, ignore_index, terms)
+        weights = weights_of(target, weight, ignore_index)
     if reduction == NONE:
         return rows.to(x.dtype), stats
     if reduction == MEAN:
         divisor.copy_(weights.sum(dtype=compute))
     return (rows.sum() / divisor).reshape(()).to(x.dtype), stats
+
+
+class Block(NamedTuple):
+    """Rows of logits that are somebody's scratch: their gradient is written over them.
+
+    logits: (N, C), contiguous; target: (N,) or (N, C); weight: (C,) in the compute type, or None
+    terms: label smoothing, z_loss and softcap
+    """
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    terms: tuple[float, float, float]
+
+    def losses(self, out: Tensor) -> Tensor:
+        """Fill out, (N,) in the compute type; what `gradients` needs of each row."""
+        x, target, weight, ignore_index, terms = self
+        kernels, walk = backend.kernels_for(x, "losses"), self._walk()
+        probs = target.is_floating_point()
+        if not backend.by_numba(x):
+            stats = torch.empty_like(out)
+            filled = (x, target, weight, out, stats, *walk)
+            if probs:
+                kernels.cross_entropy_probs(*filled, terms)
+            else:
+                kernels.cross_entropy(*filled, ignore_index, terms)
+            return stats
+        args = (x, target, weight, *walk, NONE)
+        if probs:
+            return kernels.cross_entropy_probs(*args, terms, out)  # type: ignore[no-any-return]
+        stats, outside = kernels.cross_entropy(*args, ignore_index, terms, out)
+        if outside is not None:
+            refuse_target(outside, x.shape[1], ignore_index)
+        return stats  # type: ignore[no-any-return]
+
+    def gradients(self, stats: Tensor, dloss: Tensor) -> None:
+        """dloss: (N,), or (1,) for all alike, in the compute type."""
+        x, target, weight, ignore_index, terms = self
+        kernels, args = backend.kernels_for(x, "losses"), (x, target, weight, stats, dloss, x)
+        if target.is_floating_point():
+            kernels.cross_entropy_probs_backward(*args, *self._walk(), terms)
+        else:
+            kernels.cross_entropy_backward(*args, *self._walk(), ignore_index, terms)
+
+    def _walk(self) -> tuple[tuple[int, int, int], tuple[int, int]]:
+        n_rows, n_cols = self.logits.shape
+        return (n_rows, n_cols, 1), (n_cols, 1)
+
+
+def weights_of(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What each target weighs in a mean: 0 where it is ignored."""
+    counts = target != ignore_index
+    return counts if weight is None else weight[target.where(counts, 0)] * counts
 
 
 def _positions(x: Tensor) -> list[int]:
@@ -100,7 +159,7 @@ def _fake_cross_entropy(
     weight: Tensor | None,
     reduction: int,
     ignore_index: int,
-    smoothing: float,
+    *terms: float,
 ) -> tuple[Tensor, Tensor]:
     sizes = _positions(x)
     loss = x.new_empty(sizes if reduction == NONE else [])
@@ -117,7 +176,7 @@ def run_cross_entropy_backward(
     weight: Tensor | None,
     stats: Tensor,
     ignore_index: int,
-    smoothing: float,
+    *terms: float,
 ) -> Tensor:
     """dx, contiguous."""
     dx = layout.output(x)
@@ -130,9 +189,9 @@ def run_cross_entropy_backward(
         dloss, stats = (dloss.to(stats.dtype) / stats[-1]).reshape(-1), stats[:-1]
     args = (logits, *targets, stats, dloss.contiguous(), dx, shape, strides)
     if target.is_floating_point():
-        kernels.cross_entropy_probs_backward(*args, smoothing)
+        kernels.cross_entropy_probs_backward(*args, terms)
     else:
-        kernels.cross_entropy_backward(*args, ignore_index, smoothing)
+        kernels.cross_entropy_backward(*args, ignore_index, terms)
     return dx
 
 
@@ -145,23 +204,58 @@ def keep_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def cross_entropy_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     """The derivative by x; by probabilities and weights only where torch's own function runs."""
     x, target, weight, stats = ctx.saved_tensors
-    reduction, ignore_index, smoothing = ctx.options
+    reduction, ignore_index, *terms = ctx.options
     if not differentiated(dloss):
         op = torch.ops.fastopt.cross_entropy_backward
         run = run_cross_entropy_backward if plain(dloss) else op
-        dx = run(dloss, x, target, weight, stats, ignore_index, smoothing)
-        return dx, None, None, None, None, None
+        dx = run(dloss, x, target, weight, stats, ignore_index, *terms)
+        return dx, *[None] * (2 + len(ctx.options))
 
     def loss(x: Tensor) -> Tensor:
-        options = {"ignore_index": ignore_index, "label_smoothing": smoothing}
-        return F.cross_entropy(x, target, weight, reduction=_NAMES[reduction], **options)
+        return composed(x, target, weight, NAMES[reduction], ignore_index, *terms)
 
-    return by_torch(loss, [x], dloss)[0], None, None, None, None, None
+    return by_torch(loss, [x], dloss)[0], *[None] * (2 + len(ctx.options))
+
+
+def composed(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    """The same made of torch's operators: where derivatives of it are differentiated, and where a
+    kernel does not take what came."""
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    loss = F.cross_entropy(
+        x,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+    if not z_loss:
+        return loss
+    squares = z_loss * torch.logsumexp(x, _dim(x)).square()
+    if target.is_floating_point():
+        return loss + (squares if reduction == "none" else getattr(squares, reduction)())
+    weights = weights_of(target, weight, ignore_index).to(squares.dtype)
+    counts = target != ignore_index
+    squares = torch.where(counts, squares * weights, 0.0)
+    if reduction == "mean":
+        # Where no target counts the loss is NaN, and its gradient 0.
+        squares = squares.sum() / torch.where(counts.any(), weights.sum(), 1.0)
+    return loss + (squares.sum() if reduction == "sum" else squares)
 
 
 define(
     "cross_entropy(Tensor x, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, "
-    "float smoothing) -> (Tensor, Tensor)",
+    "float smoothing, float z_loss, float softcap) -> (Tensor, Tensor)",
     run_cross_entropy,
     _fake_cross_entropy,
     keep_cross_entropy,
@@ -169,7 +263,7 @@ define(
 )
 define(
     "cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor stats, "
-    "SymInt ignore_index, float smoothing) -> Tensor",
+    "SymInt ignore_index, float smoothing, float z_loss, float softcap) -> Tensor",
     run_cross_entropy_backward,
     lambda dloss, x, *_: layout.output(x),
 )

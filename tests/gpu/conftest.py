@@ -17,11 +17,13 @@ INTERPRETED = [
     "test_passes.py",
     "test_rows_channel_norms.py",
     "test_rows_functional.py",
+    "test_rows_loss_terms.py",
     "test_rows_losses.py",
     "test_rows_masked_softmax.py",
     "test_rows_norms.py",
     "test_rows_residual_norms.py",
     "test_rows_softmax.py",
+    "test_rows_weight_norms.py",
 ]
 COMPILED = [
     "test_cuda.py",

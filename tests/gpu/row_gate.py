@@ -34,6 +34,7 @@ from fastopt_kernels.gpu import (
     residual_norms,
     rows,
     softmax,
+    weight_norms,
 )
 from tests.gpu import gate
 from tests.gpu.gate import TARGETS, Read
@@ -122,17 +123,19 @@ def _softmax_backward(a: Arguments, log: bool) -> None:
     softmax.softmax_backward(a.x, a.x, a.x, a.shape, log)
 
 
-def _entropy(a: Arguments, weighted: bool, backward: bool) -> None:
+def _entropy(
+    a: Arguments, weighted: bool, backward: bool, z_loss: float = 0.0, softcap: float = 0.0
+) -> None:
     weight, smoothing = (a.class_weight, 0.1) if weighted else (None, 0.0)
-    tail = (a.shape, a.strides, -100, smoothing)
+    tail = (a.shape, a.strides, -100, (smoothing, z_loss, softcap))
     if backward:
         losses.cross_entropy_backward(a.x, a.target, weight, a.wide, a.wide, a.x, *tail)
     else:
         losses.cross_entropy(a.x, a.target, weight, a.wide, a.wide, *tail)
 
 
-def _probs(a: Arguments, backward: bool) -> None:
-    tail = (a.shape, a.strides, 0.1)
+def _probs(a: Arguments, backward: bool, z_loss: float = 0.0, softcap: float = 0.0) -> None:
+    tail = (a.shape, a.strides, (0.1, z_loss, softcap))
     if backward:
         losses.cross_entropy_probs_backward(a.x, a.x, a.class_weight, a.wide, a.wide, a.x, *tail)
     else:
@@ -188,6 +191,19 @@ def _masked_softmax(a: Arguments, mask: Tensor | None, n_queries: int = 0) -> No
     masked_softmax.masked_softmax(a.x, mask, a.x, sizes, walk, 0.125, n_queries)
 
 
+def _weight_norm(a: Arguments, backward: bool) -> None:
+    n_outer, n_cols, n_inner = a.shape
+    sizes = (1, n_outer, n_cols) if n_inner == 1 else (n_cols, n_outer * n_inner, 1)
+    if backward:
+        weight_norms.weight_norm_backward(a.x, a.x, a.line, a.wide, a.x, a.line, sizes)
+    else:
+        weight_norms.weight_norm(a.x, a.line, a.x, a.wide, sizes)
+
+
+def _unit(a: Arguments) -> None:
+    weight_norms.unit(a.x, a.x, 1e-12)
+
+
 # What each function launches, and the needs of its kernels.
 ONCE = Needs(1, 1, 1)
 OVER_DIM: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
@@ -206,6 +222,18 @@ OVER_DIM: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
     "cross_entropy_backward": (lambda a: _entropy(a, False, True), Needs(1, 2, 1)),
     "cross_entropy_backward weighted": (lambda a: _entropy(a, True, True), Needs(1, 2, 1)),
     "cross_entropy_probs_backward": (lambda a: _probs(a, True), Needs(2, 4, 1)),
+    "cross_entropy capped": (lambda a: _entropy(a, False, False, 1e-4, 30.0), Needs(1, 1, 0)),
+    "cross_entropy_probs capped": (lambda a: _probs(a, False, 1e-4, 30.0), Needs(2, 2, 0)),
+    "cross_entropy_backward capped": (
+        lambda a: _entropy(a, True, True, 1e-4, 30.0),
+        Needs(1, 2, 1),
+    ),
+    "cross_entropy_probs_backward capped": (lambda a: _probs(a, True, 1e-4, 30.0), Needs(2, 4, 1)),
+}
+OVER_DIM |= {
+    "weight_norm": (lambda a: _weight_norm(a, False), Needs(1, 2, 1)),
+    "weight_norm_backward": (lambda a: _weight_norm(a, True), Needs(2, 4, 1)),
+    "unit": (_unit, Needs(1, 2, 1)),
 }
 NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
     "layer_norm": (
@@ -304,7 +332,7 @@ def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]
     for target, name in itertools.product(targets, FUNCTIONS):
         branches = [b for b, shape in BRANCHES.items() if name in OVER_DIM or shape[2] == 1]
         for branch, dtype in itertools.product(branches, DTYPES):
-            label = f"{target:7} {name:31} {str(dtype)[6:]:8} {branch}"
+            label = f"{target:7} {name:35} {str(dtype)[6:]:8} {branch}"
             yield label, lambda n=name, b=branch, d=dtype, t=target: check(n, b, d, t)
 
 

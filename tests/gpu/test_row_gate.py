@@ -22,12 +22,13 @@ from fastopt_kernels.gpu import (
     residual_norms,
     rows,
     softmax,
+    weight_norms,
 )
 from tests.gpu import gate, row_gate
 from tests.gpu.row_gate import Arguments
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-PUBLIC = (softmax, losses, norms, residual_norms, masked_softmax, channel_norms)
+PUBLIC = (softmax, losses, norms, residual_norms, masked_softmax, channel_norms, weight_norms)
 MODULES = (*PUBLIC, loss_gradients, norm_gradients, channel_norm_gradients)
 # Each function once, with branches, dtypes and targets in turn, and the longest walks on sm_90.
 SAMPLE = [
@@ -115,7 +116,10 @@ def test_the_batch_compiles_nothing_anew() -> None:
         def function(a: Arguments, n_outer: int = n_outer, ignored: int = ignored) -> None:
             # Triton asks no more of them than their dtype and their address.
             shape, strides = (n_outer, *a.shape[1:]), (a.strides[0] * 4, 1)
-            losses.cross_entropy(a.x, a.target, None, a.wide, a.wide, shape, strides, ignored, 0.1)
+            terms = (0.1, 0.0, 0.0)
+            losses.cross_entropy(
+                a.x, a.target, None, a.wide, a.wide, shape, strides, ignored, terms
+            )
             sizes = (n_outer, a.n_cols, a.n_cols)
             norms.layer_norm(a.x, a.weight, a.weight, a.x, a.both, sizes, 1e-5)
 

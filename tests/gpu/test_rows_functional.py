@@ -11,6 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fastopt import functional
+from fastopt.ops import linear_losses
+from fastopt.parametrizations import WeightNorm
 
 C = 37
 TARGET = torch.tensor([3, -100, 0, 36, 8, 21])
@@ -93,6 +95,44 @@ def test_forward_and_backward_are_torchs(name: str) -> None:
 @pytest.mark.parametrize("name", ["softmax over 1", "cross_entropy, probabilities", "layer_norm"])
 def test_half_precision(name: str) -> None:
     check(name, functional, torch.float16)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_linear_cross_entropy(
+    dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of four tokens, with a gradient over the logits of each."""
+    monkeypatch.setitem(linear_losses.CHUNK, "cpu", 4)
+    given = [draw(*shape, seed=k).to(dtype) for k, shape in enumerate(((6, 5), (C, 5), (C,)))]
+    sides = []
+    for function, wide in ((functional.linear_cross_entropy, dtype), (None, torch.float64)):
+        x, w, b = inputs = [x.to(wide).requires_grad_() for x in given]
+        if function is None:
+            loss = F.cross_entropy(F.linear(x, w, b), TARGET, reduction=reduction)
+        else:
+            loss = function(x, w, TARGET, linear_bias=b, reduction=reduction)
+        upstream = draw(*loss.shape, seed=9).to(dtype).to(wide)
+        sides.append([loss, *torch.autograd.grad(loss, inputs, upstream)])
+    for mine, exact in zip(*sides, strict=True):
+        room = 16 * torch.finfo(dtype).eps * max(1.0, float(exact.detach().abs().max()))
+        assert (mine.double() - exact).abs().max() <= room
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_weight_norm(dim: int) -> None:
+    """By kernels where norms are of rows or of columns, by torch's own else."""
+    v = draw(4, 3, 5)
+    g = torch.norm_except_dim(v, 2, dim) + 0.5
+    sides = []
+    for function in (
+        lambda v, g: WeightNorm(dim)(g, v),
+        lambda v, g: torch._weight_norm(v, g, dim),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (v, g)]
+        w = function(*leaves)
+        sides.append([w.detach(), *torch.autograd.grad(w, leaves, draw(4, 3, 5, seed=1))])
+    torch.testing.assert_close(*sides)
 
 
 def test_these_checks_see_a_wrong_function() -> None:

@@ -45,12 +45,14 @@ class Problem:
     weight: Tensor | None = None
     smoothing: float = 0.0
     ignore_index: int = -100
+    z_loss: float = 0.0
+    softcap: float = 0.0
 
-    def run(self) -> Values:
-        x, shape = self.x, tuple(self.x.shape)
+    def run(self, in_place: bool = False) -> Values:
+        x, shape = self.x.clone() if in_place else self.x, tuple(self.x.shape)
         loss, lse = (unwritten(shape[0], shape[2], dtype=wide(x.dtype)) for _ in range(2))
-        dx = unwritten(*shape, dtype=x.dtype)
-        tail: list[Any] = [shape, x.stride()[:2], self.smoothing]
+        dx = x if in_place else unwritten(*shape, dtype=x.dtype)
+        tail: list[Any] = [shape, x.stride()[:2], (self.smoothing, self.z_loss, self.softcap)]
         if self.target is not None:
             tail.insert(2, self.ignore_index)
             losses.cross_entropy(x, self.target, self.weight, loss, lse, *tail)
@@ -68,10 +70,19 @@ class Problem:
         weight = None if self.weight is None else self.weight.to(dtype)
         target = self.target if self.probs is None else self.probs.to(dtype)
         options = {"reduction": "none", "label_smoothing": self.smoothing}
-        loss = F.cross_entropy(x, target, weight, ignore_index=self.ignore_index, **options)
+        z = self.softcap * torch.tanh(x / self.softcap) if self.softcap else x
+        loss = F.cross_entropy(z, target, weight, ignore_index=self.ignore_index, **options)
+        if self.z_loss:
+            scale = torch.ones_like(loss)
+            if self.target is not None:
+                counts = self.target != self.ignore_index
+                scale = counts.to(dtype) * (
+                    1 if weight is None else weight[self.target.where(counts, 0)]
+                )
+            loss = loss + self.z_loss * scale * torch.logsumexp(z, 1) ** 2
         dloss = self.dloss if self.dloss.numel() > 1 else self.dloss.expand(loss.shape)
         (dx,) = torch.autograd.grad(loss, x, dloss.to(dtype).view(loss.shape))
-        lse = torch.logsumexp(x.detach(), 1)
+        lse = torch.logsumexp(z.detach(), 1)
         lse = torch.where(lse == INF, NAN, lse)
         return {"loss": loss.detach(), "lse": lse, "dx": dx}
 

@@ -148,3 +148,59 @@ def exp_of(kind: str):
     if kind == "fp64":
         return _exp64, np.float64(1)
     return _exp32 if kind == "fp32" else _exp16, np.float32(2.0**64)
+
+
+# A cap: x counts as no more than so many caps, where exp(-2 |x| / cap) is still a normal number.
+FAR = 43.0
+_BIAS = np.float32(12582912.0 + 127.0)
+_HALF, _TWO, _FOUR = np.float32(0.5), np.float32(2), np.float32(4)
+
+
+@intrinsic
+def _power_of(typingctx, t):
+    """2^n, where t = n + _BIAS."""
+
+    def codegen(context, builder, signature, args):
+        i32 = ir.IntType(32)
+        exponent = builder.shl(builder.bitcast(args[0], i32), ir.Constant(i32, 23))
+        return builder.bitcast(exponent, ir.FloatType())
+
+    return types.float32(types.float32), codegen
+
+
+@njit(**JIT)
+def _cap32(x, caps):
+    cap, high, low, far = caps
+    size = -larger_float(-far, -math.fabs(x))
+    a = size * high + size * low
+    t = a * _LOG2_E + _BIAS
+    n = t - _BIAS
+    r = (a - n * _LN2_HIGH) - n * _LN2_LOW
+    grown = (((((_Q4 * r + _Q3) * r + _Q2) * r + _Q1) * r + _Q0) * r) * r + r
+    power = _power_of(t)
+    less = power * grown + (power - _ONE)
+    share = _ONE / (_TWO + less)
+    tanh = -less * share
+    slope = _FOUR * (power * grown + power) * share * share
+    slope = slope if size < far else np.float32(0)
+    slope = _ONE - tanh * tanh if tanh < _HALF else slope
+    return math.copysign(cap * tanh, x), slope
+
+
+@njit(**JIT)
+def _cap64(x, caps):
+    cap, high, _, _ = caps
+    e, tanh = math.exp(math.fabs(x) * high), math.tanh(x / cap)
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return cap * tanh, 1.0 - tanh * tanh if math.fabs(tanh) < 0.5 else slope
+
+
+def cap_of(kind: str):
+    """cap(x, caps) -> (z, dz/dx) of z = cap tanh(x / cap).
+
+    caps: cap, the high and the low part of -2 / cap, and FAR caps
+    With e = exp(-2 |x| / cap) tanh is (1 - e) / (1 + e) and its slope 4 e / (1 + e)^2. e - 1 is
+    computed as expm1 does, so that small x keep their digits. Where tanh is small the slope is
+    1 - tanh^2, which rounds less there.
+    """
+    return _cap64 if kind == "fp64" else _cap32

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu import loss_terms, rows
+from fastopt_kernels.gpu.loss_terms import Terms
 from fastopt_kernels.gpu.rows import Lines
 
 # Above this |lse| a rounding of it is larger than that of the log p that torch keeps.
@@ -49,6 +50,7 @@ def targets_of(target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE
 @triton.jit
 def _anchor(
     x_ptr,
+    softcap,
     lse,
     start,
     read,
@@ -65,8 +67,18 @@ def _anchor(
     rest = lse * 0.0
     far = tl.abs(lse) >= TRUSTED_LSE
     if tl.max(far.to(tl.int32), 0) > 0:
-        peak, total = rows.statistics(
-            x_ptr, start, read[:, None], n_cols, stride_col, COMPUTE, COLUMNS, LINES, COLS, WIDTH
+        peak, total = loss_terms.statistics(
+            x_ptr,
+            softcap,
+            start,
+            read[:, None],
+            n_cols,
+            stride_col,
+            COMPUTE,
+            COLUMNS,
+            LINES,
+            COLS,
+            WIDTH,
         )
         top = tl.where(far, peak, top)
         rest = tl.where(far, tl.log(total), rest)
@@ -124,6 +136,8 @@ def cross_entropy_backward_kernel(
     dloss_step,
     keep,
     share,
+    z_loss,
+    softcap,
     SPREAD: tl.constexpr,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -133,7 +147,10 @@ def cross_entropy_backward_kernel(
     VECTOR: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """dloss_step: 1, or 0 where dloss holds one number for all; weight_sum_ptr: (1,), or None"""
+    """dloss_step: 1, or 0 where dloss holds one number for all; weight_sum_ptr: (1,), or None
+
+    z_loss, softcap: as `loss_terms.keywords`; dx may be x
+    """
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
     )
@@ -159,28 +176,41 @@ def cross_entropy_backward_kernel(
     mass_sum = weight
     if weight_sum_ptr is not None:
         mass_sum = most + share * tl.load(weight_sum_ptr)
+    beside = lse * 0.0
+    if z_loss is not None:
+        if target_ptr is None:
+            weight += 1.0
+        _, beside = loss_terms.squared(z_loss, weight, lse, COMPUTE)
+        mass_sum += beside
     if WHOLE:
         cols = tl.arange(0, COLS)
         mask = read[:, None] & (cols < n_cols)[None, :]
         at = rows.spread(x_start, cols, stride_col, COLUMNS)
         x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+        slope = x
+        if softcap is not None:
+            z, slope = loss_terms.capped(x, softcap, COMPUTE)
+            x = tl.where(mask, z, -float("inf"))
         p = rows.exp(x - rows.peak(x, COMPUTE)[:, None])
         p *= rows.reciprocal(tl.sum(p, 1))[:, None]
         at = rows.spread(dx_start, cols, dx_stride, COLUMNS)
         if SPREAD:
             mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
             if target_ptr is None:
-                mass_sum = tl.sum(mass, 1)
+                mass_sum = tl.sum(mass, 1) + beside
             dx = p * mass_sum[:, None] - mass
         else:
             dx = p * mass_sum[:, None]
         dx = _gradient(dx, target_ptr, cols, target, most, dloss)
+        if softcap is not None:
+            dx *= slope
         if not COLUMNS:
             dx = tl.where(ignored[:, None], unread[:, None], dx)
         rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
     else:
         top, rest = _anchor(
             x_ptr,
+            softcap,
             lse,
             x_start,
             read,
@@ -193,7 +223,7 @@ def cross_entropy_backward_kernel(
             WIDTH,
         )
         if target_ptr is None:
-            mass_sum = _mass_of_probs(
+            mass_sum = beside + _mass_of_probs(
                 probs_ptr,
                 weight_ptr,
                 dx_start,
@@ -212,12 +242,17 @@ def cross_entropy_backward_kernel(
             mask = read[:, None] & (cols < n_cols)[None, :]
             at = rows.spread(x_start, cols, stride_col, COLUMNS)
             x = rows.load(x_ptr, at, mask, 0.0, COMPUTE)
+            slope = x
+            if softcap is not None:
+                x, slope = loss_terms.capped(x, softcap, COMPUTE)
             p = rows.exp((x - top[:, None]) - rest[:, None])
             at = rows.spread(dx_start, cols, dx_stride, COLUMNS)
             dx = p * mass_sum[:, None]
             if SPREAD:
                 dx -= mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
             dx = _gradient(dx, target_ptr, cols, target, most, dloss)
+            if softcap is not None:
+                dx *= slope
             if not COLUMNS:
                 dx = tl.where(ignored[:, None], unread[:, None], dx)
             rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
@@ -234,11 +269,13 @@ def gradients(
     shape: tuple[int, int, int],
     strides: tuple[int, int],
     ignore_index: int,
-    smoothing: float,
+    terms: Terms,
 ) -> None:
     """Fill dx; of target and probs one is None. Tensors as in `losses`."""
-    halved = shape[2] != 1 or probs is not None
-    lines = Lines.of(x, shape, strides, (x, probs, dx), halved=halved)
+    smoothing, _, softcap = terms
+    halved = shape[2] != 1 or probs is not None or softcap != 0.0
+    most = loss_terms.widest(rows.COMPUTE[x.dtype], terms)
+    lines = Lines.of(x, shape, strides, (x, probs, dx), halved, most)
     weighted = target is not None and weight is not None and smoothing != 0.0
     lines.launch(
         cross_entropy_backward_kernel,
@@ -249,4 +286,5 @@ def gradients(
         rows.parts(smoothing / max(1, shape[1])),
         SPREAD=probs is not None or smoothing != 0.0,
         WIDTH=lines.tile.width,
+        **loss_terms.keywords(terms),
     )

@@ -5,6 +5,7 @@
                    dx_c = dloss ((1 - s) w_t (p_c - [c = t]) + s / C (W p_c - w_c))
     probabilities  loss = sum_c w_c q_c (lse - x_c),  q_c = (1 - s) probs_c + s / C
                    dx_c = dloss (p_c sum_k w_k q_k - w_c q_c)
+    and what `loss_terms` adds
 
 Both are one kernel, as both spread a mass over the classes: w_c q_c, or w_c s / C. Differences to
 the maximum are taken before anything is added, as lse rounded to float32 is off by 3e-5 at 1000.
@@ -16,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu import loss_terms, rows
 from fastopt_kernels.gpu.loss_gradients import gradients, mass_of, targets_of
+from fastopt_kernels.gpu.loss_terms import Terms
 from fastopt_kernels.gpu.rows import Lines
 
 Shape = tuple[int, int, int]
@@ -51,6 +53,7 @@ def _statistics_with_mass(
     x_ptr,
     probs_ptr,
     weight_ptr,
+    softcap,
     where,
     scalars,
     read,
@@ -74,6 +77,7 @@ def _statistics_with_mass(
         mask = read[:, None] & (cols < n_cols)[None, :]
         at = rows.spread(where[0], cols, where[1], COLUMNS)
         x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+        x = loss_terms.capped_lines(x, softcap, mask, COMPUTE)
         at = rows.spread(where[2], cols, where[3], COLUMNS)
         mass = mass_of(
             probs_ptr, weight_ptr, at, cols, mask, n_cols, scalars[0], scalars[1], COMPUTE
@@ -101,6 +105,8 @@ def cross_entropy_kernel(
     ignore_index,
     keep,
     share,
+    z_loss,
+    softcap,
     SPREAD: tl.constexpr,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -112,7 +118,7 @@ def cross_entropy_kernel(
 ):
     """SPREAD: there is mass on every class, of the probabilities or of smoothing.
 
-    keep: 1 - s; share: s / C; both as `rows.parts`
+    keep: 1 - s; share: s / C; both as `rows.parts`; z_loss, softcap: as `loss_terms.keywords`
     """
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
@@ -132,6 +138,7 @@ def cross_entropy_kernel(
         mask = here[:, None] & (cols < n_cols)[None, :]
         at = rows.spread(x_start, cols, stride_col, COLUMNS)
         x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+        x = loss_terms.capped_lines(x, softcap, mask, COMPUTE)
         top = rows.peak(x, COMPUTE)
         x -= top[:, None]
         total = tl.log(rows.no_infinity(tl.sum(rows.exp_term(x), 1)))
@@ -144,6 +151,7 @@ def cross_entropy_kernel(
             x_ptr,
             probs_ptr,
             weight_ptr,
+            softcap,
             (x_start, stride_col, p_start, p_stride),
             (keep, share),
             here,
@@ -157,8 +165,18 @@ def cross_entropy_kernel(
         total = tl.log(rows.no_infinity(total))
         loss = off + mass * total
     else:
-        top, total = rows.statistics(
-            x_ptr, x_start, here[:, None], n_cols, stride_col, COMPUTE, COLUMNS, LINES, COLS, WIDTH
+        top, total = loss_terms.statistics(
+            x_ptr,
+            softcap,
+            x_start,
+            here[:, None],
+            n_cols,
+            stride_col,
+            COMPUTE,
+            COLUMNS,
+            LINES,
+            COLS,
+            WIDTH,
         )
         total = tl.log(rows.no_infinity(total))
     if target_ptr is not None:
@@ -166,7 +184,15 @@ def cross_entropy_kernel(
         if COLUMNS:
             at = x_start + target * stride_col
         x_target = rows.load(x_ptr, at, here, 0.0, COMPUTE)
+        if softcap is not None:
+            capped, _ = loss_terms.capped(x_target[:, None], softcap, COMPUTE)
+            x_target = tl.reshape(capped, (LINES,))
         loss += keep * weight * (total - (x_target - top))
+    if z_loss is not None:
+        if target_ptr is None:
+            weight += 1.0
+        square, _ = loss_terms.squared(z_loss, weight, top + total, COMPUTE)
+        loss += square
     rows.store(loss_ptr, line, tl.where(ignored, 0.0, loss), here)
     rows.store(lse_ptr, line, top + total, here)
 
@@ -180,10 +206,13 @@ def _forward(
     shape: Shape,
     strides: Strides,
     ignore_index: int,
-    smoothing: float,
+    terms: Terms,
 ) -> None:
+    smoothing = terms[0]
     spread = probs is not None or smoothing != 0.0
-    lines = Lines.of(x, shape, strides, (x, probs), halved=spread)
+    lines = Lines.of(
+        x, shape, strides, (x, probs), spread, loss_terms.widest(rows.COMPUTE[x.dtype], terms)
+    )
     lines.launch(
         cross_entropy_kernel,
         (x, target, probs, weight, *out),
@@ -192,6 +221,7 @@ def _forward(
         rows.parts(smoothing / max(1, shape[1])),
         SPREAD=spread,
         WIDTH=lines.tile.width,
+        **loss_terms.keywords(terms),
     )
 
 
@@ -204,7 +234,7 @@ def cross_entropy(
     shape: Shape,
     strides: Strides,
     ignore_index: int,
-    smoothing: float,
+    terms: Terms,
 ) -> None:
     """loss = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
 
@@ -212,7 +242,7 @@ def cross_entropy(
     weight: (n_cols,) in the compute type; loss, lse: (n_outer, n_inner), likewise; the loss is
     0 where ignored. A target that is neither ignored nor a class makes loss and gradient NaN.
     """
-    _forward(x, target, None, weight, (loss, lse), shape, strides, ignore_index, smoothing)
+    _forward(x, target, None, weight, (loss, lse), shape, strides, ignore_index, terms)
 
 
 def cross_entropy_backward(
@@ -225,14 +255,14 @@ def cross_entropy_backward(
     shape: Shape,
     strides: Strides,
     ignore_index: int,
-    smoothing: float,
+    terms: Terms,
 ) -> None:
     """dx_c = dloss ((1 - s) w_t (p_c - [c = t]) + s / C (W p_c - w_c))
 
     p = exp(x - lse), W = sum w
     dloss: (n_outer, n_inner), or (1,) for all alike, in the compute type; dx: contiguous
     """
-    gradients(x, target, None, weight, lse, dloss, dx, shape, strides, ignore_index, smoothing)
+    gradients(x, target, None, weight, lse, dloss, dx, shape, strides, ignore_index, terms)
 
 
 def cross_entropy_probs(
@@ -243,13 +273,13 @@ def cross_entropy_probs(
     lse: Tensor,
     shape: Shape,
     strides: Strides,
-    smoothing: float,
+    terms: Terms,
 ) -> None:
     """loss = sum_c w_c q_c (lse - x_c),  q_c = (1 - s) probs_c + s / C
 
     probs: (n_outer, n_cols, n_inner), contiguous, in x's dtype; the others as in `cross_entropy`
     """
-    _forward(x, None, probs, weight, (loss, lse), shape, strides, 0, smoothing)
+    _forward(x, None, probs, weight, (loss, lse), shape, strides, 0, terms)
 
 
 def cross_entropy_probs_backward(
@@ -261,10 +291,10 @@ def cross_entropy_probs_backward(
     dx: Tensor,
     shape: Shape,
     strides: Strides,
-    smoothing: float,
+    terms: Terms,
 ) -> None:
     """dx_c = dloss (p_c sum_k w_k q_k - w_c q_c),  p = exp(x - lse)
 
     Tensors as in `cross_entropy_probs` and `cross_entropy_backward`.
     """
-    gradients(x, None, probs, weight, lse, dloss, dx, shape, strides, 0, smoothing)
+    gradients(x, None, probs, weight, lse, dloss, dx, shape, strides, 0, terms)

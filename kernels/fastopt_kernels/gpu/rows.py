@@ -363,13 +363,14 @@ class Lines:
         strides: tuple[int, int],
         tensors: Sequence[Tensor | None],
         halved: bool = False,
+        widest: int | None = None,
     ) -> Lines:
-        """tensors: all that are read or written as tiles, x among them; halved: `tile_of_rows`"""
-        n_outer, n_cols, n_inner = shape
-        itemsize, compute = x.element_size(), COMPUTE[x.dtype]
+        """tensors: all that are read or written as tiles, x among them; the rest: `tile_of_rows`"""
+        (n_outer, n_cols, n_inner), compute = shape, COMPUTE[x.dtype]
+        itemsize = x.element_size()
         if n_inner == 1:
             vector = vector_of(tensors, (n_cols, strides[0]), itemsize)
-            tile = tile_of_rows(n_cols, compute, vector, halved=halved)
+            tile = tile_of_rows(n_cols, compute, vector, widest, halved)
             extents = (n_outer, n_cols // vector, strides[0] // vector, 1)
             return cls(tile, (triton.cdiv(n_outer, tile.lines),), extents, compute)
         vector = vector_of(tensors, (n_inner, *strides), itemsize)

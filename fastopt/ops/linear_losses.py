@@ -1,0 +1,333 @@
+"""The cross entropy of a linear layer as an op, without the logits of the whole batch.
+
+    loss = cross_entropy(x linear_weight^T + linear_bias, target)
+
+Tokens are taken in chunks: a chunk's logits are a matrix product into one buffer, and their
+gradient is written over them. So the gradients of a mean or a sum are made in forward, where the
+logits are, and the backward multiplies them by its upstream gradient; with a gradient for each
+token, which forward cannot know, the backward makes the logits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
+from torch import Tensor
+
+from fastopt.ops import losses
+from fastopt.ops.losses import MEAN, NONE
+from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
+
+# Tokens a chunk, by device type. CPU, 4096 tokens x 32000 classes x 512 wide, float32, forward and
+# backward, beside other work: 128, 256, 512, 1024 tokens are 0.73, 0.87, 1.07, 1.20 times as fast
+# as linear + cross_entropy; more than 512 take more than a tenth of its memory. cuda: not measured.
+CHUNK = {"cpu": 512, "cuda": 2048}
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Layer(NamedTuple):
+    """x: (N, D); linear_weight: (C, D); linear_bias: (C,) or None; all of one dtype
+    target: (N,) int64, or probabilities (N, C) of that dtype; weight: (C,) or None"""
+
+    x: Tensor
+    linear_weight: Tensor
+    target: Tensor
+    linear_bias: Tensor | None
+    weight: Tensor | None
+
+
+def chunk_of(x: Tensor) -> int:
+    """Tokens a chunk, where the caller does not say."""
+    return CHUNK["cpu" if x.is_cpu else "cuda"]
+
+
+def _walk(
+    layer: Layer,
+    ignore_index: int,
+    terms: tuple[float, float, float],
+    wanted: Sequence[bool],
+    chunk: int,
+    dloss: Tensor | None = None,
+) -> tuple[Tensor, Grads]:
+    """(the loss of each token in the compute type, the gradients that are wanted).
+
+    dloss: (N,), or None for ones; of linear_weight and linear_bias the gradients are sums in the
+    compute type, of x they are of its dtype
+    """
+    x, linear_weight, target, linear_bias, weight = layer
+    compute, n_tokens, n_classes = compute_dtype(x.dtype), len(x), len(linear_weight)
+    result = torch.empty(n_tokens, dtype=compute, device=x.device)
+    buffer = x.new_empty(min(chunk, n_tokens), n_classes)
+    sums = Sums(layer, wanted, compute)
+    weight = None if weight is None else weight.to(compute).contiguous()
+    target, ones = target.contiguous(), result.new_ones(1)
+    for first in range(0, n_tokens, chunk):
+        rows = slice(first, min(first + chunk, n_tokens))
+        logits = buffer[: rows.stop - first]
+        if linear_bias is None:
+            torch.mm(x[rows], linear_weight.t(), out=logits)
+        else:
+            torch.addmm(linear_bias, x[rows], linear_weight.t(), out=logits)
+        block = losses.Block(logits, target[rows], weight, ignore_index, terms)
+        stats = block.losses(result[rows])
+        if any(wanted):
+            block.gradients(stats, ones if dloss is None else dloss[rows])
+            sums.add(logits, rows)
+    return result, sums.grads
+
+
+class Sums:
+    """The gradients of a layer, chunk by chunk of the gradient of its logits."""
+
+    def __init__(self, layer: Layer, wanted: Sequence[bool], compute: torch.dtype) -> None:
+        self.x, self.linear_weight, n_classes = (
+            layer.x,
+            layer.linear_weight,
+            layer.linear_weight.shape[:1],
+        )
+        dx = layer.x.new_empty(layer.x.shape) if wanted[0] else None
+        weights = (layer.linear_weight.shape, n_classes)
+        dweight, dbias = (
+            layer.x.new_zeros(shape, dtype=compute) if wants else None
+            for shape, wants in zip(weights, wanted[1:], strict=True)
+        )
+        self.grads: Grads = (dx, dweight, dbias)
+
+    def add(self, dlogits: Tensor, rows: slice) -> None:
+        dx, dweight, dbias = self.grads
+        if dx is not None:
+            torch.mm(dlogits, self.linear_weight, out=dx[rows])
+        if dweight is not None:
+            _add_product(dweight, dlogits.t(), self.x[rows])
+        if dbias is not None:
+            dbias += dlogits.sum(0, dtype=dbias.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, summed in total's dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _reduced(
+    result: Tensor, layer: Layer, reduction: int, ignore_index: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """(the loss, what gradients of the sum are divided by), in float64 on CPU.
+
+    Chunk by chunk: torch sums more at once in an order that depends on the threads.
+    """
+    wide = torch.float64 if result.is_cpu else result.dtype
+    total, divisor = result.new_zeros(2, dtype=wide).unbind()
+    one = divisor + 1.0
+    for part in torch.split(result, chunk):
+        total = total + part.sum(dtype=wide)
+    if reduction != MEAN:
+        return total, one
+    if layer.target.is_floating_point():
+        counts, weights = (
+            layer.target.new_ones(len(result), dtype=torch.bool),
+            one.expand(len(result)),
+        )
+    else:
+        counts, weight = layer.target != ignore_index, layer.weight
+        weight = None if weight is None else weight.to(result.dtype)
+        weights = losses.weights_of(layer.target, weight, ignore_index)
+    for part in torch.split(weights, chunk):
+        divisor = divisor + part.sum(dtype=wide)
+    # Where no target counts the loss is NaN, and its gradient 0.
+    return total / divisor, torch.where(counts.any(), divisor, one)
+
+
+def run_linear_cross_entropy(
+    x: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk: int,
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(loss, divisor, and the gradients of the sum by x, linear_weight and linear_bias).
+
+    dtype: of the loss; wanted: which gradients; with reduction "none" they are not made here
+    """
+    layer = Layer(x, linear_weight, target, linear_bias, weight)
+    now = [wants and reduction != NONE for wants in wanted]
+    terms = (smoothing, z_loss, softcap)
+    result, grads = _walk(layer, ignore_index, terms, now, chunk)
+    if reduction == NONE:
+        return result.to(dtype), result.new_ones(()), *grads
+    loss, divisor = _reduced(result, layer, reduction, ignore_index, chunk)
+    return loss.to(dtype), divisor.to(result.dtype), *grads
+
+
+def _op(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """An op returns tensors only: empty for a gradient that is not wanted."""
+    found = run_linear_cross_entropy(x, *args)
+    return tuple(x.new_empty(0) if tensor is None else tensor for tensor in found)
+
+
+def _fake(
+    x: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    _, reduction, *_, dtype, wanted = rest
+    compute = compute_dtype(x.dtype)
+    shapes = (x.shape, linear_weight.shape, linear_weight.shape[:1])
+    grads = (
+        x.new_empty(shape if wants and reduction != NONE else (0,), dtype=dtype_of)
+        for shape, wants, dtype_of in zip(shapes, wanted, (x.dtype, compute, compute), strict=True)
+    )
+    loss = x.new_empty(x.shape[:1] if reduction == NONE else (), dtype=dtype)
+    return loss, x.new_empty((), dtype=compute), *grads
+
+
+def run_linear_cross_entropy_backward(
+    dloss: Tensor,
+    x: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """dx, dlinear_weight and dlinear_bias of one upstream gradient a token."""
+    layer = Layer(x, linear_weight, target, linear_bias, weight)
+    terms, dloss = (smoothing, z_loss, softcap), dloss.to(compute_dtype(x.dtype)).contiguous()
+    _, grads = _walk(layer, ignore_index, terms, wanted, chunk, dloss)
+    return tuple(None if grad is None else grad.to(x.dtype) for grad in grads)
+
+
+def _backward_op(dloss: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    found = run_linear_cross_entropy_backward(dloss, x, *args)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in found)
+
+
+def _fake_backward(dloss: Tensor, x: Tensor, linear_weight: Tensor, *rest: Any) -> Any:
+    shapes = (x.shape, linear_weight.shape, linear_weight.shape[:1])
+    return tuple(
+        x.new_empty(shape if wants else (0,)) for shape, wants in zip(shapes, rest[-1], strict=True)
+    )
+
+
+def composed(
+    x: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    """The same made of torch's operators; options: as `losses.composed` has them."""
+    logits = F.linear(x, linear_weight, linear_bias)
+    return losses.composed(logits, target, weight, *options)
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, divisor, *grads = output
+    ctx.save_for_backward(*inputs[:5], divisor, *grads)
+    ctx.options, ctx.private = inputs[5:], False
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+    """The derivatives by x, linear_weight and linear_bias."""
+    *tensors, divisor, dx, dweight, dbias = ctx.saved_tensors
+    reduction, ignore_index, *terms, chunk, _, wanted = ctx.options
+    rest = [None] * (2 + len(ctx.options))
+    wanted = [wants and needs for wants, needs in zip(wanted, _needed(ctx), strict=True)]
+    x, linear_weight, target, linear_bias, weight = tensors
+    if differentiated(dloss):
+
+        def loss(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+            options = (losses.NAMES[reduction], ignore_index, *terms)
+            found = composed(x, linear_weight, target, linear_bias, weight, *options)
+            return found.to(dloss.dtype)
+
+        dx, dweight, dbias = by_torch(loss, [x, linear_weight, linear_bias], dloss)
+    elif reduction == NONE:
+        args = (dloss, *tensors, ignore_index, *terms, chunk, wanted)
+        run = run_linear_cross_entropy_backward
+        found = (
+            run(*args) if plain(dloss) else torch.ops.fastopt.linear_cross_entropy_backward(*args)
+        )
+        dx, dweight, dbias = found
+    else:
+        scale, spare = dloss.to(divisor.dtype) / divisor, ctx.private and not _graph_is_kept()
+        dx, dweight, dbias = (
+            _scaled(grad, scale, x.dtype, spare) if wants else None
+            for grad, wants in zip((dx, dweight, dbias), wanted, strict=True)
+        )
+    grads = [g if wants else None for g, wants in zip((dx, dweight, dbias), wanted, strict=True)]
+    return grads[0], grads[1], None, grads[2], *rest[1:]
+
+
+def _needed(ctx: Any) -> tuple[bool, bool, bool]:
+    needs = ctx.needs_input_grad
+    return needs[0], needs[1], needs[3]
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward may be run again."""
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept
+
+
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, spare: bool) -> Tensor:
+    """grad times scale, in grad's own memory where nobody will ask for it again."""
+    if spare and grad.dtype == dtype:
+        return grad.mul_(scale)
+    return (grad * scale).to(dtype)
+
+
+_NUMBERS = "SymInt ignore_index, float smoothing, float z_loss, float softcap, SymInt chunk"
+_TENSORS = "Tensor x, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
+define(
+    f"linear_cross_entropy({_TENSORS}, int reduction, {_NUMBERS}, ScalarType dtype, "
+    "bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _op,
+    _fake,
+    keep,
+    backward,
+)
+define(
+    f"linear_cross_entropy_backward(Tensor dloss, {_TENSORS}, {_NUMBERS}, bool[3] wanted) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward_op,
+    _fake_backward,
+)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The op without the dispatcher, for plain tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        loss, *kept = run_linear_cross_entropy(*inputs)
+        ctx.save_for_backward(*inputs[:5], *kept)
+        # Nobody else has the gradients that were made here: the last backward may write over them.
+        ctx.options, ctx.private = inputs[5:], True
+        return loss
+
+    backward = staticmethod(backward)
+
+
+apply_linear_cross_entropy = apply_of(LinearCrossEntropy)
