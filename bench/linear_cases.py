@@ -1,21 +1,16 @@
 """The loss of a linear layer and normalized weights, beside torch's own, and the memory they take.
 
-`python -m bench.linear_cases` prints times, interleaved, and the peak of resident memory of
-linear_cross_entropy and of linear + cross_entropy, forward and backward, each in a process of its
-own. Traffic is what cannot be left out: of linear_cross_entropy x, the weight and their gradients
+Traffic is what cannot be left out: of linear_cross_entropy x, the weight and their gradients
 (its time is that of three matrix products); of weight_norm v and w, then dw, v and dv.
 """
 
 from __future__ import annotations
 
-import argparse
 import resource
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
@@ -118,36 +113,3 @@ def _peak(name: str, which: str, dtype: str) -> int:
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     step()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
-
-
-def _ratios(case: FunctionCase, rounds: int) -> tuple[float, float, float]:
-    """ms of ours and of theirs, forward + backward, and how many times as fast, medians."""
-    steps = [_step(case, function) for function in (case.ours, case.theirs)]
-    times: list[Sequence[float]] = []
-    for step in steps:
-        step()
-    for k in range(rounds):
-        taken = [0.0, 0.0]
-        for i in (0, 1) if k % 2 else (1, 0):
-            start = perf_counter()
-            steps[i]()
-            taken[i] = 1e3 * (perf_counter() - start)
-        times.append(taken)
-    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-    return ours, theirs, statistics.median(b / a for a, b in times)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
-    for dtype in ("float32", "bfloat16"):
-        ours, theirs = (peak_bytes("linear_cross_entropy", k, dtype) for k in ("ours", "theirs"))
-        print(f"{dtype} peak: {ours / 2**20:.0f} MiB, unfused {theirs / 2**20:.0f} MiB")
-    for case in CASES:
-        mine, torchs, ratio = _ratios(case, rounds)
-        print(f"{case.name} {case.dtype}: {mine:.2f} ms, torch {torchs:.2f} ms, {ratio:.2f} times")
-
-
-if __name__ == "__main__":
-    main()
