@@ -2,8 +2,8 @@
 
 A convolutional network learns scikit-learn's scanned digits, a character-level transformer
 learns Python's own library sources; nothing is downloaded. Each is trained with
-torch.optim.AdamW as it is by default, with its fused=True, and with fastopt.optim.AdamW; the
-transformer once more with its norms and the loss swapped for fastopt's too (fastopt.swap).
+torch.optim.AdamW as it is by default, with its fused=True, with fastopt.optim.AdamW, and once more
+with its norms and the loss swapped for fastopt's too (fastopt.swap).
 Same seed, same batches, same initial weights. All runs of a model take every step in turn, so
 that a change in the machine's speed meets them alike.
 

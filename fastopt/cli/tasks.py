@@ -143,16 +143,27 @@ def _convolution(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(n_in, n_out, 3, padding=1), nn.GroupNorm(8, n_out), nn.GELU()
 
 
+class AddNorm(nn.LayerNorm):
+    """Where a branch joins the residual stream: (the norm of their sum, the sum)."""
+
+    def forward(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        stream = branch + stream
+        return super().forward(stream), stream
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Takes and gives x as two summands, the last branch and the stream it has yet to join.
+    """
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.attention_norm = nn.LayerNorm(width)
+        self.attention_norm = AddNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_norm = AddNorm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
@@ -165,10 +176,10 @@ class Block(nn.Module):
         out: Tensor = self.projection(mixed.transpose(1, 2).reshape(n, length, width))
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        mlp: Tensor = self.mlp(self.mlp_norm(x))
-        return x + mlp
+    def forward(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        y, stream = self.attention_norm(branch, stream)
+        y, stream = self.mlp_norm(self.attention(y), stream)
+        return self.mlp(y), stream
 
 
 class CharTransformer(nn.Module):
@@ -180,13 +191,16 @@ class CharTransformer(nn.Module):
         super().__init__()
         self.characters = nn.Embedding(n_characters, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, n_heads) for _ in range(n_blocks)))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width, n_heads) for _ in range(n_blocks))
+        self.norm = AddNorm(width)
         self.head = nn.Linear(width, n_characters)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.characters(ids) + self.positions.weight[: ids.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        branch = self.characters(ids)
+        stream = self.positions.weight[: ids.shape[1]].expand_as(branch)
+        for block in self.blocks:
+            branch, stream = block(branch, stream)
+        logits: Tensor = self.head(self.norm(branch, stream)[0])
         return logits
 
 
