@@ -13,12 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import accuracy, pass_report, render, row_render
+from bench import (
+    accuracy,
+    combinations,
+    function_report,
+    memory_report,
+    pass_report,
+    render,
+    row_render,
+    training_report,
+)
 from bench.cases import LIMIT, NEVER_SLOWER
 from bench.providers import FASTOPT
 from fastopt.cli.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 RESULTS = ROOT / "bench" / "results"
 HEAD = (
     "| step | allocator | fastopt ms | against | its ms | times as fast |\n"
@@ -78,8 +88,12 @@ PLACES = (
     Place(ROOT / "README.md", "figures", "cpu_optim.json", figures),
     Place(ROOT / "README.md", "passes", "cpu_passes.json", pass_report.at_a_glance),
     Place(ROOT / "README.md", "rows", "cpu_rows.json", row_render.at_a_glance),
-    Place(ROOT / "docs" / "functions.md", "rows", "cpu_rows.json", row_render.at_a_glance),
-    Place(ROOT / "docs" / "functions.md", "accuracy", "cpu_accuracy.json", accuracy.at_a_glance),
+    Place(DOCS / "functions.md", "rows", "cpu_rows.json", row_render.at_a_glance),
+    Place(DOCS / "functions.md", "functions", "cpu_functions.json", function_report.at_a_glance),
+    Place(DOCS / "optimizers.md", "training", "cpu_training.json", training_report.at_a_glance),
+    Place(DOCS / "optimizers.md", "memory", "memory.json", memory_report.at_a_glance),
+    Place(DOCS / "optimizers.md", "combinations", "combinations.json", combinations.at_a_glance),
+    Place(DOCS / "functions.md", "accuracy", "cpu_accuracy.json", accuracy.at_a_glance),
 )
 
 
