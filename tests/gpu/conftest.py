@@ -13,12 +13,14 @@ from bench.gpu_interpret import is_interpreted, route_cpu_to_triton
 
 INTERPRETED = [
     "test_engine.py",
+    "test_formats.py",
     "test_optim.py",
     "test_passes.py",
     "test_rows_functional.py",
     "test_rows_losses.py",
     "test_rows_norms.py",
     "test_rows_softmax.py",
+    "test_telemetry.py",
 ]
 COMPILED = [
     "test_cuda.py",
