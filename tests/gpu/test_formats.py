@@ -124,7 +124,7 @@ def test_another_key_or_scale_would_be_noticed() -> None:
 
 
 def _exact(p, g, m, v, step, half):
-    """Sums and products of dyadic numbers: no rounding that a fused multiply-add would leave out."""
+    """Of dyadic numbers: there is no rounding that a fused multiply-add would leave out."""
     return p - step * m, half * m + g, half * v + g * g
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import fastopt
 from fastopt.optim.scale import Scale
 from fastopt_kernels.gpu import engine, telemetry
-from tests.gpu.test_passes import LIMIT, bits, give, gradients, same
 from tests.gpu.test_optim import parameters
+from tests.gpu.test_passes import LIMIT, bits, give, gradients, same
 
 # Full blocks and tails; several chunks, of which the last is short.
 SHAPES = ((17, 5), (engine.CHUNK + 517,), (), (600,))

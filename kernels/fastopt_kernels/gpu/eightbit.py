@@ -10,7 +10,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fastopt_kernels.chunks import BASE, BLOCK_8BIT, CODES_8BIT, LAST, ORIGIN, SHIFT, value_of
+from fastopt_kernels.chunks import BASE, CODES_8BIT, LAST, ORIGIN, SHIFT, value_of
 
 _SHIFT, _ORIGIN, _BASE = tl.constexpr(SHIFT), tl.constexpr(ORIGIN), tl.constexpr(BASE)
 _DRAWN, _ONE = tl.constexpr(32 - SHIFT), tl.constexpr(1 << SHIFT)
@@ -44,7 +44,7 @@ def _settle(x, mask, CODE: tl.constexpr):
     An infinite second moment stands for the largest that there is: it lets its parameter rest. That
     of a first moment, and all that is NaN, is in the parameter already, and counts as nothing.
     """
-    if CODE == tl.int8:
+    if tl.int8 == CODE:
         size = tl.where(tl.abs(x) < float("inf"), tl.abs(x), 0.0)
         top = tl.full((), _TOP_SIGNED, tl.float32)
     else:
@@ -63,12 +63,12 @@ def encode(x, mask, drawn, CODE: tl.constexpr):
     drawn: as of `draw`
     """
     scale, inverse = _settle(x, mask, CODE)
-    if CODE == tl.int8:
+    if tl.int8 == CODE:
         size = tl.abs(x)
     else:
         size = x
     bits = tl.fma(size, inverse, _BASE).to(tl.int32, bitcast=True) + drawn
-    if CODE == tl.int8:
+    if tl.int8 == CODE:
         q = tl.minimum(bits >> _SHIFT, _SIGNED)
         minus = x.to(tl.int32, bitcast=True) >> 31
         code = (q ^ minus) - minus

@@ -23,9 +23,9 @@ def nothing(WATCHED: tl.constexpr, LANES: tl.constexpr):
     """The sums of no element, one a thread."""
     sums = ()
     if WATCHED:
-        for k in tl.static_range(3):
+        for _ in tl.static_range(3):
             sums += (tl.zeros((LANES,), tl.float64),)
-        for k in tl.static_range(2):
+        for _ in tl.static_range(2):
             sums += (tl.zeros((LANES,), tl.int32),)
     return sums
 

@@ -86,7 +86,7 @@ def _update_block(
     WIDTH: tl.constexpr,
     EXTRAS: tl.constexpr,
 ):
-    """Load, update, store: a block of every stream. scale_ptrs: the block's, where SCALES says so"""
+    """Load, update, store: a block of every stream; scale_ptrs: of its scales, where there are."""
     values = ()
     for k in tl.static_range(len(pointers)):
         x = tl.load(pointers[k] + offsets, mask=mask)
