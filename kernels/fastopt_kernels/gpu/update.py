@@ -96,8 +96,6 @@ def _update_block(
             values += (x.to(COMPUTE),)
     dtype: tl.constexpr = pointers[0].dtype.element_ty
     new, seen = _around(values, offsets, scalars, place, RULE, dtype, EXTRAS)
-    if EXTRAS[3]:
-        sums = telemetry.see(sums, values[1], *seen, mask, WIDTH)
     # All loads come before the first store: nothing may hang on the order of aliases.
     tl.store(pointers[0] + offsets, new[0].to(dtype), mask=mask)
     for k in tl.static_range(2, len(pointers)):
@@ -108,6 +106,8 @@ def _update_block(
         else:
             x = new[k - 1].to(pointers[k].dtype.element_ty)
         tl.store(pointers[k] + offsets, x, mask=mask)
+    if EXTRAS[3]:
+        sums = telemetry.see(sums, values[1], *seen, mask, WIDTH)
     return sums
 
 
