@@ -28,11 +28,10 @@ def rows_of(section: str, device: Device, quick: bool, compiled: bool) -> Iterab
 
         return gpu_check_engine.rows(device, engine, quick)
     if section == "optim":
-        from bench import gpu_check_optim, gpu_check_passes
+        from bench import gpu_check_formats, gpu_check_optim, gpu_check_passes
 
-        return itertools.chain(
-            gpu_check_optim.rows(device, quick), gpu_check_passes.rows(device, quick)
-        )
+        checks = (gpu_check_optim, gpu_check_passes, gpu_check_formats)
+        return itertools.chain.from_iterable(check.rows(device, quick) for check in checks)
     if section == "device":
         from bench import gpu_check_device
 

@@ -391,7 +391,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         if bucket.on_device:
             bucket.run_on_device(self.param_groups, scale, seen)
         elif seen is not None:
-            bucket.run(self.param_groups, factors, self._exposed, seen)
+            bucket.run(self.param_groups, factors, self._exposed, (seen, scale.grad_scale))
         elif not scale.skip():
             bucket.inverse_scale = inverse = scale.inverse()
             if isinstance(verdict, Verdict):

@@ -169,7 +169,8 @@ class Bucket:
         steps: Steps | DeviceSteps,
     ) -> None:
         self.members, self.update, self.launch, self.steps = members, update, launch, steps
-        # What the gradients of the last step were multiplied by to unscale them.
+        # What the gradients of the last step were multiplied by to unscale them, where the host
+        # knows: telemetry of a device is without its scale.
         self.inverse_scale = 1.0
         self.group_of = np.array([member.group for member in members])
         self._numbers = np.array([member.position for member in members])
@@ -219,17 +220,22 @@ class Bucket:
         verdict.add(self.group_of, measured.parts, measured.nonfinite)
 
     def run(
-        self, groups: list[dict[str, Any]], factors: list[float], exposed: bool, verdict: Any = None
+        self,
+        groups: list[dict[str, Any]],
+        factors: list[float],
+        exposed: bool,
+        on_device: tuple[Any, ...] = (),
     ) -> None:
         """Count a step on the host and launch; groups are the optimizer's, factors what the
-        gradients of each are multiplied by, and verdict has those that only the device knows."""
+        gradients of each are multiplied by, and on_device a verdict with those that only the device
+        knows, and the scale it takes out."""
         assert isinstance(self.steps, Steps)
         self._stage(Staged.read)
         self.steps.advance(groups, factors, self.launch, self.active, exposed)
         if self.launch.draws:
             seed = int(groups[0].get("rounding_seed", 0))
             self.launch.keys[:] = keys_of(seed, self.steps.counts(), self._numbers)
-        self.launch.run(torch.get_num_threads(), *(() if verdict is None else (verdict,)))
+        self.launch.run(torch.get_num_threads(), *on_device)
         self._stage(Staged.write)
 
     def run_on_device(self, groups: list[dict[str, Any]], scale: Scale, verdict: Any) -> None:
@@ -247,7 +253,7 @@ class Bucket:
             self.steps.addresses(self.active),
             np.searchsorted(self.groups, self.steps.groups),
             [[sign(g), *self.update.hypers(g), *extra_hypers(g, extras)] for g in chosen],
-            scale.grad_scale if verdict is None else None,
+            scale.grad_scale,
             scale.found_inf if verdict is None else None,
             verdict,
             bases,

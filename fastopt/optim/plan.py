@@ -187,6 +187,12 @@ def _check_passes(optimizer: FusedOptimizer, members: list[Member], keys: list[G
             f"{', '.join(devices)}: what is on the CPU would wait for the others. Give the "
             "parameters on the CPU an optimizer of their own."
         )
+    if looks and any(layout.is_shard(member.param) for member in members):
+        raise RuntimeError(
+            "max_grad_norm and skip_nonfinite are about whole gradients, but some parameters are "
+            "DTensors of which this rank has a shard: each rank would clip, or skip, by its own "
+            "part. Call torch.nn.utils.clip_grad_norm_ before step() and leave these options unset."
+        )
     largest = looks and optimizer.param_groups[0].get("norm_type", 2.0) != 2.0
     for member in members:
         clipped = keys[member.group].extras.clipped

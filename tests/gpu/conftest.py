@@ -13,6 +13,7 @@ from bench.gpu_interpret import is_interpreted, route_cpu_to_triton
 
 INTERPRETED = [
     "test_engine.py",
+    "test_formats.py",
     "test_optim.py",
     "test_passes.py",
     "test_rows_channel_norms.py",
@@ -24,6 +25,7 @@ INTERPRETED = [
     "test_rows_residual_norms.py",
     "test_rows_softmax.py",
     "test_rows_weight_norms.py",
+    "test_telemetry.py",
 ]
 COMPILED = [
     "test_cuda.py",

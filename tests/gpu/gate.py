@@ -1,15 +1,18 @@
 """The gate every GPU kernel passes before it meets a GPU: compiled ahead of time, and read.
 
 `python -m tests.gpu.gate` compiles each rule and each scalars function of fastopt.optim for every
-combination of dtypes and every target, then what clipping adds (`clip_gate`) and the row kernels
-(`row_gate`), and prints a table; the tests take a sample. What is compiled is what `Launch`
-launches, through Triton's own specialization of its arguments: only the last call, into the driver,
-is left out. A kernel fails with
+combination of dtypes and every target, then what clipping adds (`clip_gate`), states of 8 bits and
+telemetry (`format_gate`), and the row kernels (`row_gate`), and prints a table; the tests take a
+sample. What is compiled is what `Launch` launches, through Triton's own specialization of its
+arguments: only the last call, into the driver, is left out. A kernel fails with
 
 - a spill, a stack frame or local memory;
-- fewer 128-bit loads or stores than its streams need, each loaded and written once;
+- fewer 128-bit loads or stores than its streams need, each loaded and written once (of codes a
+  thread takes 4 or 8 bytes, as many elements as of the other streams; beside codes, 64 lanes take
+  8 bytes of a 16-bit stream);
 - float64 arithmetic in an update of anything but float64 parameters (the scalars' kernel computes
-  in float64, and there float32 arithmetic fails; the one that measures gradients adds in float64);
+  in float64, and there float32 arithmetic fails; the one that measures gradients, and telemetry,
+  add in float64);
 - an approximate or denormal-flushing instruction in an update, or where gradients are measured.
 """
 
@@ -36,14 +39,16 @@ from triton.backends.compiler import GPUTarget
 
 import fastopt.optim
 from fastopt.optim.update import Update
-from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras
+from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, n_codes
 from fastopt_kernels.gpu import engine, measure
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 # p, g, every state.
 KINDS = (
@@ -56,7 +61,7 @@ KINDS = (
     ("fp32", "fp32", "bf16"),
     ("fp64", "fp32", "bf16"),
 )
-ITEMSIZE = {"int16": 2, "fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+ITEMSIZE = {"int8": 1, "uint8": 1, "int16": 2, "fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 CPU = torch.device("cpu")
 # Triton keeps compiled kernels by device: numbers no real one has.
 NO_DEVICE = 1000
@@ -208,15 +213,18 @@ def _float32_arithmetic(kernel: Any) -> int:
 
 
 def needed(kinds: Sequence[str]) -> tuple[int, int]:
-    """128-bit loads and stores of a thread for one block: each stream read, all but g written."""
-    per_thread = [
-        engine.block_size(tuple(kinds)) * ITEMSIZE[kind] // (16 * engine.THREADS) for kind in kinds
-    ]
+    """128-bit loads and stores of a thread for one block: each stream read, all but g written; of
+    the target that is driven."""
+    shape = engine.shape_of(tuple(kinds))
+    streams = kinds[: len(kinds) - n_codes(tuple(kinds))]
+    per_thread = [shape.block * ITEMSIZE[kind] // (16 * shape.threads) for kind in streams]
     return sum(per_thread), sum(per_thread) - per_thread[1]
 
 
-def update_faults(kernel: Any, kinds: Sequence[str]) -> tuple[Read, list[str]]:
-    """What keeps an update kernel from passing."""
+def update_faults(
+    kernel: Any, kinds: Sequence[str], watched: bool = False
+) -> tuple[Read, list[str]]:
+    """What keeps an update kernel from passing; watched: with telemetry."""
     found = read(kernel)
     loads, stores = needed(kinds)
     faults = []
@@ -227,7 +235,7 @@ def update_faults(kernel: Any, kinds: Sequence[str]) -> tuple[Read, list[str]]:
     if found.stores < stores:
         faults.append(f"{found.stores} stores of 128 bits, {stores} needed")
     if kinds[0] != "fp64":
-        if found.float64:
+        if found.float64 and not watched:
             faults.append(f"{found.float64} float64 instructions")
         if found.approximate:
             faults.append(f"approximate: {' '.join(found.approximate)}")
@@ -255,13 +263,24 @@ def launch_of(
     rule: Callable[..., Any],
     extras: Extras = NO_EXTRAS,
 ) -> engine.Launch:
-    """A launch over one tensor of two chunks; nothing of it is ever read."""
+    """A launch over one tensor of two chunks; nothing of it is ever read. Of states "8bit" are
+    those that may be, the others float32."""
     p, g, state = kinds
+    states = tuple(stored(update, name, state) for name in update.state_names)
     average = ("fp64" if p == "fp64" else "fp32",) if extras.averaged else ()
     kept = {KAHAN: ("bf16",), MASTER: ("int16",)}.get(extras.rounding, ())
-    streams = (p, g, *(state for _ in update.state_names), *average, *kept)
+    streams = (p, g, *states, *average, *kept, *["fp32"] * n_codes(states))
     n_scalars = update.n_scalars + 1 + extras.n_scalars
     return engine.Launch(rule, streams, [engine.CHUNK + 1], n_scalars, CPU, extras)
+
+
+def stored(update: Update, name: str, kind: str) -> str:
+    """How a state lies in memory."""
+    if kind != "8bit":
+        return kind
+    if name not in update.eight_bit:
+        return "fp32"
+    return "uint8" if name in update.nonnegative else "int8"
 
 
 def check_update(
@@ -279,7 +298,7 @@ def check_update(
             run_on_device(launch, update, scaled=True)
         else:
             launch.run(1)
-        return update_faults(compiled["update_kernel"][0], launch.kinds)
+        return update_faults(compiled["update_kernel"][0], launch.kinds, extras.watched)
 
 
 def check_scalars(
@@ -302,7 +321,7 @@ def run_on_device(
     numbers = np.zeros((1, 1 + len(update.carried)), dtype=np.int64)
     groups = np.zeros(1, dtype=np.int64)
     row = [1.0] * (1 + len(update.hyper_names) + launch.extras.n_hypers)
-    bases = groups if launch.extras.rounding == STOCHASTIC else None
+    bases = groups if launch.draws else None
     launch.run_on_device(update.scalars, numbers, groups, [row], one, one, verdict, bases)
 
 
@@ -336,10 +355,10 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
     options = parser.parse_args()
     # It reads kernels with what stands above.
-    from tests.gpu import clip_gate, row_gate
+    from tests.gpu import clip_gate, format_gate, row_gate
 
     targets = options.target or list(TARGETS)
-    kernels = (all_checks, clip_gate.all_checks, row_gate.all_checks)
+    kernels = (m.all_checks for m in (sys.modules[__name__], clip_gate, format_gate, row_gate))
     return report(itertools.chain.from_iterable(checks(targets) for checks in kernels))
 
 

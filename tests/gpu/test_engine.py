@@ -15,7 +15,7 @@ from bench.gpu_oracle import CASES, Case
 from bench.gpu_streams import Streams
 from fastopt_kernels import rules, xp
 from fastopt_kernels.chunks import chunk_table
-from fastopt_kernels.gpu import engine
+from fastopt_kernels.gpu import engine, update
 
 CPU = torch.device("cpu")
 # Empty, one element and several chunks with a tail; the third begins off a 16-byte boundary.
@@ -67,13 +67,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counted]:
 def bodies(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often the vector body and the masked body of the update kernel ran."""
     reached = {"vector": 0, "masked": 0}
-    block = engine._update_block
+    block = update._update_block
 
     def counting(pointers: Any, offsets: Any, mask: Any, *rest: Any) -> Any:
         reached["vector" if mask is None else "masked"] += 1
         return block(pointers, offsets, mask, *rest)
 
-    monkeypatch.setattr(engine, "_update_block", counting)
+    monkeypatch.setattr(update, "_update_block", counting)
     return reached
 
 

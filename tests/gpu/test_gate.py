@@ -14,7 +14,8 @@ import triton.language as tl
 from fastopt_kernels import rules
 from fastopt_kernels.chunks import KAHAN, MASTER, STOCHASTIC, Extras
 from fastopt_kernels.gpu import engine, measure, memory
-from tests.gpu import clip_gate, gate
+from fastopt_kernels.gpu import update as kernels
+from tests.gpu import clip_gate, format_gate, gate
 
 UPDATES = gate.updates()
 SCALARS = {update.scalars.__name__: update for update in UPDATES.values()}
@@ -51,6 +52,27 @@ def test_an_update_kernel_that_clips_and_averages_passes(kinds: tuple[str, str, 
 def test_an_update_kernel_that_rounds_passes(rounding: int) -> None:
     _, faults = gate.check_update(ADAM, BFLOAT16, "sm_90", extras=Extras(rounding=rounding))
     assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "target"),
+    [
+        ("adam", 0, "sm_90"),
+        ("adam", 1, "gfx942"),
+        ("sgd_momentum", 2, "sm_100"),
+        ("rmsprop_centered_momentum", 1, "sm_80"),
+    ],
+)
+def test_an_update_kernel_with_codes_passes(name: str, kinds: int, target: str) -> None:
+    _, faults = gate.check_update(UPDATES[name], format_gate.KINDS[kinds], target)
+    assert faults == []
+
+
+@pytest.mark.parametrize("kinds", [FLOAT32, format_gate.KINDS[0]], ids="-".join)
+def test_an_update_kernel_that_is_watched_passes(kinds: tuple[str, str, str]) -> None:
+    found, faults = gate.check_update(ADAM, kinds, "sm_90", extras=Extras(watched=True))
+    assert faults == []
+    assert found.float64 > 0
 
 
 def test_an_update_kernel_that_may_skip_passes() -> None:
@@ -131,6 +153,7 @@ def test_a_kernel_without_the_promise_of_alignment_fails(
 ) -> None:
     monkeypatch.setattr(memory, "pointer", _promises_nothing)
     # Triton remembers a kernel by the source of what it calls: a fresh one sees the replacement.
+    monkeypatch.setattr(kernels, "_streams_of", triton.jit(kernels._streams_of.fn))
     monkeypatch.setattr(engine, "update_kernel", triton.jit(engine.update_kernel.fn))
     _, faults = gate.check_update(ADAM, kinds, target)
     assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in faults] == ["loads", "stores"]

@@ -74,6 +74,19 @@ def test_dtensors_sharded_and_replicated(results: list[dict[str, Any]]) -> None:
     check_scenario(results, "placed")
 
 
+@pytest.mark.parametrize("option", ["max_grad_norm", "skip_nonfinite"])
+def test_what_is_about_whole_gradients_is_refused_for_shards(
+    results: list[dict[str, Any]], option: str
+) -> None:
+    for found in results:
+        assert "clip_grad_norm_" in found[f"shard {option} refused"]
+        assert torch.equal(found[f"shard {option}"], torch.ones(6))
+        assert f"replica {option} refused" not in found
+        grad = torch.arange(6.0)
+        factor = 0.5 / (grad.norm() + 1e-6) if option == "max_grad_norm" else 1.0
+        torch.testing.assert_close(found[f"replica {option}"], 1.0 - factor * grad)
+
+
 def test_these_checks_see_a_wrong_optimizer(results: list[dict[str, Any]]) -> None:
     """Ranks that step half of what they should."""
     for scenario in ("ddp AdamW True", "fsdp AdamW", "placed"):

@@ -122,13 +122,33 @@ def run_sharded(rank: int) -> dict[str, Any]:
     return results
 
 
+def run_clipped(rank: int) -> dict[str, Any]:
+    """Steps that look at gradients of which a rank has a part, or all."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    results: dict[str, Any] = {}
+    for name, place in (("shard", Shard(0)), ("replica", Replicate())):
+        for options in ({"max_grad_norm": 0.5}, {"skip_nonfinite": True}):
+            param = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [place]))
+            param.grad = distribute_tensor(torch.arange(6.0), mesh, [place])
+            optimizer = fastopt.optim.SGD([param], lr=1.0, **options)
+            key = f"{name} {next(iter(options))}"
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                results[f"{key} refused"] = str(error)
+            results[key] = whole(param)
+    return results
+
+
 def distributed_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     results: dict[str, Any] = {}
-    for run in (run_ddp, run_zero, run_sharded):
+    for run in (run_ddp, run_zero, run_sharded, run_clipped):
         try:
             results |= run(rank)
         except Exception as error:

@@ -1,9 +1,6 @@
 """One launch for every tensor of a model: p, g and the states of all of them, in place.
 
-One program takes one chunk (tensor, first, last): it reads the addresses of its tensor from a
-table, and walks the chunk in blocks. Full blocks of a tensor on a 16-byte boundary take 128-bit
-accesses; the tail, and a tensor that is not (a view into a DDP bucket), a masked loop, without
-holding back the others.
+One program takes one chunk (tensor, first, last) of a table (`update`).
 
 Where the host may not know the step (GradScaler's found_inf, graph capture), a small float64 kernel
 before it counts the steps and computes the scalars on the device (`scalars`). Where the gradients
@@ -15,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +21,20 @@ import triton
 import triton.language as tl
 from triton.compiler import CompilationError
 
-from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras, chunk_table, n_codes
-from fastopt_kernels.gpu import memory, rounding
+from fastopt_kernels.chunks import (
+    BLOCK_8BIT,
+    CODES_8BIT,
+    NO_EXTRAS,
+    STOCHASTIC,
+    Extras,
+    chunk_table,
+    n_codes,
+)
+from fastopt_kernels.gpu import memory, telemetry
 from fastopt_kernels.gpu import xp as gpu_xp
-from fastopt_kernels.gpu.rounding import BY_CHANCE, WITH_LOW, WITH_REST
 from fastopt_kernels.gpu.scalars import scalars_kernel
-from fastopt_kernels.gpu.tables import Tables
+from fastopt_kernels.gpu.tables import Tables, copy_device_values, here, host_value
+from fastopt_kernels.gpu.update import update_kernel
 from fastopt_kernels.xp import rebind, uncompilable
 
 if TYPE_CHECKING:
@@ -44,127 +50,34 @@ BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024, "int16": 1024}
 SCALARS_BLOCK = 128
 
 
-@triton.jit
-def _update_block(
-    pointers,
-    offsets,
-    mask,
-    scalars,
-    place,
-    RULE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    EXTRAS: tl.constexpr,
-):
-    """The rule on a block of every stream, with the extras (chunks.Extras).
+class Shape(NamedTuple):
+    """How a launch over some streams walks a chunk.
 
-    place: where the chunk begins, and what chance depends on beside the element
+    block: elements at a time; parts: programs a chunk; threads: of a program; width: elements of a
+    thread that lie side by side
     """
-    clipped: tl.constexpr = EXTRAS[0]
-    averaged: tl.constexpr = EXTRAS[1]
-    rounded: tl.constexpr = EXTRAS[2]
-    values = ()
-    for k in tl.static_range(len(pointers)):
-        values += (tl.load(pointers[k] + offsets, mask=mask).to(COMPUTE),)
-    g = scalars[0] * values[1]
-    # The extras are the last of the scalars, and of the streams.
-    own: tl.constexpr = len(scalars) - clipped - averaged
-    kept: tl.constexpr = len(pointers) - (rounded >= WITH_REST)
-    states: tl.constexpr = kept - averaged
-    p = values[0]
-    if rounded == WITH_REST:
-        p += values[kept]
-    if rounded == WITH_LOW:
-        p = rounding.join(p, values[kept])
-    if clipped:
-        g = tl.where(g < -scalars[own], -scalars[own], g)
-        g = tl.where(g > scalars[own], scalars[own], g)
-    new = RULE(p, g, *values[2:states], *scalars[1:own])
-    p = new[0]
-    new = new[1:]
-    if averaged:
-        new += (gpu_xp.lerp(values[states], p, scalars[own + clipped]),)
-    if rounded == BY_CHANCE:
-        p = rounding.stochastic(p, place[0] + offsets, place[1])
-    if rounded == WITH_REST:
-        high = rounding.upper(p)
-        new += (rounding.rest(p, high),)
-        p = high
-    if rounded == WITH_LOW:
-        high = rounding.upper(p)
-        new += (rounding.lower(p, high),)
-        p = high
-    # What is stored is computed before the first store: nothing may hang on the order of aliases.
-    tl.store(pointers[0] + offsets, p.to(pointers[0].dtype.element_ty), mask=mask)
-    for k in tl.static_range(len(new)):
-        tl.store(pointers[k + 2] + offsets, new[k].to(pointers[k + 2].dtype.element_ty), mask=mask)
+
+    block: int
+    parts: int
+    threads: int
+    width: int
 
 
-@triton.jit
-def update_kernel(
-    tensors_ptr,
-    chunks_ptr,
-    index_ptr,
-    scalars_ptr,
-    keys_ptr,
-    skip_ptr,
-    factors_ptr,
-    owners_ptr,
-    RULE: tl.constexpr,
-    DTYPES: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    N_SCALARS: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXTRAS: tl.constexpr,
-):
-    """p, *states = RULE(p, g_scale * g, *states, *scalars) for the chunk of this program.
-
-    tensors_ptr: (n, len(DTYPES)) int64 addresses; chunks_ptr: (programs, 3) int64;
-    index_ptr: (n,) int64 row of scalars_ptr; keys_ptr: (n,) int64, for chance; skip_ptr: (1,)
-    float, nothing is written where not 0; factors_ptr: of g_scale, owners_ptr: (n,) int64, whose
-    """
-    chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 3
-    tensor, first = tl.load(chunk_ptr), tl.load(chunk_ptr + 1)
-    n = tl.load(chunk_ptr + 2) - first
-    if HAS_SKIP:
-        n = tl.where(tl.load(skip_ptr) != 0, 0, n)
-
-    scalar_ptr = scalars_ptr + tl.load(index_ptr + tensor) * N_SCALARS
-    g_scale = tl.load(scalar_ptr)
-    if HAS_FACTORS:
-        g_scale *= tl.load(factors_ptr + tl.load(owners_ptr + tensor))
-    scalars = (g_scale,)
-    for k in tl.static_range(1, N_SCALARS):
-        scalars += (tl.load(scalar_ptr + k),)
-
-    address_ptr = tensors_ptr + tensor * len(DTYPES)
-    aligned_ptrs = ()
-    any_ptrs = ()
-    bits = tensor * 0
-    for k in tl.static_range(len(DTYPES)):
-        address = tl.load(address_ptr + k)
-        bits = bits | address
-        aligned_ptrs += (memory.pointer(address, first, DTYPES[k], True),)
-        any_ptrs += (memory.pointer(address, first, DTYPES[k], False),)
-
-    key = tensor
-    if EXTRAS[2] == BY_CHANCE:
-        key = rounding.key_of_chunk(tl.load(keys_ptr + tensor), first)
-    place = (first, key)
-    lanes = tl.arange(0, BLOCK)
-    full = tl.where(bits % 16 == 0, n // BLOCK, 0)
-    for block in range(full):
-        offsets = block * BLOCK + lanes
-        _update_block(aligned_ptrs, offsets, None, scalars, place, RULE, COMPUTE, EXTRAS)
-    for start in range(full * BLOCK, n, BLOCK):
-        offsets = start + lanes
-        _update_block(any_ptrs, offsets, offsets < n, scalars, place, RULE, COMPUTE, EXTRAS)
+def shape_of(kinds: tuple[str, ...]) -> Shape:
+    """Where states have codes, a program is one warp, and a block has one scale."""
+    block = max(BLOCK[kind] for kind in kinds if kind not in CODES_8BIT)
+    width = block // THREADS
+    if not n_codes(kinds):
+        return Shape(block, 1, THREADS, width)
+    threads = _warp_size()
+    return Shape(BLOCK_8BIT, THREADS // threads, threads, min(width, BLOCK_8BIT // threads))
 
 
-def block_size(kinds: tuple[str, ...]) -> int:
-    """Elements a block of a launch over these streams."""
-    return max(BLOCK[kind] for kind in kinds)
+def scale_columns(kinds: tuple[str, ...]) -> tuple[int, ...]:
+    """Of each stream the column of its scales, which come last; 0 for none."""
+    n = len(kinds) - n_codes(kinds)
+    coded = count(n)
+    return tuple(next(coded) if kind in CODES_8BIT else 0 for kind in kinds[:n])
 
 
 @cache
@@ -215,6 +128,7 @@ class Launch:
         self.scalars = np.zeros((n, n_scalars), dtype=np.float64 if self._wide else np.float32)
         self._all_chunks = chunk_table(np.asarray(numels, dtype=np.int64), CHUNK)
         self._tables = Tables(device, self._all_chunks)
+        self._seen = telemetry.Seen(self._tables)
 
     @property
     def _wide(self) -> bool:
@@ -231,6 +145,7 @@ class Launch:
         if active is not None:
             chunks = np.ascontiguousarray(chunks[active[chunks[:, 0]]])
         self._tables.replace(chunks)
+        self._seen.forget()
 
     def prepare(self, n_threads: int) -> None:
         """Triton compiles at the first launch; a rule it cannot take is refused there."""
@@ -240,8 +155,21 @@ class Launch:
         """(chunks, 3) int64, of the selected tensors."""
         return self._tables.lasting
 
-    def run(self, n_threads: int, verdict: Verdict | None = None) -> None:
-        """Update every selected tensor, with the scalars the host has filled in."""
+    def seen(self) -> np.ndarray:
+        """(n, len(SEEN)) float64: what the last run that was not skipped saw of each tensor, its
+        gradient without the scale that only the device knew. Waits for the device."""
+        return self._seen.merged(len(self.tensors))
+
+    def run(
+        self,
+        n_threads: int,
+        verdict: Verdict | None = None,
+        grad_scale: torch.Tensor | None = None,
+    ) -> None:
+        """Update every selected tensor, with the scalars the host has filled in.
+
+        grad_scale: what gradients are told of without; they are unscaled by the verdict
+        """
         if len(self.chunks):
             with self._on_device():
                 arrays = [self.tensors, self.index, self.scalars]
@@ -251,7 +179,7 @@ class Launch:
                     arrays.append(self.owners)
                 tables, chunks = self._tables.send(arrays)
                 factors = verdict and (verdict.factors(self._wide), tables.pop())
-                self._update(*tables[:3], chunks, None, *tables[3:], factors=factors)
+                self._update(*tables[:3], chunks, *tables[3:], factors=factors, scale=grad_scale)
 
     def run_on_device(
         self,
@@ -270,7 +198,7 @@ class Launch:
         groups:  (n,) int64 row of `hypers`
         hypers:  for each group the gradient's sign, the hyper-parameters and those of the extras
                  (a limit; a decay, and how long it is warmed up), tensors or floats
-        verdict: in place of grad_scale and found_inf
+        verdict: in place of found_inf and, but for telemetry, of grad_scale
         bases:   (n,) int64, what chance depends on beside the step and the element
         """
         known = np.asarray([[host_value(x) for x in row] for row in hypers], dtype=np.float64)
@@ -289,7 +217,7 @@ class Launch:
                 number_table,
                 group_table,
                 hyper_table,
-                grad_scale,
+                grad_scale if verdict is None else None,
                 found_inf,
                 verdict and verdict.factors(True),
                 verdict and placed[0],
@@ -301,7 +229,7 @@ class Launch:
                 N_CARRIED=numbers.shape[1] - 1,
                 N_HYPERS=known.shape[1] - 1 - self.extras.n_hypers,
                 N_SCALARS=self.n_scalars,
-                HAS_SCALE=grad_scale is not None,
+                HAS_SCALE=verdict is None and grad_scale is not None,
                 HAS_SKIP=found_inf is not None,
                 HAS_FACTORS=verdict is not None,
                 HAS_KEYS=bases is not None,
@@ -311,7 +239,7 @@ class Launch:
                 enable_fp_fusion=True,
             )
             if len(self.chunks):
-                self._update(tensors, index, table, chunks, found_inf, keys)
+                self._update(tensors, index, table, chunks, keys, found_inf, scale=grad_scale)
             self._tables.keep_spare([*arrays, *places, self._all_chunks])
 
     def _update(
@@ -320,11 +248,14 @@ class Launch:
         index: torch.Tensor,
         scalars: torch.Tensor,
         chunks: torch.Tensor,
-        found_inf: torch.Tensor | None,
         keys: torch.Tensor | None = None,
+        found_inf: torch.Tensor | None = None,
         factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+        scale: torch.Tensor | None = None,
     ) -> None:
-        update_kernel[(len(chunks),)](
+        shape, watched = shape_of(self.kinds), self.extras.watched
+        scale = here(scale, self.device) if watched else None
+        update_kernel[(len(chunks) * shape.parts,)](
             tensors,
             chunks,
             index,
@@ -332,15 +263,23 @@ class Launch:
             keys,
             found_inf,
             *(factors or (None, None)),
+            scale,
+            self._seen.room(shape.parts) if watched else None,
             RULE=compiled_rule(self.rule),
             DTYPES=tuple(memory.DTYPES[kind] for kind in self.kinds),
+            SCALES=scale_columns(self.kinds),
             COMPUTE=memory.compute_dtype(self.kinds[0]),
             N_SCALARS=self.n_scalars,
             HAS_SKIP=found_inf is not None,
             HAS_FACTORS=factors is not None,
-            BLOCK=block_size(self.kinds),
+            HAS_SCALE=scale is not None,
+            BLOCK=shape.block,
+            PARTS=shape.parts,
+            SPAN=CHUNK // shape.parts,
+            LANES=shape.threads,
+            WIDTH=shape.width,
             EXTRAS=tuple(map(int, self.extras)),
-            num_warps=THREADS // _warp_size(),
+            num_warps=shape.threads // _warp_size(),
             enable_fp_fusion=True,
         )
 
@@ -353,23 +292,3 @@ class Launch:
                 yield
         except CompilationError as error:
             raise uncompilable(self.rule, "Triton", error) from error
-
-
-def host_value(x: Any) -> float:
-    """A hyper-parameter as far as the host knows it; one on a device is copied there."""
-    if isinstance(x, torch.Tensor):
-        return x.detach().item() if x.device.type == "cpu" else 0.0
-    return float(x)
-
-
-def here(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """A tensor, if there is one, on a device, without waiting for it."""
-    return None if x is None else x.to(device, non_blocking=True)
-
-
-def copy_device_values(values: Sequence[Sequence[Any]], table: torch.Tensor) -> None:
-    """Those that are on a device, to their places in a table there."""
-    for row, of_row in enumerate(values):
-        for column, value in enumerate(of_row):
-            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-                table[row, column].copy_(value.reshape(()), non_blocking=True)

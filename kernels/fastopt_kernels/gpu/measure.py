@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastopt_kernels.gpu import engine, memory
 from fastopt_kernels.gpu import xp as gpu_xp
-from fastopt_kernels.gpu.tables import Tables
+from fastopt_kernels.gpu.tables import Tables, copy_device_values, here, host_value
 
 # Elements a load of all threads: 16 bytes each; UNROLL of them are under way at once.
 BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024}
@@ -160,8 +160,8 @@ def measure_kernel(
         first = tl.load(chunk_ptr + 1)
         n = tl.load(chunk_ptr + 2) - first
         address = tl.load(grads_ptr + tl.load(chunk_ptr))
-        aligned_ptr = memory.pointer(address, first, DTYPE, True)
-        any_ptr = memory.pointer(address, first, DTYPE, False)
+        aligned_ptr = memory.pointer(address, first, DTYPE, 16)
+        any_ptr = memory.pointer(address, first, DTYPE, 0)
         full = tl.where(address % 16 == 0, n // (UNROLL * BLOCK), 0)
         for block in range(full):
             blocks = ()
@@ -290,7 +290,7 @@ class Look:
         others:   `measured` of the looks of other devices
         """
         self._plan(families)
-        known = np.asarray([engine.host_value(x) for x in limits], dtype=np.float64)
+        known = np.asarray([host_value(x) for x in limits], dtype=np.float64)
         grads = [np.ascontiguousarray(launch.tensors[:, 1]) for launch in self.launches]
         arrays = [
             np.zeros(1, dtype=np.int32), self._firsts, families, known, *grads
@@ -300,7 +300,7 @@ class Look:
         with torch.cuda.device(self.device) if real else nullcontext():
             tables, lasting = self._tables.send(arrays)
             counter, firsts, family_table, limit_table, *addresses = tables
-            engine.copy_device_values([limits], limit_table[None])
+            copy_device_values([limits], limit_table[None])
             wide = torch.empty(
                 HEAD + 2 * n_groups + 2 * n_families, dtype=torch.float64, device=self.device
             )
@@ -313,8 +313,8 @@ class Look:
                 _joined(others, self.device) if others else wide,
                 family_table,
                 limit_table,
-                engine.here(grad_scale, self.device),
-                engine.here(found_inf, self.device),
+                here(grad_scale, self.device),
+                here(found_inf, self.device),
                 wide,
                 narrow,
                 sum(self._n_spans),

@@ -15,6 +15,8 @@ DTYPES = {
     "fp16": tl.float16,
     "fp64": tl.float64,
     "int16": tl.int16,
+    "int8": tl.int8,
+    "uint8": tl.uint8,
 }
 
 
@@ -25,8 +27,8 @@ def compute_dtype(kind: str) -> tl.dtype:
 
 @triton.jit
 def pointer(address, first, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Element `first` (int64) of the array at an address; ALIGNED promises 16 bytes."""
+    """Element `first` (int64) of the array at an address; ALIGNED: bytes it promises, or 0."""
     x_ptr = address.to(tl.pointer_type(DTYPE)) + first
     if ALIGNED:
-        x_ptr = tl.multiple_of(x_ptr, 16)
+        x_ptr = tl.multiple_of(x_ptr, ALIGNED)
     return x_ptr

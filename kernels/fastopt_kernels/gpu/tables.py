@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,14 @@ class Tables:
         if len(self._spares) < SPARES and not self._capturing():
             self._spares.append(self._pinned(sum(map(_padded, arrays))))
 
+    def outlive(self, tensor: torch.Tensor) -> None:
+        """Keep a tensor that a launch writes to and that somebody else may let go of: until this
+        stream has done so, or, under capture, for good."""
+        if self._capturing():
+            _captured.append(tensor)
+        elif self.device.type != "cpu":
+            tensor.record_stream(torch.cuda.current_stream())
+
     def _capturing(self) -> bool:
         return self.device.type != "cpu" and torch.cuda.is_current_stream_capturing()
 
@@ -82,3 +91,23 @@ class Tables:
 def _padded(array: np.ndarray) -> int:
     """Bytes of an array, up to the next boundary of 16."""
     return -(-array.nbytes // 16) * 16
+
+
+def host_value(x: Any) -> float:
+    """A hyper-parameter as far as the host knows it; one on a device is copied there."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().item() if x.device.type == "cpu" else 0.0
+    return float(x)
+
+
+def here(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A tensor, if there is one, on a device, without waiting for it."""
+    return None if x is None else x.to(device, non_blocking=True)
+
+
+def copy_device_values(values: Sequence[Sequence[Any]], table: torch.Tensor) -> None:
+    """Those that are on a device, to their places in a table there."""
+    for row, of_row in enumerate(values):
+        for column, value in enumerate(of_row):
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                table[row, column].copy_(value.reshape(()), non_blocking=True)
