@@ -20,10 +20,10 @@ from tests.rows.problem import Problem
 from tests.rows.subject import DTYPES, MODULES, NAMES, NORMS, OURS, OVER_DIM, TORCH
 
 PREFIX = "fastopt::"
-# Checked beside their functions: test_residual_norms.py, test_masked_softmax.py.
+# Checked beside their functions, in test_residual_norms.py and others.
 ELSEWHERE = {
     PREFIX + name + suffix
-    for name in ("add_norm", "masked_softmax")
+    for name in ("add_norm", "linear_cross_entropy", "masked_softmax", "weight_norm")
     for suffix in ("", "_backward")
 }
 
