@@ -15,19 +15,10 @@ import os
 import torch
 
 from bench.timing import Subject
+from fastopt.cli.memory import KEEP, VARIABLE
 
 WARM, DEFAULT = "warm", "default"
 ALLOCATORS = (WARM, DEFAULT)
-
-_VARIABLE = "GLIBC_TUNABLES"
-# No block comes from mmap, and the heap is never trimmed. (Raising mmap_threshold would not do: it
-# stops at 32 MiB, and a temporary of GPT-2's embedding has 154 MB.) Without the cache of small
-# chunks: it holds on to the splinters that aligned blocks leave, a freed block then never fits the
-# next request of its size, and the heap grows with every step. That cache is worth 2 to 4 % of a
-# step on small tensors, to everybody alike.
-_KEEP = (
-    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0x7fffffffffff:glibc.malloc.tcache_count=0"
-)
 
 _PROBE_ELEMENTS = 25_000_000
 # Kept memory costs none; fresh memory 48 even in huge pages.
@@ -37,9 +28,9 @@ _PROBE_FAULTS = 10
 def environment(allocator: str) -> dict[str, str]:
     """The environment of a process whose allocator is to be in this state."""
     variables = dict(os.environ)
-    variables.pop(_VARIABLE, None)
+    variables.pop(VARIABLE, None)
     if allocator == WARM:
-        variables[_VARIABLE] = _KEEP
+        variables[VARIABLE] = KEEP
     return variables
 
 

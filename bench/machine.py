@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastopt.cli import hardware
 from fastopt.cli.record import cpu_name
 
 # Those a figure may depend on; peers are listed where they are installed.
@@ -20,8 +21,6 @@ PACKAGES = (
     "deepspeed", "torch-optimi", "bitsandbytes", "torchao",
 )  # fmt: skip
 
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,41 +30,15 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "caches": _caches(),
-        "memory_gib": _memory_gib(),
-        "transparent_huge_pages": _chosen(_read(_HUGE_PAGES)),
+        "caches": hardware.caches(),
+        "memory_gib": hardware.memory_gib(),
+        "transparent_huge_pages": hardware.huge_pages(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _caches() -> dict[str, str]:
-    """Sizes as one core sees them, such as {"L1 data": "32K"}; empty where the system is silent."""
-    sizes = {}
-    for index in sorted(_CACHES.glob("index*")):
-        kind = _read(index / "type").lower()
-        suffix = "" if kind == "unified" else f" {kind}"
-        sizes[f"L{_read(index / 'level')}{suffix}"] = _read(index / "size")
-    return sizes
-
-
-def _memory_gib() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-
-
-def _chosen(options: str) -> str:
-    """The bracketed word of "always [madvise] never"."""
-    return options.partition("[")[2].partition("]")[0]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 def _version(package: str) -> str | None:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 
-from . import demo
+from . import bench, demo, doctor
+from .names import did_you_mean, unknown_option
 
-COMMANDS = {"demo": demo}
+COMMANDS = {
+    "demo": demo,
+    "bench": bench,
+    "doctor": doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (sys.argv's by default) and returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser, commands = _parsers()
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
     if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         parser.error(_unknown(arguments[0]))
+    if (command := commands.get(arguments[0])) and (
+        message := unknown_option(command, arguments[1:])
+    ):
+        command.error(message)
     options = parser.parse_args(arguments)
     try:
         status: int = COMMANDS[options.command].run(options)
@@ -30,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and those of the commands by name."""
     parser = argparse.ArgumentParser(
         prog="fastopt",
         description="Fused optimizers for PyTorch: one launch for the whole model.",
@@ -47,12 +56,11 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-    return parser
+    return parser, commands.choices
 
 
 def _unknown(command: str) -> str:
-    near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
-    hint = f", did you mean '{near[0]}'?" if near else ""
+    hint = did_you_mean(command, COMMANDS)
     return f"unknown command '{command}'{hint} (commands: {', '.join(COMMANDS)})"
 
 
