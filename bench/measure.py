@@ -14,13 +14,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import cases, limit, timing
 from bench.allocator import ALLOCATORS, WARM, is_warm
 from bench.cases import LIMIT, TORCH_BEST, Case, Workload
-from bench.models import REAL
-from bench.providers import FASTOPT, LOOP, TORCH, NoStepError, traffic
+from bench.models import REAL, Gradients, make_parameters
+from bench.providers import FASTOPT, LOOP, PROVIDERS, TORCH, NoStepError, traffic
 from bench.sections import emit, records_file
 from bench.timing import Ratio, Subject, Timing
 
@@ -28,6 +28,7 @@ Record = dict[str, Any]
 
 SECONDS, QUICK_SECONDS = 4.0, 0.4
 COPY_ELEMENTS = 33_000_000
+ERROR_MODEL = "mlp-784"
 # Mean difference between fastopt's parameters and torch's after the warm steps, as a share of how
 # far torch's moved. Rounding explains this much; a step that does nothing scores 1.
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
@@ -69,6 +70,28 @@ def copy_gb_per_s() -> float:
     """The faster of two plain float32 copies, from memory to memory."""
     timings = timing.interleave(warm(limit.copies(COPY_ELEMENTS)), QUICK_SECONDS)
     return 8 * COPY_ELEMENTS / min(t.median for t in timings.values()) / 1e9
+
+
+def error(optimizer: str, dtype: torch.dtype, provider: str) -> float:
+    """How far a provider's parameters are from torch's loop in float64 after the warm steps.
+
+    As a share of how far those went, the sum of |a - b| over that of |start - b|, on a small model:
+    what an element becomes does not depend on how many there are.
+    """
+    params = make_parameters(ERROR_MODEL, dtype)
+    exact = [nn.Parameter(param.detach().double()) for param in params]
+    start = [param.detach().clone() for param in exact]
+    bind = Gradients(ERROR_MODEL, dtype, "rebound").binder(params)
+    step = PROVIDERS[provider].make(optimizer, params)
+    exact_step = PROVIDERS[LOOP].make(optimizer, exact)
+    for _ in range(timing.WARM_STEPS):
+        bind()
+        for param, other in zip(params, exact, strict=True):
+            assert param.grad is not None
+            other.grad = param.grad.double()
+        step()
+        exact_step()
+    return _distance(params, exact) / _distance(start, exact)
 
 
 def _facts(case: Case) -> Record:

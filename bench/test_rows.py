@@ -7,83 +7,63 @@ as a user has it, so these figures hold page faults and drift with the machine: 
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from bench import limit
+from bench import timed
 from bench.models import DTYPES
 from bench.providers import FASTOPT, NoStepError
 from bench.row_cases import SECTIONS, Case
-from bench.row_measure import COPY_BYTES
-from bench.row_ops import OPS, Shape, Workload
+from bench.row_measure import allowed
+from bench.row_ops import OPS, Shape, Workload, check
 from bench.row_providers import ATEN, PROVIDERS
-from bench.timing import Subject, interleave
-from fastopt.cli.record import cpu_name
+from bench.timing import Subject
 
 # Warnings are errors in the tests of this project; here they are those of other people's code.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = [case for here in SECTIONS.values() for case in here]
-SECONDS = 0.5
-ROUNDS = (3, 500)
-
-
-def _id(value: Case | str) -> str:
-    name = value.name if isinstance(value, Case) else value
-    return name.lower().replace(", ", "-").replace(" + ", "+").replace(" ", "-")
 
 
 @lru_cache(maxsize=1)
-def _workload(op: str, shape: Shape, dtype: str) -> Workload:
-    return Workload(OPS[op], shape, DTYPES[dtype])
+def _workload(op: str, shape: Shape, dtype: str) -> tuple[Workload, dict[str, Tensor]]:
+    """The input and what torch makes of it in float64."""
+    work = Workload(OPS[op], shape, DTYPES[dtype])
+    return work, work.oracle(torch.float64)
 
 
-def _subject(case: Case, provider: str) -> Subject:
-    """The provider, warmed up; a skip where it has no such function, or a peer's fails."""
+def _subject(case: Case, provider: str) -> tuple[Subject, float]:
+    """The provider, warmed up, and its error; a skip where it has no such function, or a peer's
+    fails. An error of fastopt's that is not rounding's is a failure."""
+    work, oracle = _workload(case.op.name, case.sizes, case.dtype)
     try:
         function = PROVIDERS[provider](case.op.function)
+        results = work.results(function, case.backward)
+        error = check(results, oracle, allowed(provider, case.dtype))
+        subject = Subject(work.step(function, case.backward))
+        timed.warm(subject)
     except NoStepError as reason:
         pytest.skip(str(reason))
-    work = _workload(case.op.name, case.sizes, case.dtype)
-    subject = Subject(work.step(function, case.backward))
-    try:
-        subject.warm()
     except Exception as error:
         if provider in (FASTOPT, ATEN):
             raise
         pytest.skip(f"{provider} failed: {type(error).__name__}: {error}")
-    return subject
+    return subject, error
 
 
-@cache
-def _floor_s(n_bytes: int) -> float:
-    """Seconds of the faster copy of as many bytes."""
-    copies = limit.copies(n_bytes // COPY_BYTES)
-    timings = interleave({name: Subject(copy) for name, copy in copies.items()}, SECONDS)
-    return min(timing.median for timing in timings.values())
-
-
-@pytest.mark.parametrize("provider", PROVIDERS, ids=_id)
-@pytest.mark.parametrize("case", CASES, ids=_id)
-def test_row_function(benchmark: Any, case: Case, provider: str) -> None:
-    subject = _subject(case, provider)
-    fewest, most = ROUNDS
-    rounds = max(fewest, min(most, round(SECONDS / subject.time())))
-    benchmark.group = case.name
-    benchmark.pedantic(subject.step, rounds=rounds)
-
-    benchmark.extra_info |= {
-        "bytes": case.n_bytes,
-        "page_faults": subject.page_faults(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cpu": cpu_name(),
-    }
-    if benchmark.stats is not None:
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info["gb_per_s"] = case.n_bytes / seconds / 1e9
-        if not case.is_tiny:
-            benchmark.extra_info["times_the_floor"] = seconds / _floor_s(case.n_bytes)
+@pytest.mark.parametrize("provider", PROVIDERS, ids=timed.slug)
+@pytest.mark.parametrize(
+    ("op", "shape", "dtype", "which"),
+    [pytest.param(c.op.name, c.shape, c.dtype, c.which, id=timed.slug(c.name)) for c in CASES],
+)
+def test_row_function(
+    benchmark: Any, op: str, shape: str, dtype: str, which: str, provider: str
+) -> None:
+    case = Case(OPS[op], shape, dtype, which)
+    subject, error = _subject(case, provider)
+    facts = timed.Facts(f"{op} {shape}", case.name, provider, dtype, case.n_bytes, error)
+    timed.time(benchmark, subject, facts)
