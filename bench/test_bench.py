@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench import allocator, limit, measure, models, render, timing
+from bench import allocator, limit, measure, models, render, test_functions, timed, timing
 from bench.cases import LIMIT, TORCH_BEST, Case, Goal
+from bench.function_report import cases
 from bench.providers import FASTOPT, FUSED, LOOP, PROVIDERS, STATES, Provider, traffic
 from bench.report import judged
+from bench.row_ops import check
+from bench.row_providers import ATEN
+from fastopt.cli import main
 
 MLP = Case("AdamW", "mlp", (Goal(FUSED, 2.0, stretch=3.0), Goal(LIMIT, 0.5)))
 
@@ -118,3 +126,105 @@ def test_a_step_that_is_not_the_step_has_no_time(monkeypatch, make) -> None:
     monkeypatch.setitem(PROVIDERS, FASTOPT, Provider(FASTOPT, make))
     with pytest.raises(RuntimeError, match="means nothing"):
         measure.measure(MLP, (FASTOPT, LOOP), seconds=0.05)
+
+
+def _saved(*arguments: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Runs pytest on bench with these arguments; extra_info by the name of the benchmark."""
+    path = folder / "run.json"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, f"--benchmark-json={path}"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        check=True,
+    )
+    saved = json.loads(path.read_text())["benchmarks"]
+    return {benchmark["name"]: benchmark for benchmark in saved}
+
+
+@pytest.mark.parametrize(
+    ("where", "which", "name", "group"),
+    [
+        ("test_optim.py", "adamw-mlp-{}", "test_step[adamw-mlp-{}]", "AdamW mlp"),
+        (
+            "test_rows.py",
+            "softmax-8x16-fp32-forward-{}",
+            "test_row_function[softmax-8x16-fp32-forward-{}]",
+            "softmax 8x16",
+        ),
+        (
+            "test_functions.py",
+            "weight_norm-512x256x7-dim-0-fp32-forward-{}",
+            "test_function[weight_norm-512x256x7-dim-0-fp32-forward-{}]",
+            "weight_norm 512 x 256 x 7, dim 0",
+        ),
+    ],
+)
+def test_a_saved_run_has_what_a_comparison_needs(
+    where: str, which: str, name: str, group: str, tmp_path: Path, capsys
+) -> None:
+    providers = {
+        "test_optim.py": (FASTOPT, FUSED),
+        "test_rows.py": (FASTOPT, ATEN),
+        "test_functions.py": (FASTOPT, "torch"),
+    }[where]
+    wanted = " or ".join(which.format(timed.slug(provider)) for provider in providers)
+    saved = _saved(f"bench/{where}", "-k", wanted, folder=tmp_path)
+    for provider in providers:
+        benchmark = saved[name.format(timed.slug(provider))]
+        info = benchmark["extra_info"]
+        assert benchmark["group"] == group
+        assert benchmark["params"]["provider"] == info["provider"] == provider
+        assert benchmark["params"]["dtype"] == info["dtype"] == "fp32"
+        assert info["bytes"] > 0
+        rate = info["bytes"] / benchmark["stats"]["median"] / 1e9
+        assert info["gb_per_s"] == pytest.approx(rate)
+        assert info["share_of_copy"] == pytest.approx(rate / info["copy_gb_per_s"])
+        assert 0 <= info["error"] <= 1e-5
+        assert info["versions"]["torch"] == torch.__version__
+        assert info["threads"] == torch.get_num_threads()
+        assert info["cpu"]
+    path = str(tmp_path / "run.json")
+    assert main(["bench", "--compare", path, path]) == 0
+    assert "0 of 1 cases slower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "NAdam"])
+def test_the_error_of_a_step_is_rounding(optimizer: str) -> None:
+    for provider in (FASTOPT, LOOP):
+        assert measure.error(optimizer, torch.float32, provider) < measure.TOLERANCE["fp32"]
+
+
+def test_the_error_of_a_step_that_does_nothing_is_1(monkeypatch) -> None:
+    nothing = Provider(FASTOPT, lambda optimizer, params: lambda: None)
+    monkeypatch.setitem(PROVIDERS, FASTOPT, nothing)
+    assert measure.error("AdamW", torch.float32, FASTOPT) == pytest.approx(1)
+    wrong = Provider(FASTOPT, _sign_flipped)
+    monkeypatch.setitem(PROVIDERS, FASTOPT, wrong)
+    assert measure.error("AdamW", torch.float32, FASTOPT) > 1
+
+
+def test_the_functions_are_those_of_every_module_of_cases() -> None:
+    names = {function.partition(" ")[0] for function, _ in test_functions.CASES}
+    assert {"batch_norm", "add_rms_norm", "linear_cross_entropy"} <= names
+    assert len(test_functions.CASES) == len(cases())
+
+
+@pytest.mark.parametrize("provider", test_functions.PROVIDERS)
+def test_functions_are_held_against_float64(provider: str) -> None:
+    key = ("weight_norm 512 x 256 x 7, dim 0", "fp32")
+    case, oracle = test_functions.CASES[key], test_functions._oracle(*key)
+    assert oracle is not None
+    right = test_functions._results(test_functions._function(case, provider), case.inputs())
+    assert check(right, oracle, 1e-5) <= 1e-5
+    with pytest.raises(RuntimeError, match="means nothing"):
+        check(right | {"d0": -right["d0"]}, oracle, 1e-5)
+
+
+def test_a_function_that_draws_has_no_error() -> None:
+    drawing = [key for key in test_functions.CASES if "dropout" in key[0]]
+    case = test_functions.CASES[drawing[0]]
+    small = replace(case, inputs=lambda: [torch.ones(64)], theirs=torch.nn.functional.dropout)
+    key = ("drawn", "fp32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(test_functions.CASES, key, small)
+        assert test_functions._oracle(*key) is None

@@ -1,7 +1,7 @@
 """The functions of every `bench/*_cases.py` beside torch's own: pytest bench/test_functions.py.
 
 pytest-benchmark takes providers in sequence with the allocator as a user has it, so these figures
-hold page faults and drift with the machine.
+hold page faults and drift with the machine: for ratios run `python -m bench.function_report`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import function_cases, timed
+from bench import timed
 from bench.function_cases import FunctionCase
+from bench.function_report import cases
 from bench.models import DTYPES
 from bench.providers import FASTOPT
 from bench.row_cases import BOTH, PASSES
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TORCH = "torch"
 PROVIDERS = (FASTOPT, TORCH)
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CASES = {(case.name, DTYPE_NAMES[case.dtype]): case for case in function_cases.discover()}
+CASES = {(case.name, DTYPE_NAMES[case.dtype]): case for case in cases()}
 
 
 def _function(case: FunctionCase, provider: str) -> Callable[..., Tensor]:
