@@ -6,6 +6,7 @@ provider has the same `case`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
@@ -71,6 +72,7 @@ def time(benchmark: Any, subject: Subject, facts: Facts) -> float | None:
         "share_of_copy": gb_per_s / _copy_gb_per_s(),
         "error": facts.error,
         "page_faults": subject.page_faults(),
+        "load": os.getloadavg()[0],
         **_machine(),
     }
     return seconds
@@ -88,5 +90,5 @@ def _machine() -> dict[str, Any]:
         "copy_gb_per_s": _copy_gb_per_s(),
         "allocator": WARM if is_warm() else DEFAULT,
         "versions": found["packages"],
-        **{name: found[name] for name in ("cpu", "threads", "caches", "system", "python")},
+        **{name: found[name] for name in ("cpu", "cores", "threads", "caches", "system", "python")},
     }

@@ -19,7 +19,9 @@ BASE = {
 QUIET, NOISY = 0.01, 0.3
 
 
-def saved(times: dict[str, dict[str, float]], noise: float = QUIET) -> dict[str, Any]:
+def saved(
+    times: dict[str, dict[str, float]], noise: float = QUIET, load: float = 2.0
+) -> dict[str, Any]:
     """A file as pytest-benchmark writes it, of these medians; quartiles lie `noise` around them."""
     return {
         "datetime": "2026-11-21T17:24:48.000000+00:00",
@@ -32,6 +34,8 @@ def saved(times: dict[str, dict[str, float]], noise: float = QUIET) -> dict[str,
                     "provider": provider,
                     "cpu": "AMD EPYC",
                     "threads": 2,
+                    "cores": 2,
+                    "load": load,
                     "versions": {"torch": "2.13.0"},
                 },
                 "stats": {"median": s, "q1": s * (1 - noise), "q3": s * (1 + noise)},
@@ -98,15 +102,15 @@ def test_a_regression_is_against_torch_and_beyond_the_spread(
 def test_factor_and_spread_of_known_times() -> None:
     def run(ours: float, torchs: float) -> Run:
         times = {
-            "fastopt": Time(ours, ours / 1.1, ours * 1.1),
+            "fastopt": Time(ours, ours / 1.05, ours * 1.05),
             "torch": Time(torchs, torchs, torchs),
         }
         return Run({"case": times}, "")
 
     (change,) = compare.compare(run(1.0, 3.0), run(2.0, 3.0))
     assert (change.before, change.after, change.factor) == pytest.approx((3.0, 1.5, 0.5))
-    # Two spreads of a factor of 1.1, added as squares.
-    assert change.spread == pytest.approx(1.1 ** (2**0.5))
+    # Two spreads of a factor of 1.05 squared, added as squares.
+    assert change.spread == pytest.approx(1.05 ** (2 * 2**0.5))
 
 
 def test_the_worst_comes_first_and_the_mean_is_geometric() -> None:
@@ -142,6 +146,14 @@ def test_cases_of_one_run_are_counted_not_compared(
     assert "0 cases only in A, 2 only in B, 0 without" in out
     assert "0 of 1 cases slower" in out
     assert "2026-11-21T17:24, AMD EPYC, 2 threads, torch 2.13.0, commit 351c85a523" in out
+
+
+def test_a_run_on_a_busy_machine_is_marked(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = save(runs, "a", saved(BASE)), save(runs, "b", saved(BASE, load=7.4))
+    main(["bench", "--compare", a, b])
+    out = capsys.readouterr().out
+    assert out.count("processes wanted each core") == 1
+    assert "3.7 processes wanted each core" in out
 
 
 @pytest.mark.parametrize("name", ["0001_base", "0001", "base", "0001_base.json"])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from . import plain
 from .compare import (
+    BUSY,
     FASTER,
     SLOWER,
     Change,
@@ -62,6 +63,11 @@ def run(options: argparse.Namespace) -> int:
     _print(changes)
     for letter, path, one in zip("AB", paths, (before, after), strict=True):
         print(f"{letter}: {path} ({one.about})")
+        if one.busy > BUSY:
+            print(
+                f"   {one.busy:.1f} processes wanted each core meanwhile: its ratios may mean "
+                "little, run it again when the machine is quiet"
+            )
     print(_left_out(before, after, len(changes)))
     slower = [change for change in changes if change.verdict == SLOWER]
     print(

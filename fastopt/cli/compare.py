@@ -16,9 +16,14 @@ from typing import Any
 FASTOPT = "fastopt"
 # Whom fastopt is held against: the first of these that both runs have timed in a case.
 REFERENCES = ("torch fused", "torch loop", "ATen", "torch")
-# The least change that can be a finding, however quiet the rounds were: where memory happens to
-# lie, and what ran before, move a ratio by as much from one run to the next.
+# The least change that can be a finding, however quiet the rounds were. Five runs of seven row
+# functions beside other programs: ratios of the same code moved by 7 % in the median, and the spread
+# covered all but 6 of 70 changes.
 LEAST_CHANGE = 1.05
+
+# A benchmark alone keeps every core busy. Beside another program the threads of a loop wait for the
+# one that was sent away, each time: torch's fused step of a small model took 36 ms, not 0.06.
+BUSY = 1.5
 
 FASTER, SLOWER, ALIKE = "faster", "slower", "alike"
 
@@ -33,16 +38,24 @@ class Time:
 
     @property
     def spread(self) -> float:
-        """Half the distance of the quartiles, in logarithms."""
-        return math.log(self.high / self.low) / 2
+        """The distance of the quartiles, in logarithms.
+
+        Half of it would be the noise of single rounds; the median of a run moves with the machine
+        as a whole, too.
+        """
+        return math.log(self.high / self.low)
 
 
 @dataclass(frozen=True)
 class Run:
-    """cases: times by case, then by provider; about: date, machine, versions, commit, one line."""
+    """cases: times by case, then by provider; about: date, machine, versions, commit, one line
+
+    busy: processes that wanted a core, for each core, at the busiest moment; 0 where not known
+    """
 
     cases: Mapping[str, Mapping[str, Time]]
     about: str
+    busy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def load(path: Path) -> Run:
             info = benchmark["extra_info"]
             if "provider" in info:
                 cases.setdefault(info["case"], {})[info["provider"]] = _time(benchmark["stats"])
-        about = _about(saved)
+        about, busy = _about(saved), _busy(saved)
     except OSError as error:
         raise NotARunError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -93,7 +106,7 @@ def load(path: Path) -> Run:
         raise NotARunError(
             f"{path} has no times of fastopt: make one with pytest bench --benchmark-save NAME"
         )
-    return Run(cases, about)
+    return Run(cases, about, busy)
 
 
 def _time(stats: Mapping[str, float]) -> Time:
@@ -115,6 +128,11 @@ def _about(saved: Mapping[str, Any]) -> str:
         f"commit {(saved.get('commit_info') or {}).get('id', '?')[:10]}",
     ]
     return ", ".join(fact for fact in facts if fact)
+
+
+def _busy(saved: Mapping[str, Any]) -> float:
+    infos = [one["extra_info"] for one in saved["benchmarks"]]
+    return max((info["load"] / info["cores"] for info in infos if "load" in info), default=0.0)
 
 
 def compare(before: Run, after: Run) -> list[Change]:
