@@ -17,8 +17,8 @@ FASTOPT = "fastopt"
 # Whom fastopt is held against: the first of these that both runs have timed in a case.
 REFERENCES = ("torch fused", "torch loop", "ATen", "torch")
 # The least change that can be a finding, however quiet the rounds were. Five runs of seven row
-# functions beside other programs: ratios of the same code moved by 7 % in the median, and the spread
-# covered all but 6 of 70 changes.
+# functions beside other programs: ratios of the same code moved by 7 % in the median, and the
+# spread covered all but 6 of 70 changes.
 LEAST_CHANGE = 1.05
 
 # A benchmark alone keeps every core busy. Beside another program the threads of a loop wait for the

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ def run(options: argparse.Namespace) -> int:
     from .examine import examine
     from .findings import findings
 
+    if sys.stderr.isatty():
+        # A spinner would run beside what is measured.
+        print("running kernels and measuring memory, some seconds ...", file=sys.stderr)
     facts = examine()
     found = findings(facts)
     healthy = not any(finding.serious for finding in found)
