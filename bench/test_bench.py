@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bench import allocator, limit, measure, models, render, test_functions, timed, timing
 from bench.cases import LIMIT, TORCH_BEST, Case, Goal
@@ -223,7 +224,9 @@ def test_functions_are_held_against_float64(provider: str) -> None:
 def test_a_function_that_draws_has_no_error() -> None:
     drawing = [key for key in test_functions.CASES if "dropout" in key[0]]
     case = test_functions.CASES[drawing[0]]
-    small = replace(case, inputs=lambda: [torch.ones(64)], theirs=torch.nn.functional.dropout)
+    small = replace(
+        case, inputs=lambda: [torch.ones(64, requires_grad=True)], theirs=nn.functional.dropout
+    )
     key = ("drawn", "fp32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(test_functions.CASES, key, small)
