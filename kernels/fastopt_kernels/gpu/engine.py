@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from triton.compiler import CompilationError
 
+from fastopt_kernels import launches
 from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras, chunk_table, n_codes
 from fastopt_kernels.gpu import memory, rounding
 from fastopt_kernels.gpu import xp as gpu_xp
@@ -195,6 +196,7 @@ class Launch:
     scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
     keys:    (n,) int64, what chance depends on beside the element (stochastic rounding)
     owners:  (n,) int64, the parameter group of each tensor; read where a verdict is given
+    name:    what a profiler shows it as
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class Launch:
     ) -> None:
         n = len(numels)
         self.rule, self.kinds, self.n_scalars, self.device = rule, kinds, n_scalars, device
-        self.extras = extras
+        self.extras, self.name = extras, rule.__name__
         self.keys, self.owners = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
@@ -285,7 +287,9 @@ class Launch:
                 found_inf = verdict.skip
             table = torch.empty_like(torch.from_numpy(self.scalars), device=self.device)
             keys = None if bases is None else torch.empty_like(placed[-1])
-            scalars_kernel[(triton.cdiv(len(groups), SCALARS_BLOCK),)](
+            launches.start(
+                scalars_kernel,
+                (triton.cdiv(len(groups), SCALARS_BLOCK),),
                 number_table,
                 group_table,
                 hyper_table,
@@ -324,7 +328,9 @@ class Launch:
         keys: torch.Tensor | None = None,
         factors: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        update_kernel[(len(chunks),)](
+        launches.start(
+            update_kernel,
+            (len(chunks),),
             tensors,
             chunks,
             index,
@@ -342,6 +348,7 @@ class Launch:
             EXTRAS=tuple(map(int, self.extras)),
             num_warps=THREADS // _warp_size(),
             enable_fp_fusion=True,
+            name=self.name,
         )
 
     @contextmanager

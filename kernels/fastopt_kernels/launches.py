@@ -1,0 +1,48 @@
+"""Every launch of a kernel has a name: torch's profiler shows it as `fastopt::<name>`, and a
+watcher may time it. Where neither is there, a launch pays for two look-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch.autograd import profiler
+
+# watcher(name, kernel, idle) is entered around each launch. kernel: what was compiled; idle: calls
+# it the same way with nothing to do, where that can be told apart.
+Watcher = Callable[[str, Any, Callable[[], Any] | None], AbstractContextManager[Any]]
+_watcher: Watcher | None = None
+
+
+def unseen() -> bool:
+    """Whether nobody looks, which is nearly always."""
+    return _watcher is None and not profiler._is_profiler_enabled
+
+
+@contextmanager
+def seen(name: str, kernel: Any, idle: Callable[[], Any] | None = None) -> Iterator[None]:
+    """Around a launch that somebody looks at."""
+    watching = nullcontext() if _watcher is None else _watcher(name, kernel, idle)
+    with profiler.record_function(f"fastopt::{name}"), watching:
+        yield
+
+
+def start(kernel: Any, grid: Any, *args: Any, name: str | None = None, **constants: Any) -> None:
+    """kernel[grid](...) of Triton; by the kernel's own name where none is given."""
+    if unseen():
+        kernel[grid](*args, **constants)
+    else:
+        with seen(name or kernel.fn.__name__.removesuffix("_kernel"), kernel):
+            kernel[grid](*args, **constants)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Every launch inside passes by this watcher, of any thread: a backward runs on another."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
