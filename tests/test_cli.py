@@ -14,8 +14,8 @@ from fastopt.cli import files, main, tasks
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dmeo"], "unknown command 'dmeo', did you mean 'demo'? (commands: demo)"),
-        (["train"], "unknown command 'train' (commands: demo)"),
+        (["dmeo"], "unknown command 'dmeo', did you mean 'demo'? (commands: demo, profile)"),
+        (["train"], "unknown command 'train' (commands: demo, profile)"),
         (["demo", "--seed", "-1"], "'-1' is not a whole number from 0"),
         (["demo", "--seed", "one"], "'one' is not a whole number from 0"),
         (["demo", "--threads", "0"], "'0' is not a whole number from 1"),

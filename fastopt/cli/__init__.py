@@ -7,9 +7,9 @@ import difflib
 import sys
 from collections.abc import Sequence
 
-from . import demo
+from . import demo, profile
 
-COMMANDS = {"demo": demo}
+COMMANDS = {"demo": demo, "profile": profile}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@ watcher may time it. Where neither is there, a launch pays for two look-ups."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -20,20 +21,39 @@ def unseen() -> bool:
     return _watcher is None and not profiler._is_profiler_enabled
 
 
+def _entered() -> str:
+    """The function by which the kernels were entered: layer_norm_backward, whatever it calls."""
+    frame, name = sys._getframe(1), ""
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("fastopt_kernels."):
+            name = frame.f_code.co_name
+        elif name:
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return name
+
+
 @contextmanager
-def seen(name: str, kernel: Any, idle: Callable[[], Any] | None = None) -> Iterator[None]:
-    """Around a launch that somebody looks at."""
+def _seen(name: str, kernel: Any, idle: Callable[[], Any] | None) -> Iterator[None]:
     watching = nullcontext() if _watcher is None else _watcher(name, kernel, idle)
     with profiler.record_function(f"fastopt::{name}"), watching:
         yield
 
 
+def seen(
+    name: str | None, kernel: Any, idle: Callable[[], Any] | None = None
+) -> AbstractContextManager[None]:
+    """Around a launch that somebody looks at; without a name it has that of the function by which
+    the kernels were entered."""
+    return _seen(name or _entered(), kernel, idle)
+
+
 def start(kernel: Any, grid: Any, *args: Any, name: str | None = None, **constants: Any) -> None:
-    """kernel[grid](...) of Triton; by the kernel's own name where none is given."""
+    """kernel[grid](...) of Triton."""
     if unseen():
         kernel[grid](*args, **constants)
     else:
-        with seen(name or kernel.fn.__name__.removesuffix("_kernel"), kernel):
+        with seen(name, kernel):
             kernel[grid](*args, **constants)
 
 

@@ -174,7 +174,6 @@ class Task:
             jitted = njit(types.void(types.int64, types.int64), **JIT)(disk.named(body, tag))
             return next(iter(jitted.overloads.values()))
 
-        self.name = build.__name__.strip("_")
         self.key = disk.key(build, *specialization)
         self._compiled = disk.obtain(self.key, make)
         name = self._compiled.fndesc.llvm_cfunc_wrapper_name
@@ -201,7 +200,7 @@ def run(
         _call_loop(parallel, args, n_threads)
     else:
         idle = (args[0], 0, address, 0, args[4])
-        with launches.seen(task.name, task.key, lambda: _call_loop(parallel, idle, n_threads)):
+        with launches.seen(None, task.key, lambda: _call_loop(parallel, idle, n_threads)):
             _call_loop(parallel, args, n_threads)
 
 
