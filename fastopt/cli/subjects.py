@@ -224,28 +224,39 @@ def function_subject(
     backward: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Subject:
-    """A call of a function, or the call and its backward.
+    """A call of a function, or the call and its backward. Raises as `arguments_of` does."""
+    function = functions()[name]
+    call = Call(function, arguments_of(name, shape, dtype, device, options or {}), backward)
+    n = next(x.numel() for x in call.arguments.values() if isinstance(x, Tensor))
+    operations = of_function(function, call.arguments, backward)
+    args = (name, "function", shape, dtype, n, 1, call.run, call.traffic(), operations, device)
+    return Subject(*args)
 
-    Raises LookupError where an argument is missing, ValueError for a shape the function refuses.
+
+def arguments_of(
+    name: str, shape: str, dtype: str, device: torch.device, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a function is called with, by name; its input is the first.
+
+    Raises LookupError for an option it does not have and where an argument is missing, ValueError
+    for a shape it refuses.
     """
     function, extents = functions()[name], shapes.tensor(shape)
     parameters = inspect.signature(function).parameters
-    arguments = dict(options or {})
-    if unknown := [key for key in arguments if key not in parameters]:
+    arguments: dict[str, Any] = {}
+    if unknown := [key for key in options if key not in parameters]:
         hint = shapes.nearest(unknown[0], parameters)
         raise LookupError(f"{name} has no parameter {unknown[0]!r}{hint}: {', '.join(parameters)}")
     source = Arguments(parameters, extents, DTYPES[dtype], device)
     for key, parameter in parameters.items():
-        if key not in arguments and (parameter.default is parameter.empty or key in _GIVEN):
+        if key in options:
+            arguments[key] = options[key]
+        elif parameter.default is parameter.empty or key in _GIVEN:
             try:
                 arguments[key] = source.make(key)
             except IndexError:
                 raise ValueError(f"{name} takes an input of more dimensions than {shape}") from None
-    call = Call(function, arguments, backward)
-    n = prod(source.shape)
-    operations = of_function(function, call.arguments, backward)
-    args = (name, "function", shape, dtype, n, 1, call.run, call.traffic(), operations, device)
-    return Subject(*args)
+    return arguments
 
 
 class Call:

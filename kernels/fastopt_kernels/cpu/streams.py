@@ -62,25 +62,28 @@ def _stream(tag):
 
 
 class Streams:
-    """Streams of these lengths in bytes, by mode, and a pass over all of them."""
+    """Streams of these lengths in bytes, by mode, and a pass over all of them.
+
+    memory: (source, target) of each; sums: of what each task read or moved
+    """
 
     def __init__(self, streams: list[tuple[int, int]]) -> None:
         """streams: (mode, bytes) each"""
-        self._memory = []
+        self.memory = []
         table = []
         for mode, n_bytes in streams:
             n = max(1, n_bytes // 4)
             source, target = (np.ones(n, dtype=np.float32) for _ in range(2))
-            self._memory.append((source, target))
+            self.memory.append((source, target))
             table.append((mode, source.ctypes.data, target.ctypes.data, n))
         self._table = np.array(table, dtype=np.int64)
         self._n = int(self._table[:, 3].sum())
         longest = 4 * int(self._table[:, 3].max())
         self._n_tasks = min(MOST_TASKS, max(1, longest // TASK))
-        self._sums = np.zeros(self._n_tasks, dtype=np.float32)
+        self.sums = np.zeros(self._n_tasks, dtype=np.float32)
 
     def run(self, n_pieces: int) -> None:
         """Move every stream once, each task's share in so many pieces."""
         numbers = (self._table.ctypes.data, len(self._table), self._n_tasks, n_pieces)
         task = rows.task_of(_stream)
-        rows.run(task, self._n_tasks, self._n, (*numbers, self._sums.ctypes.data))
+        rows.run(task, self._n_tasks, self._n, (*numbers, self.sums.ctypes.data))
