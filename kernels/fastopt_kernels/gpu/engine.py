@@ -313,6 +313,7 @@ class Launch:
                 BLOCK=SCALARS_BLOCK,
                 num_warps=THREADS // _warp_size(),
                 enable_fp_fusion=True,
+                name="scalars",
             )
             if len(self.chunks):
                 self._update(tensors, index, table, chunks, found_inf, keys)

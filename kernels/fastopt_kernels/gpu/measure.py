@@ -363,6 +363,7 @@ class Look:
                 GROUPS=GROUPS,
                 num_warps=engine.THREADS // engine._warp_size(),
                 enable_fp_fusion=True,
+                name="measure",
             )
 
 
