@@ -14,32 +14,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-Shape = tuple[int, ...]
+from fastopt.cli import shapes
+from fastopt.cli.shapes import MODELS as SHAPES
 
-
-def _gpt2() -> list[Shape]:
-    """GPT-2 small (Radford et al. 2019), the output head tied to the token embedding."""
-    width = 768
-    block = [
-        *[(width,), (width,)],
-        *[(width, 3 * width), (3 * width,)],
-        *[(width, width), (width,)],
-        *[(width,), (width,)],
-        *[(width, 4 * width), (4 * width,)],
-        *[(4 * width, width), (width,)],
-    ]
-    return [(50257, width), (1024, width), *(12 * block), (width,), (width,)]
-
-
-SHAPES: dict[str, list[Shape]] = {
-    "33m": [(33_000_000,)],
-    "gpt2": _gpt2(),
-    "20x1m": 20 * [(1_000_000,)],
-    "1000x1000": 1000 * [(1000,)],
-    "1000x64": 1000 * [(64,)],
-    "mlp": [(64, 256), (256,), (256, 10), (10,)],
-    "mlp-784": [(784, 128), (128,), (128, 10), (10,)],
-}
 DRAWN = 1_000_003
 # Trained for real, so its shapes come from the model itself: see `TrainingLoop`.
 REAL = "text transformer"
@@ -54,7 +31,7 @@ GRADIENTS = ("rebound", "flat")
 
 
 def n_elements(model: str) -> int:
-    return sum(map(prod, SHAPES[model]))
+    return shapes.n_elements(SHAPES[model])
 
 
 def make_parameters(model: str, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -87,13 +64,13 @@ class Gradients:
 
 def _tensors(model: str, dtype: torch.dtype, seed: int, scale: float) -> list[Tensor]:
     """Random tensors of the model's shapes, views of one buffer; the same for the same seed."""
-    shapes, n = SHAPES[model], n_elements(model)
+    n = n_elements(model)
     random = torch.Generator().manual_seed(seed)
     # The values recur: drawing them all would take longer than what is measured.
     drawn = torch.randn(min(n, DRAWN), generator=random).mul_(scale).to(dtype)
     values = drawn.repeat(-(-n // DRAWN))[:n]
-    parts = values.split([prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = values.split([prod(shape) for shape in SHAPES[model]])
+    return [part.view(shape) for part, shape in zip(parts, SHAPES[model], strict=True)]
 
 
 def _bind(params: list[nn.Parameter], grads: list[Tensor]) -> None:

@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, demo, doctor
+from . import bench, demo, doctor, profile
 from .names import did_you_mean, unknown_option
 
 COMMANDS = {
     "demo": demo,
     "bench": bench,
     "doctor": doctor,
+    "profile": profile,
 }
 
 

@@ -277,6 +277,7 @@ def _make_buckets(
             kind.device,
             kind.extras,
         )
+        launch.name = type(optimizer).__name__.lower()
         launch.prepare(torch.get_num_threads())
         buckets.append((kind, chosen, launch))
     steps = _make_steps(optimizer, [(kind, chosen) for kind, chosen, _ in buckets])

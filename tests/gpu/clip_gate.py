@@ -58,7 +58,7 @@ def check_clipped(
         run_on_device(launch, update, False, verdict)
         launch.run(1, verdict)
         measuring, scalars, (skipping, clipped) = (
-            compiled[name] for name in ("measure_kernel", "scalars_kernel", "update_kernel")
+            compiled.of(name) for name in ("measure_kernel", "scalars_kernel", "update_kernel")
         )
         return [
             measure_faults(measuring[0], kinds[1]),

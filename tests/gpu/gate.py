@@ -22,34 +22,21 @@ import argparse
 import importlib
 import itertools
 import pkgutil
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 import fastopt.optim
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, n_codes
-from fastopt_kernels.gpu import engine, measure
+from fastopt_kernels.gpu import engine, inspect, measure
+from fastopt_kernels.gpu.inspect import Read, compiling, read
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
-}
+TARGETS = inspect.TARGETS
 # p, g, every state.
 KINDS = (
     ("fp32", "fp32", "fp32"),
@@ -63,8 +50,6 @@ KINDS = (
 )
 ITEMSIZE = {"int8": 1, "uint8": 1, "int16": 2, "fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 CPU = torch.device("cpu")
-# Triton keeps compiled kernels by device: numbers no real one has.
-NO_DEVICE = 1000
 
 
 def updates() -> dict[str, Update]:
@@ -81,135 +66,6 @@ def updates() -> dict[str, Update]:
 
 def vars_update(value: Any) -> Update | None:
     return getattr(value, "_update", None) if isinstance(value, type) else None
-
-
-class _Driver:
-    """What Triton asks of a driver before it launches: the target, and some device number."""
-
-    def __init__(self, target: GPUTarget, device: int) -> None:
-        self._target, self._device = target, device
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return self._device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class _Recorder:
-    """A kernel that compiles for its arguments, and keeps what came of it, where it is launched."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.compiled = kernel, []
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def compile_only(*args: Any, **kwargs: Any) -> None:
-            self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
-
-        return compile_only
-
-
-@contextmanager
-def driving(target: str, warp_size: Any) -> Iterator[None]:
-    """Triton's driver is that of a target inside; warp_size: the cached function that asks it"""
-    drivers, active = triton.runtime.driver, triton.runtime.driver._active
-    warp_size.cache_clear()
-    drivers.set_active(_Driver(TARGETS[target], NO_DEVICE + list(TARGETS).index(target)))
-    try:
-        yield
-    finally:
-        drivers._active = active
-        warp_size.cache_clear()
-
-
-@contextmanager
-def compiling(target: str) -> Iterator[dict[str, list[Any]]]:
-    """Launches inside compile for a target and run nothing; yields the compiled kernels."""
-    places = {"update_kernel": engine, "scalars_kernel": engine, "measure_kernel": measure}
-    kept = {name: getattr(module, name) for name, module in places.items()}
-    recorders = {name: _Recorder(kernel) for name, kernel in kept.items()}
-    try:
-        for name, recorder in recorders.items():
-            setattr(places[name], name, recorder)
-        with driving(target, engine._warp_size):
-            yield {name: recorder.compiled for name, recorder in recorders.items()}
-    finally:
-        for name, kernel in kept.items():
-            setattr(places[name], name, kernel)
-
-
-@dataclass
-class Read:
-    """What the machine code of one kernel says of itself."""
-
-    registers: int
-    spilled: int
-    loads: int
-    stores: int
-    float64: int
-    float32: int
-    approximate: tuple[str, ...] = field(default=())
-
-
-def read(kernel: Any) -> Read:
-    return _read_hip(kernel) if "amdgcn" in kernel.asm else _read_cuda(kernel)
-
-
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _read_cuda(kernel: Any) -> Read:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _run(_tool("cuobjdump"), "-res-usage", file.name)
-        sass = _run(_tool("nvdisasm"), file.name)
-    registers, stack, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
-    )
-    ptx = kernel.asm["ptx"]
-    return Read(
-        registers,
-        stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        len(re.findall(r"\bLDG\.E\S*\.128\b", sass)),
-        len(re.findall(r"\bSTG\.E\S*\.128\b", sass)),
-        len(re.findall(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX)|F2F\S*F64\S*|[IU]2F\S*F64)\b", sass)),
-        _float32_arithmetic(kernel),
-        tuple(sorted(set(re.findall(r"\b\S+\.(?:approx|ftz)\S*", ptx)))),
-    )
-
-
-def _read_hip(kernel: Any) -> Read:
-    text = kernel.asm["amdgcn"]
-
-    def number(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
-
-    # Scalar registers spill to lanes of a vector register, not to memory.
-    spilled = ("vgpr_spill_count", "private_segment_fixed_size")
-    return Read(
-        number("vgpr_count"),
-        sum(map(number, spilled)) + len(re.findall(r"\bscratch_(?:load|store)", text)),
-        len(re.findall(r"\b(?:global|flat|buffer)_load_dwordx4\b", text)),
-        len(re.findall(r"\b(?:global|flat|buffer)_store_dwordx4\b", text)),
-        len(re.findall(r"\bv_\w+_f64\b", text)),
-        _float32_arithmetic(kernel),
-    )
-
-
-def _float32_arithmetic(kernel: Any) -> int:
-    """In Triton's own IR: later, LLVM turns a sum that is stored as float32 into one of those."""
-    lines = (line.partition(" loc(")[0] for line in kernel.asm["ttir"].splitlines())
-    arithmetic = re.compile(r"= (?:arith\.(?:add|sub|mul|div)f|math\.\w+) .*f32\b")
-    return sum(arithmetic.search(line) is not None for line in lines)
 
 
 def needed(kinds: Sequence[str]) -> tuple[int, int]:
@@ -298,7 +154,7 @@ def check_update(
             run_on_device(launch, update, scaled=True)
         else:
             launch.run(1)
-        return update_faults(compiled["update_kernel"][0], launch.kinds, extras.watched)
+        return update_faults(compiled.of("update_kernel")[0], launch.kinds, extras.watched)
 
 
 def check_scalars(
@@ -311,7 +167,7 @@ def check_scalars(
     """Compile the kernel that counts the steps; scaled: with GradScaler's scale and found_inf."""
     with compiling(target) as compiled:
         run_on_device(launch_of(update, kinds, update.rule, extras), update, scaled)
-        return scalars_faults(compiled["scalars_kernel"][0])
+        return scalars_faults(compiled.of("scalars_kernel")[0])
 
 
 def run_on_device(

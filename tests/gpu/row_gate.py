@@ -18,8 +18,6 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +30,12 @@ from fastopt_kernels.gpu import (
     masked_softmax,
     norms,
     residual_norms,
-    rows,
     softmax,
     weight_norms,
 )
+from fastopt_kernels.gpu.inspect import Launched, Read, compiling, read
 from tests.gpu import gate
-from tests.gpu.gate import TARGETS, Read
+from tests.gpu.gate import TARGETS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (n_outer, n_cols, n_inner)
@@ -59,32 +57,6 @@ ODD = {"odd": (3, 781, 1), "odd walked": (2, 50257, 1), "odd columns": (3, 333, 
 BRANCHES = ROWS | COLUMNS | ODD
 # exp2, and the logarithm's fused multiply-adds.
 APPROXIMATE = {"ex2.approx.ftz.f32", "fma.rn.ftz.f32"}
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A kernel as it was launched: its name, its constants and what it was compiled to."""
-
-    name: str
-    constants: dict[str, Any]
-    compiled: Any
-
-
-@contextmanager
-def compiling(target: str) -> Iterator[list[Launched]]:
-    """Row kernels launched inside compile for a target and run nothing; yields them."""
-    kept, launched = rows.launch, []
-
-    def compile_only(kernel: Any, grid: Any, args: Sequence[Any], **constants: Any) -> None:
-        compiled = kernel.warmup(*args, grid=grid, **constants)
-        launched.append(Launched(kernel.fn.__name__, constants, compiled))
-
-    rows.launch = compile_only
-    try:
-        with gate.driving(target, rows.warp_size):
-            yield launched
-    finally:
-        rows.launch = kept
 
 
 class Needs(NamedTuple):
@@ -290,7 +262,7 @@ def faults_of(
     launched: Launched, needs: Needs, dtype: torch.dtype, target: str, branch: str
 ) -> tuple[Read, list[str]]:
     """What keeps a kernel from passing."""
-    found, faults = gate.read(launched.compiled), []
+    found, faults = read(launched.compiled), []
     needs = BESIDE.get(launched.name, needs)
     constants = launched.constants
     size = constants["LINES"] * constants["COLS"]

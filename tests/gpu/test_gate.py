@@ -180,7 +180,7 @@ def test_rules_of_one_name_are_different_kernels() -> None:
     def compiled(rule: Any) -> str:
         with gate.compiling("sm_90") as kernels:
             gate.launch_of(UPDATES["sgd"], FLOAT32, rule).run(1)
-            return kernels["update_kernel"][0].asm["ptx"]
+            return kernels.of("update_kernel")[0].asm["ptx"]
 
     def rule(p, g, weight_decay, lr):
         return (p - lr * g,)

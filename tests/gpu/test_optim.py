@@ -321,3 +321,15 @@ def test_roundings_are_those_of_the_cpu(how: str) -> None:
                 kept[k][i] = left.bfloat16().float() if how == "kahan" else left
     for param, values in zip(params, start, strict=True):
         assert torch.equal(param.detach().float().reshape(-1), torch.from_numpy(values))
+
+
+def test_torch_profiler_shows_a_step_by_the_name_of_its_optimizer() -> None:
+    params = parameters(torch.float32)
+    for param, grad in zip(params, gradients(params, 1), strict=True):
+        param.grad = grad
+    ours = fastopt.optim.AdamW(params, max_grad_norm=1.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        ours.step()
+    counts = {event.key: event.count for event in record.key_averages()}
+    assert counts["fastopt::adamw"] == 1
+    assert counts["fastopt::measure"] == 1

@@ -24,6 +24,7 @@ from fastopt_kernels.gpu import (
     softmax,
     weight_norms,
 )
+from fastopt_kernels.gpu.inspect import compiling, driving
 from tests.gpu import gate, row_gate
 from tests.gpu.row_gate import Arguments
 
@@ -89,7 +90,7 @@ def names_launched(name: str, branch: str) -> list[str]:
     kept, found = rows.launch, []
     rows.launch = lambda kernel, *rest, **constants: found.append(kernel.fn.__name__)
     try:
-        with gate.driving("sm_90", rows.warp_size):
+        with driving("sm_90"):
             row_gate.FUNCTIONS[name][0](Arguments(row_gate.BRANCHES[branch], FLOAT32))
     finally:
         rows.launch = kept
@@ -103,7 +104,7 @@ def test_a_row_kernel_passes(name: str, branch: str, dtype: torch.dtype, target:
 
 
 def compiled(function: Any, shape: tuple[int, int, int], dtype: torch.dtype = FLOAT32) -> list[Any]:
-    with row_gate.compiling("sm_90") as launched:
+    with compiling("sm_90") as launched:
         function(Arguments(shape, dtype))
     return [each.compiled for each in launched]
 

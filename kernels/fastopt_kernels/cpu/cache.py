@@ -17,7 +17,9 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from types import CodeType, FunctionType
+from typing import NamedTuple
 
 import llvmlite
 import numba
@@ -120,14 +122,29 @@ def named(function, tag):
     return function
 
 
+class Obtained(NamedTuple):
+    """How a kernel came: from disk or compiled, in how many seconds; and what makes it anew."""
+
+    from_disk: bool
+    seconds: float
+    make: Callable[[str], compiler.CompileResult]
+
+
+# Every kernel of this process, by its key.
+obtained: dict[str, Obtained] = {}
+
+
 def obtain(key: str, make: Callable[[str], compiler.CompileResult]) -> compiler.CompileResult:
     """The kernel of that key: from disk, or made by make(key) and kept for later processes."""
     with _lock:
+        start = perf_counter()
         compiled = load(key)
+        from_disk = compiled is not None
         while compiled is None:
             compiled = make(key)
             if not save(key, compiled):
                 compiled = None
+        obtained[key] = Obtained(from_disk, perf_counter() - start, make)
     return compiled
 
 

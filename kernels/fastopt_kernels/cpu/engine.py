@@ -20,6 +20,7 @@ import numpy as np
 from numba import njit, prange, types
 from numba.core.errors import NumbaError
 
+from fastopt_kernels import launches
 from fastopt_kernels.chunks import (
     BLOCK_8BIT,
     CODES_8BIT,
@@ -207,7 +208,25 @@ def _compiled(
         except NumbaError as error:
             raise uncompilable(rule, "Numba", error) from error
 
-    return disk.obtain(disk.key(rule, kinds, n_scalars, tuple(extras), parallel), make)
+    return disk.obtain(_key(rule, kinds, n_scalars, extras, parallel), make)
+
+
+def _key(
+    rule: Callable[..., Any],
+    kinds: tuple[str, ...],
+    n_scalars: int,
+    extras: Extras,
+    parallel: bool,
+) -> str:
+    """What the kernel is kept under on disk."""
+    return disk.key(rule, kinds, n_scalars, tuple(extras), parallel)
+
+
+def _call(entry: Any, args: tuple[Any, ...], n_threads: int) -> None:
+    if n_threads > 1:
+        run_parallel(entry, args, n_threads)
+    else:
+        entry(*args)
 
 
 class Launch:
@@ -217,6 +236,7 @@ class Launch:
     index:   (n,) int64, the row of scalars each tensor takes
     scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
     keys:    (n,) int64, what chance depends on beside the element (stochastic rounding)
+    name:    what a profiler shows it as
     """
 
     walk = staticmethod(take_addresses)
@@ -232,6 +252,7 @@ class Launch:
     ) -> None:
         n = len(numels)
         self.rule, self.kinds, self.n_scalars, self.extras = rule, kinds, n_scalars, extras
+        self.name = rule.__name__
         self.numels = np.asarray(numels, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
@@ -272,10 +293,13 @@ class Launch:
         if not len(self.chunks):
             return
         entry, parallel = self._entry(n_threads)
-        if parallel:
-            run_parallel(entry, self._args, n_threads)
-        else:
-            entry(*self._args)
+        if launches.unseen():
+            _call(entry, self._args, n_threads if parallel else 1)
+            return
+        n, idle = n_threads if parallel else 1, (*self._args[:-1], 0)
+        key = _key(self.rule, self.kinds, self.n_scalars, self.extras, parallel)
+        with launches.seen(self.name, key, lambda: _call(entry, idle, n)):
+            _call(entry, self._args, n)
 
     def measure(self, maximum: bool) -> Measured:
         """sum g^2 or max |g| of every selected tensor's gradient, and its non-finite elements."""

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.compiler import CompilationError
 
+from fastopt_kernels import launches
 from fastopt_kernels.chunks import (
     BLOCK_8BIT,
     CODES_8BIT,
@@ -108,6 +109,7 @@ class Launch:
     scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
     keys:    (n,) int64, what chance depends on beside the element (stochastic rounding)
     owners:  (n,) int64, the parameter group of each tensor; read where a verdict is given
+    name:    what a profiler shows it as
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class Launch:
     ) -> None:
         n = len(numels)
         self.rule, self.kinds, self.n_scalars, self.device = rule, kinds, n_scalars, device
-        self.extras = extras
+        self.extras, self.name = extras, rule.__name__
         self.keys, self.owners = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
@@ -213,7 +215,9 @@ class Launch:
                 found_inf = verdict.skip
             table = torch.empty_like(torch.from_numpy(self.scalars), device=self.device)
             keys = None if bases is None else torch.empty_like(placed[-1])
-            scalars_kernel[(triton.cdiv(len(groups), SCALARS_BLOCK),)](
+            launches.start(
+                scalars_kernel,
+                (triton.cdiv(len(groups), SCALARS_BLOCK),),
                 number_table,
                 group_table,
                 hyper_table,
@@ -237,6 +241,7 @@ class Launch:
                 BLOCK=SCALARS_BLOCK,
                 num_warps=THREADS // _warp_size(),
                 enable_fp_fusion=True,
+                name="scalars",
             )
             if len(self.chunks):
                 self._update(tensors, index, table, chunks, keys, found_inf, scale=grad_scale)
@@ -255,7 +260,9 @@ class Launch:
     ) -> None:
         shape, watched = shape_of(self.kinds), self.extras.watched
         scale = here(scale, self.device) if watched else None
-        update_kernel[(len(chunks) * shape.parts,)](
+        launches.start(
+            update_kernel,
+            (len(chunks) * shape.parts,),
             tensors,
             chunks,
             index,
@@ -281,6 +288,7 @@ class Launch:
             EXTRAS=tuple(map(int, self.extras)),
             num_warps=shape.threads // _warp_size(),
             enable_fp_fusion=True,
+            name=self.name,
         )
 
     @contextmanager

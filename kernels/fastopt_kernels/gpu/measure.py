@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastopt_kernels import launches
 from fastopt_kernels.gpu import engine, memory
 from fastopt_kernels.gpu import xp as gpu_xp
 from fastopt_kernels.gpu.tables import Tables, copy_device_values, here, host_value
@@ -342,7 +343,9 @@ class Look:
             if not self._n_spans[k]:
                 continue
             kind = launch.kinds[1]
-            measure_kernel[(self._n_spans[k],)](
+            launches.start(
+                measure_kernel,
+                (self._n_spans[k],),
                 addresses[k],
                 chunks[k],
                 spans[k],
@@ -360,6 +363,7 @@ class Look:
                 GROUPS=GROUPS,
                 num_warps=engine.THREADS // engine._warp_size(),
                 enable_fp_fusion=True,
+                name="measure",
             )
 
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastopt_kernels import launches
 from fastopt_kernels.gpu import xp
 
 COMPUTE = {
@@ -399,4 +400,4 @@ def launch(kernel: Any, grid: tuple[int], args: Sequence[Any], **constants: Any)
     device = next(x.device for x in args if isinstance(x, Tensor))
     # Triton's interpreter runs on the CPU.
     with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
-        kernel[grid](*args, **constants)
+        launches.start(kernel, grid, *args, **constants)
