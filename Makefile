@@ -22,6 +22,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.report --out bench/results
 	$(BIN)/python -m bench.row_report --out bench/results
 	$(BIN)/python -m bench.pass_report --out bench/results
+	$(BIN)/python -m bench.function_report --out bench/results
 
 gate: $(READY)
 	$(BIN)/python -m tests.gpu.gate
