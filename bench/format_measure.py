@@ -45,9 +45,10 @@ class Format:
 
 
 _F32, _B16, _I16, _I8 = torch.float32, torch.bfloat16, torch.int16, torch.int8
+EIGHT_BIT = Format("fp32, 8-bit states", _F32, {"state_dtype": "8bit"}, _F32, 1.5, (_F32, _I8, _I8))
 FORMATS = (
     Format("fp32, telemetry", _F32, {"telemetry": True}, _F32, None, (_F32, _F32, _F32)),
-    Format("fp32, 8-bit states", _F32, {"state_dtype": "8bit"}, _F32, 1.5, (_F32, _I8, _I8)),
+    EIGHT_BIT,
     Format("all bf16, nearest", _B16, {}, _B16, 1.4, (_B16, _B16, _B16)),
     Format(
         "all bf16, stochastic",
@@ -154,9 +155,9 @@ def peers() -> Iterator[Record]:
         except (NoStepError, RuntimeError) as error:
             yield {"case": case, "error": str(error).splitlines()[0]}
             continue
-        ours = _subject(_ours({"state_dtype": "8bit"}), torch.float32)
+        ours = _subject(_ours(EIGHT_BIT.options), torch.float32)
         timings = timing.interleave({"fastopt": ours, name: theirs}, PEER_SECONDS)
-        n_bytes = next(f.n_bytes for f in FORMATS if f.goal == 1.5)
+        n_bytes = EIGHT_BIT.n_bytes
         ratio = Ratio.of(timings[name], timings["fastopt"])
         yield {
             "case": case,

@@ -110,17 +110,15 @@ class Member:
         if member.target is not member.source or not _readable(own, member.target):
             member.grad_buffer = torch.empty_like(member.target, dtype=own.dtype)
         member.state_names = state_names
-        whole = {LOW_BITS}
+        coded = [name for name in state_names if formats.scale_name(name) in state_names]
+        whole, scales = {LOW_BITS, *coded}, set(map(formats.scale_name, coded))
         for name in state_names:
-            if (scale := formats.scale_name(name)) in state_names:
-                whole.add(name)
-                _check_scale(scale, state[scale], param)
-        for name in state_names:
-            tensor = layout.local(state[name])
-            if name.removesuffix("_scale") in whole and name not in whole:
-                member.states.append(tensor)
+            if name in scales:
+                _check_scale(name, state[name], param)
+                member.states.append(state[name])
                 continue
             _check_state(name, state[name], param)
+            tensor = layout.local(state[name])
             if not layout.same_layout(tensor, member.target):
                 buffer = torch.empty_like(member.target, dtype=tensor.dtype)
                 member.staged.append(Staged(tensor, buffer))
