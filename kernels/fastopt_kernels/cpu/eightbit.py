@@ -210,14 +210,20 @@ def make_settle(kinds: tuple[str, ...], j: int = 0):
     scale_of, rest = _CODEC[kinds[0]][1], make_settle(kinds[1:], j + 1)
 
     @njit(**JIT)
+    def finite(spare, first, last):
+        """The largest magnitude where one is not finite."""
+        top = _ZERO
+        for i in range(first, last):
+            x = abs(load(spare, i))
+            x = beyond if x == _INFINITY else x
+            top = larger_float(x, top)
+        return top
+
+    @njit(forceinline=True, **JIT)
     def settle(scales, spare, largest, block, first, last):
         top = float_of(np.uint32(largest[0]))
         if not is_finite(top):
-            top = _ZERO
-            for i in range(first, last):
-                x = abs(load(spare, i))
-                x = beyond if x == _INFINITY else x
-                top = larger_float(x, top)
+            top = finite(spare, first, last)
         scale, inverse = scale_of(top)
         put(scales[0], block, scale)
         spare += 4 * BLOCK_8BIT
@@ -246,7 +252,18 @@ def make_encode(kinds: tuple[str, ...], streams: tuple[int, ...], j: int = 0):
 
 
 @njit(**JIT)
-def draw(i, key):
-    """A number below 2^SHIFT, any as likely, of an element and a key, less the bits of BASE."""
-    chance = np.uint32(np.uint32(i) * _GOLDEN + key)
+def chance_of(i, key):
+    """32 bits of an element and a key."""
+    return np.uint32(np.uint32(i) * _GOLDEN + key)
+
+
+@njit(**JIT)
+def next_chance(chance):
+    """That of the next element."""
+    return np.uint32(chance + _GOLDEN)
+
+
+@njit(**JIT)
+def draw(chance):
+    """A number below 2^SHIFT, any as likely, less the bits of BASE."""
     return np.int32(np.int32(chance >> _DRAWN) - _ORIGIN)

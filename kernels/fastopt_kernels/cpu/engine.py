@@ -172,8 +172,10 @@ def _make_blocks(around, kinds, stored, extras, tag):
                 sums = add_all(sums, seen)
                 largest = grow(largest, new)
             inverses = settle(scales, spare, largest, block, start, end)
+            chance = eightbit.chance_of(start, seed)
             for i in range(start, end):
-                encode(codes, spare, inverses, i, eightbit.draw(i, seed))
+                encode(codes, spare, inverses, i, eightbit.draw(chance))
+                chance = eightbit.next_chance(chance)
         return sums
 
     return njit(disk.named(blocks, tag), **cpu_xp.JIT)
