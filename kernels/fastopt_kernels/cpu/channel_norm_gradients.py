@@ -18,7 +18,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.channels import Channels
-from fastopt_kernels.cpu import channel_pixel_gradients, memory, rows
+from fastopt_kernels.cpu import channel_pixel_gradients, memory, outputs, rows
 from fastopt_kernels.cpu.channel_sets import (
     kind_at,
     kinds_code,
@@ -30,7 +30,6 @@ from fastopt_kernels.cpu.channel_sets import (
     table_row,
     tidy,
 )
-from fastopt_kernels.cpu.norm_gradients import make_deviation
 from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
 
@@ -40,9 +39,11 @@ SUMMED = 64
 
 
 def _make_sums(tag, codec):
-    """sums(dy, x, n, high, low, scale) -> sum dy and sum dy x_hat of a segment, in float64."""
+    """sums(dy, x, n, high, low, scale) -> sum dy and sum dy x_hat of a segment, in float64.
+
+    x_hat = (x - high) scale - low
+    """
     load, load_dy, zero = codec.load, rows.Codec(codec.kind, 3).load, codec.compute(0)
-    deviation = make_deviation(tag, load, codec.compute, True)
 
     @rows.inlined(tag)
     def sums(dy, x, n, high, low, scale):
@@ -53,11 +54,11 @@ def _make_sums(tag, codec):
             for i in range(start, stop):
                 g = load_dy(dy, i)
                 plain = add(plain, g)
-                part = add(part, g * (deviation(x, i, high, low) * scale))
+                part = add(part, g * ((load(x, i) - high) * scale))
             across += np.float64(plain)
             along += np.float64(part)
             start = stop
-        return across, along
+        return across, along - across * low
 
     return sums
 
@@ -67,19 +68,28 @@ def _planes(tag, kind):
     load, itemsize, compute = codec.load, codec.itemsize, codec.compute
     get_stats, put_part = rows.Codec("fp64", 1).load, rows.Codec("fp64", 4).store
     get_mean = rows.Codec("fp64", 5).load
-    deviation, sums = make_deviation(tag, load, compute, True), _make_sums(tag, codec)
-    one = compute(1)
+    sums, one, (place, send) = _make_sums(tag, codec), compute(1), outputs.make_outputs(itemsize)
 
     @rows.inlined(tag)
-    def write(dy, x, dx, n, high, low, scale, w, shift, slope, factor):
-        for i in range(n):
-            normal = deviation(x, i, high, low) * scale
-            store(dx, i, factor * ((product(load_dy(dy, i), w) - shift) - normal * slope))
+    def write(dy, x, dx, n, past, high, w, shift, slope, factor):
+        room = outputs.room()
+        for start in range(0, n, outputs.SPAN):
+            stop = min(start + outputs.SPAN, n)
+            to = place(dx, room, start, past)
+            for i in range(start, stop):
+                g = product(load_dy(dy, i), w) - shift
+                store(to, i, factor * (g - (load(x, i) - high) * slope))
+            send(dx, room, start, stop, past)
 
     @rows.inlined(tag)
-    def write_scaled(dy, dx, n, factor):
-        for i in range(n):
-            store(dx, i, load_dy(dy, i) * factor)
+    def write_scaled(dy, dx, n, past, factor):
+        room = outputs.room()
+        for start in range(0, n, outputs.SPAN):
+            stop = min(start + outputs.SPAN, n)
+            to = place(dx, room, start, past)
+            for i in range(start, stop):
+                store(to, i, load_dy(dy, i) * factor)
+            send(dx, room, start, stop, past)
 
     @rows.inlined(tag)
     def lot_sums(dy, x, n_segments, segment_y, segment_x, n, high, low, scale, weight, kind, parts):
@@ -108,6 +118,7 @@ def _planes(tag, kind):
             length, channels, moving, _,
         ) = table_row(table, 0)  # fmt: skip
         of_weight, of_channels = kind_at(kinds, 0), kind_at(kinds, 3)
+        past = outputs.past(n_total * inner * length * itemsize)
         for k in range(task * n_task, min(task * n_task + n_task, n_lots)):
             x_lot = x + (k // inner * outer_x + k % inner * inner_x) * itemsize
             at = (k // inner * outer_y + k % inner * inner_y) * itemsize
@@ -118,7 +129,7 @@ def _planes(tag, kind):
             mean = get_stats(stats, 2 * one_set)
             rstd = 1.0 / math.sqrt(get_stats(stats, 2 * one_set + 1) + bits_to_double(eps))
             high, scale = compute(mean), compute(rstd)
-            low = compute(mean - np.float64(high))
+            low = (mean - np.float64(high)) * rstd
             shift, slope, n = np.float64(0), np.float64(0), np.float64(n_segments * length)
             if parts != 0:
                 shift, slope = lot_sums(
@@ -146,12 +157,14 @@ def _planes(tag, kind):
                 dy_row = dy_lot + j * segment_y * itemsize
                 dx_row = dx_lot + j * segment_y * itemsize
                 if given:
-                    write_scaled(dy_row, dx_row, length, compute(tidy(factor)))
+                    write_scaled(dy_row, dx_row, length, past, compute(tidy(factor)))
                 else:
                     write(
-                        dy_row, x_lot + j * segment_x * itemsize, dx_row, length, high, low, scale,
-                        w, compute(tidy(shift)), compute(tidy(slope)), compute(tidy(factor)),
+                        dy_row, x_lot + j * segment_x * itemsize, dx_row, length, past, high, w,
+                        compute(tidy(shift - slope * low)), compute(tidy(slope * rstd)),
+                        compute(tidy(factor)),
                     )  # fmt: skip
+        outputs.settle(past)
 
     return norm_planes_backward
 

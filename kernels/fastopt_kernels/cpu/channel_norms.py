@@ -17,7 +17,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.channels import Channels
-from fastopt_kernels.cpu import channel_norm_gradients, channel_pixels, memory, rows
+from fastopt_kernels.cpu import channel_norm_gradients, channel_pixels, memory, outputs, rows
 from fastopt_kernels.cpu.channel_sets import (
     blocks_of,
     kind_at,
@@ -31,7 +31,6 @@ from fastopt_kernels.cpu.channel_sets import (
     table_row,
     tidy,
 )
-from fastopt_kernels.cpu.norm_gradients import make_deviation
 from fastopt_kernels.cpu.rows import double_bits
 from fastopt_kernels.cpu.vecmath import bits_to_double
 
@@ -74,8 +73,7 @@ def _planes(tag, kind):
     load, itemsize, compute = codec.load, codec.itemsize, codec.compute
     of_stats = rows.Codec("fp64", 2)
     get, put = of_stats.load, of_stats.store
-    deviation = make_deviation(tag, load, compute, True)
-    statistics = _make_statistics(tag, codec)
+    statistics, (place, send) = _make_statistics(tag, codec), outputs.make_outputs(itemsize)
 
     def norm_planes(args, task):
         x, y, weight, bias, stats, given_mean, given_var, table, kinds, eps, own, n_task = _args(
@@ -85,6 +83,7 @@ def _planes(tag, kind):
             n_lots, inner, outer_x, inner_x, outer_y, inner_y, n_all, segment_x, segment_y, n_total,
             length, channels, moving, merged,
         ) = table_row(table, 0)  # fmt: skip
+        room, past = outputs.room(), outputs.past(n_total * inner * length * itemsize)
         for k in range(task * n_task, min(task * n_task + n_task, n_lots)):
             x_lot = x + (k // inner * outer_x + k % inner * inner_x) * itemsize
             y_lot = y + (k // inner * outer_y + k % inner * inner_y) * itemsize
@@ -102,17 +101,22 @@ def _planes(tag, kind):
                 mean, variance = get(stats, 2 * first_channel), get(stats, 2 * first_channel + 1)
             rstd = 1.0 / math.sqrt(variance + bits_to_double(eps))
             high = compute(mean)
-            low = compute(mean - np.float64(high))
+            low = mean - np.float64(high)
             for j in range(n_segments if y != 0 else 0):
                 c, scale, shift = first_channel + j * moving, rstd, np.float64(0)
                 if weight != 0:
                     scale *= load_any(weight, c, kind_at(kinds, 0))
                 if bias != 0:
                     shift = load_any(bias, c, kind_at(kinds, 1))
-                a, b = compute(tidy(scale)), compute(tidy(shift))
+                a, b = compute(tidy(scale)), compute(tidy(shift - low * scale))
                 x_row, y_row = x_lot + j * segment_x * itemsize, y_lot + j * segment_y * itemsize
-                for i in range(length):
-                    store(y_row, i, deviation(x_row, i, high, low) * a + b)
+                for start in range(0, length, outputs.SPAN):
+                    stop = min(start + outputs.SPAN, length)
+                    to = place(y_row, room, start, past)
+                    for i in range(start, stop):
+                        store(to, i, (load(x_row, i) - high) * a + b)
+                    send(y_row, room, start, stop, past)
+        outputs.settle(past)
 
     return norm_planes
 

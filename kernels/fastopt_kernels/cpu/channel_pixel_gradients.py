@@ -14,11 +14,12 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.channels import Channels
-from fastopt_kernels.cpu import memory, rows
+from fastopt_kernels.cpu import memory, outputs, rows
 from fastopt_kernels.cpu.channel_pixels import (
     AHEAD,
     FLUSHED,
     MERGED,
+    TOGETHER,
     aligned,
     block_of,
     line_of,
@@ -34,35 +35,28 @@ _args = memory.make_row(types.int64, 13)
 SUMMED = 16
 
 
-def _make_prepare(tag, codec):
-    """prepare(vectors, stats, image, n_channels, width, groups, batch, eps): mean in two parts and
-    rstd of every channel of an image."""
+def _make_moments_of(tag, codec):
+    """moments_of(stats, k, eps) -> the mean of set k rounded, what rounding left of it in standard
+    deviations, and rstd."""
     compute, get_stats = codec.compute, rows.Codec("fp64", 1).load
-    put_high, put_low, put_scale = (rows.Codec(codec.wide, k).store for k in (5, 6, 7))
 
     @rows.inlined(tag)
-    def prepare(vectors, stats, image, n_channels, width, groups, batch, eps):
-        for i in range(n_channels):
-            k = i // (n_channels // groups) + (0 if batch else image * groups)
-            mean, variance = get_stats(stats, 2 * k), get_stats(stats, 2 * k + 1)
-            rstd = compute(1.0 / math.sqrt(variance + bits_to_double(eps)))
-            high = compute(mean)
-            low = compute(mean - np.float64(high))
-            for at in range(i, width, n_channels):
-                put_high(vectors, at, high)
-                put_low(vectors + 8 * width, at, low)
-                put_scale(vectors + 16 * width, at, rstd)
+    def moments_of(stats, k, eps):
+        mean, variance = get_stats(stats, 2 * k), get_stats(stats, 2 * k + 1)
+        rstd = 1.0 / math.sqrt(variance + bits_to_double(eps))
+        high = compute(mean)
+        return high, (mean - np.float64(high)) * rstd, rstd
 
-    return prepare
+    return moments_of
 
 
 def _make_sums(tag, codec):
     """sums(dy, x, n, n_channels, pixels, down, vectors): totals of dy and dy x_hat of each channel
-    over n pixels; x's are `down` bytes apart. Behind the three vectors lie two scratch lines and
-    the totals."""
+    over n pixels, x_hat = (x - high) rstd; x's are `down` bytes apart. Behind high and rstd lie two
+    scratch lines and the totals."""
     load, load_dy, itemsize = codec.load, rows.Codec(codec.kind, 3).load, codec.itemsize
     zero = codec.compute(0)
-    get_high, get_low, get_scale = (rows.Codec(codec.wide, k).load for k in (5, 6, 7))
+    get_high, get_scale = (rows.Codec(codec.wide, k).load for k in (5, 7))
     of_plain, of_along = rows.Codec(codec.wide, 8), rows.Codec(codec.wide, 9)
     get_plain, put_plain, get_along, put_along = (
         of_plain.load, of_plain.store, of_along.load, of_along.store,
@@ -84,9 +78,9 @@ def _make_sums(tag, codec):
     @rows.inlined(tag)
     def sums(dy, x, n, n_channels, pixels, down, vectors):
         width, lower = n_channels * pixels, down * pixels
-        low, scale = vectors + 8 * width, vectors + 16 * width
-        plain, along = vectors + 24 * width, vectors + 32 * width
-        total, total_along, lower_dy = vectors + 40 * width, vectors + 48 * width, width * itemsize
+        scale, lower_dy = vectors + 8 * width, width * itemsize
+        plain, along = vectors + 16 * width, vectors + 24 * width
+        total, total_along = vectors + 32 * width, vectors + 40 * width
         for i in range(width):
             put_total(total, i, np.float64(0))
             put_total_along(total_along, i, np.float64(0))
@@ -96,15 +90,28 @@ def _make_sums(tag, codec):
         for start in range(0, max(1, n_lines), FLUSHED):
             stop = min(start + FLUSHED, n_lines)
             last = stop == n_lines and n % pixels != 0
-            for k in range(start, stop + last):
+            together = start + (stop - start) // TOGETHER * TOGETHER
+            for k in range(start, together, TOGETHER):
+                x_line, dy_line = x + k * lower, dy + k * lower_dy
+                rows.fetch(x_line, AHEAD, 0, TOGETHER * width, itemsize)
+                rows.fetch(dy_line, AHEAD, 0, TOGETHER * width, itemsize)
+                for i in range(width):
+                    c, unit = get_high(vectors, i), get_scale(scale, i)
+                    a, b = load_dy(dy_line, i), load_dy(dy_line + lower_dy, i)
+                    d, e = load_dy(dy_line + 2 * lower_dy, i), load_dy(dy_line + 3 * lower_dy, i)
+                    put_plain(plain, i, get_plain(plain, i) + ((a + b) + (d + e)))
+                    a *= (load(x_line, i) - c) * unit
+                    b *= (load(x_line + lower, i) - c) * unit
+                    d *= (load(x_line + 2 * lower, i) - c) * unit
+                    e *= (load(x_line + 3 * lower, i) - c) * unit
+                    put_along(along, i, get_along(along, i) + ((a + b) + (d + e)))
+            for k in range(together, stop + last):
                 _, here = line_of(k, n, pixels)
-                rows.fetch(x + k * lower, AHEAD, 0, width, itemsize)
-                rows.fetch(dy + k * lower_dy, AHEAD, 0, width, itemsize)
                 for i in range(here * n_channels):
-                    normal = (load(x + k * lower, i) - get_high(vectors, i)) - get_low(low, i)
+                    normal = (load(x + k * lower, i) - get_high(vectors, i)) * get_scale(scale, i)
                     g = load_dy(dy + k * lower_dy, i)
                     put_plain(plain, i, get_plain(plain, i) + g)
-                    put_along(along, i, get_along(along, i) + g * (normal * get_scale(scale, i)))
+                    put_along(along, i, get_along(along, i) + g * normal)
             flush(width, plain, along, total, total_along)
         fold(total, n_channels, width)
         fold_along(total_along, n_channels, width)
@@ -114,9 +121,14 @@ def _make_sums(tag, codec):
 
 def _pixel_sums(tag, kind):
     codec = rows.Codec(kind, 0)
-    itemsize, prepare, sums = codec.itemsize, _make_prepare(tag, codec), _make_sums(tag, codec)
+    itemsize, sums, moments_of = (
+        codec.itemsize,
+        _make_sums(tag, codec),
+        _make_moments_of(tag, codec),
+    )
+    put_high, put_scale = (rows.Codec(codec.wide, k).store for k in (5, 7))
     get, get_along = rows.Codec("fp64", 10).load, rows.Codec("fp64", 11).load
-    put = rows.Codec("fp64", 4).store
+    put, compute, itemsize = rows.Codec("fp64", 4).store, codec.compute, codec.itemsize
 
     def pixel_sums(args, task):
         dy, x, _, stats, _, partial, _, _, _, table, _, eps, _ = _args(args, 0)
@@ -124,16 +136,24 @@ def _pixel_sums(tag, kind):
             _, n_channels, length, stride_image, stride, groups, batch, block, n_blocks, pixels,
         ) = table_row(table, 0)  # fmt: skip
         image, first, n = block_of(task, length, block, n_blocks)
-        width = n_channels * pixels
-        scratch = np.empty(7 * width + 8, np.float64)
+        width, each = n_channels * pixels, n_channels // groups
+        first_set = 0 if batch else image * groups
+        scratch = np.empty(6 * width + 8, np.float64)
         vectors = aligned(scratch.ctypes.data)
-        prepare(vectors, stats, image, n_channels, width, groups, batch, eps)
+        for i in range(n_channels):
+            high, _, rstd = moments_of(stats, first_set + i // each, eps)
+            for at in range(i, width, n_channels):
+                put_high(vectors, at, high)
+                put_scale(vectors + 8 * width, at, compute(rstd))
         x_block = x + (image * stride_image + first * stride) * itemsize
         dy_block = dy + (image * length + first) * n_channels * itemsize
         sums(dy_block, x_block, n, n_channels, pixels, stride * itemsize, vectors)
         for i in range(n_channels):
-            put(partial, task * 2 * n_channels + i, get(vectors + 40 * width, i))
-            put(partial, (task * 2 + 1) * n_channels + i, get_along(vectors + 48 * width, i))
+            _, left, _ = moments_of(stats, first_set + i // each, eps)
+            plain = get(vectors + 32 * width, i)
+            along = get_along(vectors + 40 * width, i) - plain * left
+            put(partial, task * 2 * n_channels + i, plain)
+            put(partial, (task * 2 + 1) * n_channels + i, along)
         rows.alive(scratch)
 
     return pixel_sums
@@ -185,82 +205,95 @@ def _pixel_totals(tag):
 
 
 def _make_write(tag, codec):
-    """write(dy, x, dx, n, width, vectors): dx of a line of n elements; write_scaled(dy, dx, n,
-    factors)."""
+    """write(dy, x, dx, n, width, vectors, past): dx of a line of n elements; write_scaled(dy, dx,
+    n, factors, past)."""
     load, load_dy = codec.load, rows.Codec(codec.kind, 3).load
-    store = rows.Codec(codec.kind, 2).store
-    get_high, get_low, get_scale, get_w, get_shift, get_slope, get_factor = (
-        rows.Codec(codec.wide, k).load for k in (5, 6, 7, 8, 9, 10, 11)
+    store, (place, send) = rows.Codec(codec.kind, 2).store, outputs.make_outputs(codec.itemsize)
+    get_high, get_w, get_shift, get_slope, get_factor = (
+        rows.Codec(codec.wide, k).load for k in (5, 8, 9, 10, 11)
     )
 
     @rows.inlined(tag)
-    def write(dy, x, dx, n, width, vectors):
-        step = 8 * width
-        low, scale, w = vectors + step, vectors + 2 * step, vectors + 3 * step
-        shift, slope, factor = vectors + 4 * step, vectors + 5 * step, vectors + 6 * step
-        for i in range(n):
-            normal = ((load(x, i) - get_high(vectors, i)) - get_low(low, i)) * get_scale(scale, i)
-            g = product(load_dy(dy, i), get_w(w, i)) - get_shift(shift, i)
-            store(dx, i, get_factor(factor, i) * (g - normal * get_slope(slope, i)))
+    def write(dy, x, dx, n, width, vectors, past):
+        w, shift = vectors + 8 * width, vectors + 16 * width
+        slope, factor, room = vectors + 24 * width, vectors + 32 * width, outputs.room()
+        for start in range(0, n, outputs.SPAN):
+            stop = min(start + outputs.SPAN, n)
+            to = place(dx, room, start, past)
+            for i in range(start, stop):
+                g = product(load_dy(dy, i), get_w(w, i)) - get_shift(shift, i)
+                d = g - (load(x, i) - get_high(vectors, i)) * get_slope(slope, i)
+                store(to, i, get_factor(factor, i) * d)
+            send(dx, room, start, stop, past)
 
     @rows.inlined(tag)
-    def write_scaled(dy, dx, n, factor):
-        for i in range(n):
-            store(dx, i, load_dy(dy, i) * get_factor(factor, i))
+    def write_scaled(dy, dx, n, factor, past):
+        room = outputs.room()
+        for start in range(0, n, outputs.SPAN):
+            stop = min(start + outputs.SPAN, n)
+            to = place(dx, room, start, past)
+            for i in range(start, stop):
+                store(to, i, load_dy(dy, i) * get_factor(factor, i))
+            send(dx, room, start, stop, past)
 
     return write, write_scaled
 
 
 def _pixel_dx(tag, kind):
-    codec = rows.Codec(kind, 0)
-    itemsize, compute, get_stats = codec.itemsize, codec.compute, rows.Codec("fp64", 1).load
-    get_mean = rows.Codec("fp64", 4).load
-    put_w, put_shift, put_slope, put_factor = (
-        rows.Codec(codec.wide, k).store for k in (8, 9, 10, 11)
+    codec, get_mean = rows.Codec(kind, 0), rows.Codec("fp64", 4).load
+    itemsize, compute, moments_of = codec.itemsize, codec.compute, _make_moments_of(tag, codec)
+    put_high, put_w, put_shift, put_slope, put_factor = (
+        rows.Codec(codec.wide, k).store for k in (5, 8, 9, 10, 11)
     )
-    prepare, (write, write_scaled) = _make_prepare(tag, codec), _make_write(tag, codec)
+    write, write_scaled = _make_write(tag, codec)
 
     @rows.inlined(tag)
-    def finish(vectors, weight, stats, means, image, n_channels, width, groups, batch, numbers):
-        """The other vectors: weight within the brackets, means, and what is before them."""
+    def prepare(vectors, weight, stats, means, image, n_channels, width, groups, batch, numbers):
+        """The vectors: mean, weight within the brackets, mean(g) and the slope of x there, and what
+        is before them."""
         (kinds, eps, given), each = numbers, n_channels // groups
         for i in range(n_channels):
             k = i // each + (0 if batch else image * groups)
-            factor = 1.0 / math.sqrt(get_stats(stats, 2 * k + 1) + bits_to_double(eps))
+            high, left, factor = moments_of(stats, k, eps)
             w, shift, slope = np.float64(1), np.float64(0), np.float64(0)
+            if not given:
+                slope = get_mean(means, 2 * k + 1)
+                shift = get_mean(means, 2 * k) - slope * left
+                slope *= factor
             if weight != 0:
                 w = load_any(weight, i, kind_at(kinds, 0))
             if each == 1 or given:
                 factor, w = factor * w, np.float64(1)
-            if not given:
-                shift, slope = get_mean(means, 2 * k), get_mean(means, 2 * k + 1)
             for at in range(i, width, n_channels):
-                put_w(vectors + 24 * width, at, compute(tidy(w)))
-                put_shift(vectors + 32 * width, at, compute(tidy(shift)))
-                put_slope(vectors + 40 * width, at, compute(tidy(slope)))
-                put_factor(vectors + 48 * width, at, compute(tidy(factor)))
+                put_high(vectors, at, high)
+                put_w(vectors + 8 * width, at, compute(tidy(w)))
+                put_shift(vectors + 16 * width, at, compute(tidy(shift)))
+                put_slope(vectors + 24 * width, at, compute(tidy(slope)))
+                put_factor(vectors + 32 * width, at, compute(tidy(factor)))
 
     def pixel_dx(args, task):
         dy, x, weight, stats, dx, _, means, _, _, table, kinds, eps, given = _args(args, 0)
         (
-            _, n_channels, length, stride_image, stride, groups, batch, block, n_blocks, pixels,
+            images, n_channels, length, stride_image, stride, groups, batch, block, n_blocks,
+            pixels,
         ) = table_row(table, 0)  # fmt: skip
         image, first, n = block_of(task, length, block, n_blocks)
         width, numbers = n_channels * pixels, (kinds, eps, given)
-        scratch = np.empty(7 * width + 8, np.float64)
+        scratch = np.empty(5 * width + 8, np.float64)
         vectors = aligned(scratch.ctypes.data)
-        prepare(vectors, stats, image, n_channels, width, groups, batch, eps)
-        finish(vectors, weight, stats, means, image, n_channels, width, groups, batch, numbers)
+        past = outputs.past(images * length * n_channels * itemsize)
+        prepare(vectors, weight, stats, means, image, n_channels, width, groups, batch, numbers)
         for k in range((n + pixels - 1) // pixels):
             p, here = line_of(k, n, pixels)
             at = (image * length + first + p) * n_channels * itemsize
             rows.fetch(dy + at, AHEAD, 0, width, itemsize)
             if given:
-                write_scaled(dy + at, dx + at, here * n_channels, vectors + 48 * width)
+                write_scaled(dy + at, dx + at, here * n_channels, vectors + 32 * width, past)
             else:
                 x_line = x + (image * stride_image + (first + p) * stride) * itemsize
                 rows.fetch(x_line, AHEAD, 0, width, itemsize)
-                write(dy + at, x_line, dx + at, here * n_channels, width, vectors)
+                write(dy + at, x_line, dx + at, here * n_channels, width, vectors, past)
+        outputs.settle(past)
         rows.alive(scratch)
 
     return pixel_dx

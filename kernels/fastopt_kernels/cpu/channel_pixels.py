@@ -17,7 +17,7 @@ from numba import njit, types
 from torch import Tensor
 
 from fastopt_kernels.channels import Channels
-from fastopt_kernels.cpu import memory, rows
+from fastopt_kernels.cpu import memory, outputs, rows
 from fastopt_kernels.cpu.channel_sets import kind_at, load_any, merge, move, off, poor, tidy
 from fastopt_kernels.cpu.vecmath import bits_to_double
 from fastopt_kernels.cpu.xp import JIT
@@ -27,8 +27,9 @@ _args = memory.make_row(types.int64, 14)
 BLOCK = 65536
 # Lines a block begins with, whose mean is the center of its moments.
 PIVOT = 8
-# Lines summed in the compute type before they are added in float64.
-FLUSHED = 32
+# Lines summed in the compute type before they are added in float64, and at a time: sums so far are
+# read and written once for them all.
+FLUSHED, TOGETHER = 32, 4
 # Channels' worth of sets that one task merges.
 MERGED = 32
 # Bytes to fetch ahead.
@@ -113,9 +114,18 @@ def _make_moments(tag, codec):
         for start in range(0, max(1, n_lines), FLUSHED):
             stop = min(start + FLUSHED, n_lines)
             last = stop == n_lines and n % pixels != 0
-            for k in range(start, stop + last):
+            together = start + (stop - start) // TOGETHER * TOGETHER
+            for k in range(start, together, TOGETHER):
+                line = x + k * lower
+                rows.fetch(line, AHEAD, 0, TOGETHER * width, itemsize)
+                for i in range(width):
+                    c = get_center(center, i)
+                    a, b = load(line, i) - c, load(line + lower, i) - c
+                    d, e = load(line + 2 * lower, i) - c, load(line + 3 * lower, i) - c
+                    put(parts, i, get(parts, i) + ((a + b) + (d + e)))
+                    put_square(squares, i, get_square(squares, i) + (a * a + b * b + d * d + e * e))
+            for k in range(together, stop + last):
                 _, here = line_of(k, n, pixels)
-                rows.fetch(x + k * lower, AHEAD, 0, width, itemsize)
                 for i in range(here * n_channels):
                     a = load(x + k * lower, i) - get_center(center, i)
                     put(parts, i, get(parts, i) + a)
@@ -256,16 +266,16 @@ def _pixel_sets(tag):
 def _pixel_norms(tag, kind):
     codec, store = rows.Codec(kind, 0), rows.Codec(kind, 5).store
     load, itemsize, compute = codec.load, codec.itemsize, codec.compute
-    of_high, of_low, of_scale, of_shift = (rows.Codec(codec.wide, k) for k in (1, 2, 3, 4))
-    get_high, put_high, get_low, put_low = of_high.load, of_high.store, of_low.load, of_low.store
+    of_high, of_scale, of_shift = (rows.Codec(codec.wide, k) for k in (1, 3, 4))
+    get_high, put_high = of_high.load, of_high.store
     get_scale, put_scale = of_scale.load, of_scale.store
     get_shift, put_shift = of_shift.load, of_shift.store
-    get_stats = rows.Codec("fp64", 6).load
+    get_stats, (place, send) = rows.Codec("fp64", 6).load, outputs.make_outputs(itemsize)
 
     @rows.inlined(tag)
     def prepare(vectors, image, n_channels, width, groups, batch, numbers):
         weight, bias, stats, given_mean, given_var, kinds, eps = numbers
-        low_at, scale_at, shift_at = vectors + 8 * width, vectors + 16 * width, vectors + 24 * width
+        scale_at, shift_at = vectors + 8 * width, vectors + 16 * width
         for i in range(n_channels):
             k = i // (n_channels // groups) + (0 if batch else image * groups)
             if given_mean != 0:
@@ -278,11 +288,10 @@ def _pixel_norms(tag, kind):
                 scale *= load_any(weight, i, kind_at(kinds, 0))
             if bias != 0:
                 shift = load_any(bias, i, kind_at(kinds, 1))
-            high = compute(mean)
-            low, a, b = compute(mean - np.float64(high)), compute(tidy(scale)), compute(tidy(shift))
+            high, a = compute(mean), compute(tidy(scale))
+            b = compute(tidy(shift - (mean - np.float64(high)) * scale))
             for at in range(i, width, n_channels):
                 put_high(vectors, at, high)
-                put_low(low_at, at, low)
                 put_scale(scale_at, at, a)
                 put_shift(shift_at, at, b)
 
@@ -291,13 +300,15 @@ def _pixel_norms(tag, kind):
             args, 0
         )
         (
-            _, n_channels, length, stride_image, stride, groups, batch, block, n_blocks, pixels,
+            images, n_channels, length, stride_image, stride, groups, batch, block, n_blocks,
+            pixels,
         ) = table_row(table, 0)  # fmt: skip
         image, first, n = block_of(task, length, block, n_blocks)
         width = n_channels * pixels
-        scratch = np.empty(4 * width + 8, np.float64)
+        scratch = np.empty(3 * width + 8, np.float64)
         high = aligned(scratch.ctypes.data)
-        low, scale, shift = high + 8 * width, high + 16 * width, high + 24 * width
+        scale, shift = high + 8 * width, high + 16 * width
+        room, past = outputs.room(), outputs.past(images * length * n_channels * itemsize)
         numbers = weight, bias, stats, given_mean, given_var, kinds, eps
         prepare(high, image, n_channels, width, groups, batch, numbers)
         for k in range((n + pixels - 1) // pixels):
@@ -305,9 +316,14 @@ def _pixel_norms(tag, kind):
             x_line = x + (image * stride_image + (first + p) * stride) * itemsize
             y_line = y + (image * length + first + p) * n_channels * itemsize
             rows.fetch(x_line, AHEAD, 0, width, itemsize)
-            for i in range(here * n_channels):
-                deviation = (load(x_line, i) - get_high(high, i)) - get_low(low, i)
-                store(y_line, i, deviation * get_scale(scale, i) + get_shift(shift, i))
+            for start in range(0, here * n_channels, outputs.SPAN):
+                stop = min(start + outputs.SPAN, here * n_channels)
+                to = place(y_line, room, start, past)
+                for i in range(start, stop):
+                    deviation = load(x_line, i) - get_high(high, i)
+                    store(to, i, deviation * get_scale(scale, i) + get_shift(shift, i))
+                send(y_line, room, start, stop, past)
+        outputs.settle(past)
         rows.alive(scratch)
 
     return pixel_norms
