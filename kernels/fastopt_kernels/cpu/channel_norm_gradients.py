@@ -118,7 +118,7 @@ def _planes(tag, kind):
             length, channels, moving, _,
         ) = table_row(table, 0)  # fmt: skip
         of_weight, of_channels = kind_at(kinds, 0), kind_at(kinds, 3)
-        past = outputs.past(n_total * inner * length * itemsize)
+        past = outputs.goes_past(n_total * inner * length * itemsize)
         for k in range(task * n_task, min(task * n_task + n_task, n_lots)):
             x_lot = x + (k // inner * outer_x + k % inner * inner_x) * itemsize
             at = (k // inner * outer_y + k % inner * inner_y) * itemsize

@@ -83,7 +83,7 @@ def _planes(tag, kind):
             n_lots, inner, outer_x, inner_x, outer_y, inner_y, n_all, segment_x, segment_y, n_total,
             length, channels, moving, merged,
         ) = table_row(table, 0)  # fmt: skip
-        room, past = outputs.room(), outputs.past(n_total * inner * length * itemsize)
+        room, past = outputs.room(), outputs.goes_past(n_total * inner * length * itemsize)
         for k in range(task * n_task, min(task * n_task + n_task, n_lots)):
             x_lot = x + (k // inner * outer_x + k % inner * inner_x) * itemsize
             y_lot = y + (k // inner * outer_y + k % inner * inner_y) * itemsize

@@ -281,7 +281,7 @@ def _pixel_dx(tag, kind):
         width, numbers = n_channels * pixels, (kinds, eps, given)
         scratch = np.empty(5 * width + 8, np.float64)
         vectors = aligned(scratch.ctypes.data)
-        past = outputs.past(images * length * n_channels * itemsize)
+        past = outputs.goes_past(images * length * n_channels * itemsize)
         prepare(vectors, weight, stats, means, image, n_channels, width, groups, batch, numbers)
         for k in range((n + pixels - 1) // pixels):
             p, here = line_of(k, n, pixels)

@@ -308,7 +308,7 @@ def _pixel_norms(tag, kind):
         scratch = np.empty(3 * width + 8, np.float64)
         high = aligned(scratch.ctypes.data)
         scale, shift = high + 8 * width, high + 16 * width
-        room, past = outputs.room(), outputs.past(images * length * n_channels * itemsize)
+        room, past = outputs.room(), outputs.goes_past(images * length * n_channels * itemsize)
         numbers = weight, bias, stats, given_mean, given_var, kinds, eps
         prepare(high, image, n_channels, width, groups, batch, numbers)
         for k in range((n + pixels - 1) // pixels):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastopt_kernels.cpu import memory, rows
 from fastopt_kernels.cpu.norm_gradients import gradients, make_deviation, make_weight
+from fastopt_kernels.cpu.outputs import goes_past, make_outputs, room, settle
 from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add, bits_to_double
 from fastopt_kernels.cpu.xp import JIT
@@ -95,8 +96,8 @@ def _make_statistics(tag, codec, centered, source):
 
 
 def make_normalize(tag, kind, weight_kind, bias_kind, centered, shifted, source=None):
-    """normalize(source, x, y, weight, bias, stats, row, n, eps, offset, far, ahead): one row into
-    y, what it was normalized by into row `row` of stats.
+    """normalize(source, x, y, weight, bias, stats, row, n, eps, offset, far, ahead, past): one row
+    into y, what it was normalized by into row `row` of stats.
 
     x: where the row lies once it has been loaded from its source; far, ahead: what to fetch
     meanwhile, as `rows.fetch` has it; shifted: whether the weight counts as weight + offset
@@ -109,10 +110,11 @@ def make_normalize(tag, kind, weight_kind, bias_kind, centered, shifted, source=
     bias_of = memory.make_loader(bias_kind or "fp32", compute, 5)
     weighted, biased, zero = weight_kind is not None, bias_kind is not None, compute(0)
     deviation = make_deviation(tag, codec.load, compute, centered)
+    place, send = make_outputs(codec.itemsize)
     statistics, far_size = _make_statistics(tag, codec, centered, source), source.itemsize
 
     @rows.inlined(tag)
-    def normalize(source, x, y, weight, bias, stats, row, n, eps, offset, far, ahead):
+    def normalize(source, x, y, weight, bias, stats, row, n, eps, offset, far, ahead, past):
         mean, variance = statistics(source, x, n)
         high = compute(mean) if centered else zero
         low = compute(mean - np.float64(high)) if centered else zero
@@ -123,17 +125,19 @@ def make_normalize(tag, kind, weight_kind, bias_kind, centered, shifted, source=
         elif stats != 0:
             put(stats, row, scale)
         shift = compute(bits_to_double(offset))
-        start = 0
+        start, scratch = 0, room()
         while start < n:
             stop = block_end(start, n)
             rows.fetch(far, ahead, start, stop, far_size)
+            to = place(y, scratch, start, past)
             for j in range(start, stop):
                 result = deviation(x, j, high, low) * scale
                 if weighted:
                     result = result * weight_of(weight, j, shift)
                 if biased:
                     result = result + bias_of(bias, j)
-                store(y, j, result)
+                store(to, j, result)
+            send(y, scratch, start, stop, past)
             start = stop
 
     return normalize
@@ -146,11 +150,14 @@ def _forward(tag, kind, weight_kind, bias_kind, centered, shifted):
     def norm(args, task):
         x, weight, bias, y, stats, n_rows, n_cols, stride, eps, offset, n_task = _args(args, 0)
         ahead, first = rows.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
+        past = goes_past(n_rows * n_cols * itemsize)
         for row in range(first, min(first + n_task, n_rows)):
             x_row, y_row = x + row * stride * itemsize, y + row * n_cols * itemsize
             normalize(
-                x_row, x_row, y_row, weight, bias, stats, row, n_cols, eps, offset, x_row, ahead
-            )
+                x_row, x_row, y_row, weight, bias, stats, row, n_cols, eps, offset, x_row, ahead,
+                past,
+            )  # fmt: skip
+        settle(past)
 
     return norm
 

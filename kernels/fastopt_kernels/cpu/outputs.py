@@ -4,14 +4,14 @@ A store to a line that is in no cache first reads that line from memory, to be t
 of what softmax moves. Results of more than PAST bytes are made SPAN elements at a time in a
 scratch that stays in L1, and leave it by stores that go to memory whole lines at a time.
 
-    room = outputs.room()
+    scratch = room()
     for start in range(0, n, SPAN):
         stop = min(start + SPAN, n)
-        to = place(y, room, start, past)
+        to = place(y, scratch, start, past)
         for i in range(start, stop):
             store(to, i, ...)
-        send(y, room, start, stop, past)
-    outputs.settle(past)
+        send(y, scratch, start, stop, past)
+    settle(past)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LINE = ir.VectorType(_I64, LINE // 8)
 
 
 @njit(**JIT)
-def past(nbytes):
+def goes_past(nbytes):
     """Whether results of so many bytes in all go past the caches."""
     return nbytes > PAST
 
@@ -83,7 +83,8 @@ def _fence(typingctx):
 
 
 @njit(**JIT)
-def _send(target, source, nbytes):
+def send_bytes(target, source, nbytes):
+    """To target, past the caches."""
     whole = target + nbytes
     first = min((target + LINE - 1) & -LINE, whole)
     apart = source - target
@@ -97,17 +98,17 @@ def _send(target, source, nbytes):
 
 
 def make_outputs(itemsize):
-    """place(row, room, start, past): where elements from `start` on are stored;
-    send(row, room, start, stop, past): from there to where they belong."""
+    """place(row, scratch, start, past): where elements from `start` on are stored;
+    send(row, scratch, start, stop, past): from there to where they belong."""
 
     @njit(**JIT)
-    def place(row, room, start, past):
-        return room - start * itemsize if past else row
+    def place(row, scratch, start, past):
+        return scratch - start * itemsize if past else row
 
     @njit(**JIT)
-    def send(row, room, start, stop, past):
+    def send(row, scratch, start, stop, past):
         if past:
-            _send(row + start * itemsize, room, (stop - start) * itemsize)
+            send_bytes(row + start * itemsize, scratch, (stop - start) * itemsize)
 
     return place, send
 

@@ -7,6 +7,7 @@ The sum is rounded once, to what it is stored in, and y is the norm of what is s
 
 from __future__ import annotations
 
+import numpy as np
 from numba import types
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from fastopt_kernels.cpu import memory, rows
 from fastopt_kernels.cpu.dropout import make_chance, make_dropper, numbers_of
 from fastopt_kernels.cpu.norm_gradients import Beside, gradients
 from fastopt_kernels.cpu.norms import Source, make_normalize
+from fastopt_kernels.cpu.outputs import goes_past, send_bytes, settle
 from fastopt_kernels.cpu.rows import double_bits
 
 _args = memory.make_row(types.int64, 17)
@@ -56,17 +58,23 @@ def _forward(tag, kind, x_kind, residual_kind, weight_kind, bias_kind, centered,
         stride, residual_stride, eps, offset, seed, kept, scale, n_task = numbers[9:]
         ahead = rows.ahead_of(n_rows, n_cols, stride, x_size)
         ahead_too = rows.ahead_of(n_rows, n_cols, residual_stride, residual_size)
-        first = task * n_task
+        first, past = task * n_task, goes_past(n_rows * n_cols * itemsize)
+        waiting = np.empty(n_cols * itemsize if past else 1, np.uint8)
         for row in range(first, min(first + n_task, n_rows)):
             here = row * n_cols * itemsize
-            y_row, total_row = y + here, total + here
+            y_row = y + here
+            total_row = np.int64(waiting.ctypes.data) if past else total + here
             far = residual + row * residual_stride * residual_size
             chance = chance_of((seed, kept, scale), row)
             source = x + row * stride * x_size, far, total_row, ahead, chance
             normalize(
                 source, total_row, y_row, weight, bias, stats, row, n_cols, eps, offset,
-                far, ahead_too,
+                far, ahead_too, past,
             )  # fmt: skip
+            if past:
+                send_bytes(total + here, total_row, n_cols * itemsize)
+        settle(past)
+        rows.alive(waiting)
 
     return add_norm
 

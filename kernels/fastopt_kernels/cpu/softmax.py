@@ -16,6 +16,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu import columns, memory, rows
+from fastopt_kernels.cpu.outputs import SPAN, goes_past, make_outputs, room, settle
 from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, exp_of, larger
 
@@ -65,19 +66,22 @@ def _softmax(tag, kind):
     peak, _ = make_row_parts(tag, x_codec)
     (exp, _), compute = exp_of(kind), x_codec.compute
     zero, one = compute(0), np.float64(1)
-    # The exponentials wait in the output where it is wide enough.
+    # The exponentials wait in the output where it is wide enough, and in cache.
     in_place = kind == rows.wide(kind)
     e_codec = y_codec if in_place else rows.Codec(rows.wide(kind), 2)
-    keep, kept = e_codec.store, e_codec.load
+    keep, kept, e_size = e_codec.store, e_codec.load, e_codec.itemsize
+    place, send = make_outputs(itemsize)
 
     def softmax(args, task):
         x, y, n_rows, n_cols, stride, n_task = _args(args, 0)
         ahead, first = rows.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
-        buffer = np.empty(1 if in_place else n_cols, np.float32)
+        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
+        waits = in_place and not past
+        buffer = np.empty(1 if waits else n_cols * e_size, np.uint8)
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             y_row = y + row * n_cols * itemsize
-            e_row = y_row if in_place else buffer.ctypes.data
+            e_row = y_row if waits else np.int64(buffer.ctypes.data)
             top = peak(x_row, n_cols)
             total = np.float64(0)
             start = 0
@@ -92,8 +96,13 @@ def _softmax(tag, kind):
                 total += np.float64(part)
                 start = stop
             scale = compute(one / total)
-            for j in range(n_cols):
-                store(y_row, j, kept(e_row, j) * scale)
+            for start in range(0, n_cols, SPAN):
+                stop = min(start + SPAN, n_cols)
+                to = place(y_row, scratch, start, past)
+                for j in range(start, stop):
+                    store(to, j, kept(e_row, j) * scale)
+                send(y_row, scratch, start, stop, past)
+        settle(past)
         rows.alive(buffer)
 
     return softmax
@@ -102,18 +111,24 @@ def _softmax(tag, kind):
 def _log_softmax(tag, kind):
     codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1).store
     load, itemsize, compute = codec.load, codec.itemsize, codec.compute
-    peak, exp_sum = make_row_parts(tag, codec)
+    (peak, exp_sum), (place, send) = make_row_parts(tag, codec), make_outputs(itemsize)
 
     def log_softmax(args, task):
         x, y, n_rows, n_cols, stride, n_task = _args(args, 0)
         ahead, first = rows.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
+        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             y_row = y + row * n_cols * itemsize
             top = peak(x_row, n_cols)
             log_total = compute(math.log(exp_sum(x_row, n_cols, top, ahead)))
-            for j in range(n_cols):
-                store(y_row, j, (load(x_row, j) - top) - log_total)
+            for start in range(0, n_cols, SPAN):
+                stop = min(start + SPAN, n_cols)
+                to = place(y_row, scratch, start, past)
+                for j in range(start, stop):
+                    store(to, j, (load(x_row, j) - top) - log_total)
+                send(y_row, scratch, start, stop, past)
+        settle(past)
 
     return log_softmax
 
@@ -123,11 +138,12 @@ def _softmax_backward(tag, kind, log):
     itemsize = codec.itemsize
     load_dy, load_y, store = codec.load, rows.Codec(kind, 1).load, rows.Codec(kind, 2).store
     (exp, unit), compute = exp_of(codec.kind), codec.compute
-    zero = compute(0)
+    zero, (place, send) = compute(0), make_outputs(itemsize)
 
     def softmax_backward(args, task):
         dy, y, dx, n_rows, n_cols, factor, n_task = _args7(args, 0)
         ahead, first = rows.ahead_of(n_rows, n_cols, n_cols, itemsize), task * n_task
+        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
         scale = compute(bits_to_double(factor))
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
@@ -146,14 +162,18 @@ def _softmax_backward(tag, kind, log):
                 stop = block_end(start, n_cols)
                 rows.fetch(dy + at, ahead, start, stop, itemsize)
                 rows.fetch(y + at, ahead, start, stop, itemsize)
+                to = place(dx + at, scratch, start, past)
                 for j in range(start, stop):  # dx = y (dy - sum dy y), times what scaled x
                     d = load_y(y + at, j) * (load_dy(dy + at, j) - total)
-                    store(dx + at, j, d * scale)
+                    store(to, j, d * scale)
+                send(dx + at, scratch, start, stop, past)
                 start = stop
+        settle(past)
 
     def log_softmax_backward(args, task):
         dy, y, dx, n_rows, n_cols, n_task = _args(args, 0)
         ahead, first = rows.ahead_of(n_rows, n_cols, n_cols, itemsize), task * n_task
+        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
             whole = np.float64(0)
@@ -170,9 +190,12 @@ def _softmax_backward(tag, kind, log):
             while start < n_cols:
                 stop = block_end(start, n_cols)
                 rows.fetch(dy + at, ahead, start, stop, itemsize)
+                to = place(dx + at, scratch, start, past)
                 for j in range(start, stop):  # dx = dy - exp(y) sum dy
-                    store(dx + at, j, load_dy(dy + at, j) - exp(load_y(y + at, j)) * total)
+                    store(to, j, load_dy(dy + at, j) - exp(load_y(y + at, j)) * total)
+                send(dx + at, scratch, start, stop, past)
                 start = stop
+        settle(past)
 
     return log_softmax_backward if log else softmax_backward
 
@@ -206,18 +229,24 @@ def _logsumexp_backward(tag, kind):
     codec, store = rows.Codec(kind, 0), rows.Codec(kind, 1).store
     load, itemsize, load_upstream = codec.load, codec.itemsize, rows.Codec(kind, 3).load
     get, compute = rows.Codec("fp64", 2).load, codec.compute
-    exp, unit = exp_of(codec.kind)
+    (exp, unit), (place, send) = exp_of(codec.kind), make_outputs(itemsize)
 
     def logsumexp_backward(args, task):
         dlse, x, stats, dx, n_rows, n_cols, stride, n_task = _args8(args, 0)
         first = task * n_task
+        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             dx_row = dx + row * n_cols * itemsize
             upstream = load_upstream(dlse, row)
             top, log_total = compute(get(stats, 2 * row)), compute(get(stats, 2 * row + 1))
-            for j in range(n_cols):  # dx = dlse exp(x - lse)
-                store(dx_row, j, exp((load(x_row, j) - top) - log_total) / unit * upstream)
+            for start in range(0, n_cols, SPAN):
+                stop = min(start + SPAN, n_cols)
+                to = place(dx_row, scratch, start, past)
+                for j in range(start, stop):  # dx = dlse exp(x - lse)
+                    store(to, j, exp((load(x_row, j) - top) - log_total) / unit * upstream)
+                send(dx_row, scratch, start, stop, past)
+        settle(past)
 
     return logsumexp_backward
 
