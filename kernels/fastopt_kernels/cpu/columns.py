@@ -14,10 +14,11 @@ import torch
 from numba import njit, types
 
 from fastopt_kernels.cpu import memory, rows
+from fastopt_kernels.cpu.outputs import SPAN, goes_past, make_outputs, room, settle
 from fastopt_kernels.cpu.vecmath import exp_of, larger_float
 from fastopt_kernels.cpu.xp import JIT
 
-_args6, _args7, _args8, _args9 = (memory.make_row(types.int64, n) for n in (6, 7, 8, 9))
+_args7, _args8, _args9, _args10 = (memory.make_row(types.int64, n) for n in (7, 8, 9, 10))
 # Columns of a tile: 2 to 8 KiB of a line.
 WIDTH = 2048
 # Bytes of exponentials that may wait in a tile for their sum, and the least columns it may have: a
@@ -34,14 +35,15 @@ def width_to_wait(n_cols: int, kind: str) -> int:
 
 
 def run(task: rows.Task, shape: tuple[int, int, int], *numbers: int, width: int = WIDTH) -> None:
-    """A task for each tile of every outer index; the last of the numbers is the tile's columns."""
+    """A task for each tile of every outer index; the last of the numbers are how many of those
+    there are, and the tile's columns."""
     n_outer, n_cols, n_inner = shape
     if n_outer * n_inner < width * torch.get_num_threads():
         # One for each thread.
         share = -(-n_outer * n_inner // torch.get_num_threads())
         width = min(width, max(LEAST, -(-share // LEAST) * LEAST))
     n_tasks = n_outer * -(-n_inner // width)
-    rows.run(task, n_tasks, n_outer * n_cols * n_inner, (*numbers, width))
+    rows.run(task, n_tasks, n_outer * n_cols * n_inner, (*numbers, n_outer, width))
 
 
 @njit(**JIT)
@@ -206,20 +208,27 @@ def softmax(tag, kind, log, wait):
     get_e, e_size = e_codec.load, e_codec.itemsize
     waiting, online = make_waiting(tag, codec, e_codec), make_online(tag, codec)
     (exp, unit), one, n_kept = exp_of(codec.kind), compute(1), WAITING if wait else 1
+    place, send = make_outputs(itemsize)
 
     @rows.inlined(tag)
-    def write(x_line, y_line, kept_line, width, top, total):
-        for i in range(width):
-            if log:
-                store(y_line, i, (load(x_line, i) - get_top(top, i)) - get_total(total, i))
-            elif wait:
-                store(y_line, i, get_e(kept_line, i) / unit * get_total(total, i))
-            else:
-                e = exp(load(x_line, i) - get_top(top, i))
-                store(y_line, i, e / unit * get_total(total, i))
+    def write(x_line, y_line, kept_line, width, top, total, past):
+        scratch = room()
+        for start in range(0, width, SPAN):
+            stop = min(start + SPAN, width)
+            to = place(y_line, scratch, start, past)
+            for i in range(start, stop):
+                if log:
+                    store(to, i, (load(x_line, i) - get_top(top, i)) - get_total(total, i))
+                elif wait:
+                    store(to, i, get_e(kept_line, i) / unit * get_total(total, i))
+                else:
+                    e = exp(load(x_line, i) - get_top(top, i))
+                    store(to, i, e / unit * get_total(total, i))
+            send(y_line, scratch, start, stop, past)
 
     def softmax_columns(args, task):
-        x, y, n_cols, n_inner, stride_outer, step, columns = _args7(args, 0)
+        x, y, n_cols, n_inner, stride_outer, step, n_outer, columns = _args8(args, 0)
+        past = goes_past(n_outer * n_cols * n_inner * itemsize)
         outer, left, width = tile_of(task, n_inner, columns)
         x_tile = x + (outer * stride_outer + left) * itemsize
         y_tile = y + (outer * n_cols * n_inner + left) * itemsize
@@ -237,7 +246,8 @@ def softmax(tag, kind, log, wait):
                 put_total(total, i, one / get_total(total, i))
         for c in range(n_cols):
             x_line, y_line = x_tile + c * step * itemsize, y_tile + c * n_inner * itemsize
-            write(x_line, y_line, kept + c * kept_down, width, top, total)
+            write(x_line, y_line, kept + c * kept_down, width, top, total, past)
+        settle(past)
         rows.alive(buffer)
         rows.alive(waiting_room)
 
@@ -253,9 +263,11 @@ def softmax_backward(tag, kind, log):
     get_total, put_total = of_total.load, of_total.store
     get_part, put_part = of_part.load, of_part.store
     (exp, unit), zero = exp_of(codec.kind), codec.compute(0)
+    place, send = make_outputs(itemsize)
 
     def softmax_backward_columns(args, task):
-        dy, y, dx, n_cols, n_inner, columns = _args6(args, 0)
+        dy, y, dx, n_cols, n_inner, n_outer, columns = _args7(args, 0)
+        past, scratch = goes_past(n_outer * n_cols * n_inner * itemsize), room()
         outer, left, width = tile_of(task, n_inner, columns)
         at = (outer * n_cols * n_inner + left) * itemsize
         buffer = np.empty(2 * width, np.float64)
@@ -280,17 +292,19 @@ def softmax_backward(tag, kind, log):
                 put_total(total, i, get_total(total, i) + get_part(part, i))
         for c in range(n_cols):
             line = at + c * n_inner * itemsize
-            if log:
-                for i in range(width):  # dx = dy - exp(y) sum dy
-                    p = exp(load_y(y + line, i)) / unit
-                    store(dx + line, i, load_dy(dy + line, i) - p * get_total(total, i))
-            else:
-                for i in range(width):  # dx = y (dy - sum dy y)
-                    store(
-                        dx + line,
-                        i,
-                        load_y(y + line, i) * (load_dy(dy + line, i) - get_total(total, i)),
-                    )
+            for start in range(0, width, SPAN):
+                stop = min(start + SPAN, width)
+                to = place(dx + line, scratch, start, past)
+                if log:
+                    for i in range(start, stop):  # dx = dy - exp(y) sum dy
+                        p = exp(load_y(y + line, i)) / unit
+                        store(to, i, load_dy(dy + line, i) - p * get_total(total, i))
+                else:
+                    for i in range(start, stop):  # dx = y (dy - sum dy y)
+                        d = load_dy(dy + line, i) - get_total(total, i)
+                        store(to, i, load_y(y + line, i) * d)
+                send(dx + line, scratch, start, stop, past)
+        settle(past)
         rows.alive(buffer)
 
     return softmax_backward_columns
@@ -306,7 +320,7 @@ def logsumexp(tag, kind):
     zero = compute(0)
 
     def logsumexp_columns(args, task):
-        x, out, stats, n_cols, n_inner, stride_outer, step, columns = _args8(args, 0)
+        x, out, stats, n_cols, n_inner, stride_outer, step, _, columns = _args9(args, 0)
         outer, left, width = tile_of(task, n_inner, columns)
         x_tile = x + (outer * stride_outer + left) * itemsize
         buffer = np.empty(3 * width, np.float64)
@@ -337,10 +351,11 @@ def logsumexp_backward(tag, kind):
     of_high, of_low, _ = make_scratch(codec.wide)
     get_high, put_high, get_low, put_low = of_high.load, of_high.store, of_low.load, of_low.store
     of_stats, compute = rows.Codec("fp64", 2).load, codec.compute
-    exp, unit = exp_of(codec.kind)
+    (exp, unit), (place, send) = exp_of(codec.kind), make_outputs(itemsize)
 
     def logsumexp_backward_columns(args, task):
-        dlse, x, stats, dx, n_cols, n_inner, stride_outer, step, columns = _args9(args, 0)
+        dlse, x, stats, dx, n_cols, n_inner, stride_outer, step, n_outer, columns = _args10(args, 0)
+        past, scratch = goes_past(n_outer * n_cols * n_inner * itemsize), room()
         outer, left, width = tile_of(task, n_inner, columns)
         x_tile = x + (outer * stride_outer + left) * itemsize
         dx_tile = dx + (outer * n_cols * n_inner + left) * itemsize
@@ -354,9 +369,14 @@ def logsumexp_backward(tag, kind):
         for c in range(n_cols):
             x_line = x_tile + c * step * itemsize
             dx_line = dx_tile + c * n_inner * itemsize
-            for i in range(width):  # dx = dlse exp(x - lse)
-                p = exp((load(x_line, i) - get_high(high, i)) - get_low(low, i)) / unit
-                store(dx_line, i, p * load_dlse(dlse, at + i))
+            for start in range(0, width, SPAN):
+                stop = min(start + SPAN, width)
+                to = place(dx_line, scratch, start, past)
+                for i in range(start, stop):  # dx = dlse exp(x - lse)
+                    p = exp((load(x_line, i) - get_high(high, i)) - get_low(low, i)) / unit
+                    store(to, i, p * load_dlse(dlse, at + i))
+                send(dx_line, scratch, start, stop, past)
+        settle(past)
         rows.alive(buffer)
 
     return logsumexp_backward_columns

@@ -26,6 +26,7 @@ from fastopt_kernels.cpu.loss_terms import (
     terms_of,
 )
 from fastopt_kernels.cpu.memory import load_integer
+from fastopt_kernels.cpu.outputs import SPAN, goes_past, make_outputs, room, settle
 from fastopt_kernels.cpu.rows import block_end
 from fastopt_kernels.cpu.softmax import Shape, Strides
 from fastopt_kernels.cpu.vecmath import add, exp_of
@@ -42,7 +43,7 @@ def _loss_backward(tag, kind, dloss_kind, weighted, smooth, squared, capped, in_
     get, get_double = rows.Codec(rows.wide(kind), 2).load, rows.Codec("fp64", 3).load
     scalar = rows.Codec("fp64", 5).load
     (exp, unit), zero, one = exp_of(codec.kind), compute(0), compute(1)
-    caps_of, cap, _, _ = make_logits(tag, codec, capped)
+    (caps_of, cap, _, _), (place, send) = make_logits(tag, codec, capped), make_outputs(itemsize)
 
     def cross_entropy_backward(args, task):
         (
@@ -68,7 +69,8 @@ def _loss_backward(tag, kind, dloss_kind, weighted, smooth, squared, capped, in_
             weights = zero
             for j in range(n_cols):
                 weights = add(weights, get(weight, j))
-        first = task * n_task
+        first, scratch = task * n_task, room()
+        past = not in_place and goes_past(n_rows * n_cols * itemsize)
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             dx_row = x_row if in_place else dx + row * n_cols * itemsize
@@ -88,21 +90,27 @@ def _loss_backward(tag, kind, dloss_kind, weighted, smooth, squared, capped, in_
                 lse = get_double(stats, 2 * row) + get_double(stats, 2 * row + 1)
                 mass = mass + compute(2.0 * z_loss * np.float64(w) * lse)
             scale = upstream * mass
-            z_t, slope_t = cap(load(x_row, t), caps)
-            for j in range(n_cols):
-                z, slope = cap(load(x_row, j), caps)
-                p = exp((z - top) - log_total) / unit
-                dz = p * scale
-                if smooth:
-                    even = share * get(weight, j) if weighted else share
-                    dz = p * scale - upstream * even
-                store(dx_row, j, dz * slope if capped else dz)
-            p = exp((z_t - top) - log_total) / unit
+            z, slope = cap(load(x_row, t), caps)
             even = zero
             if smooth:
                 even = share * get(weight, t) if weighted else share
-            dz = p * scale - upstream * (hard + even)
-            store(dx_row, t, dz * slope_t if capped else dz)
+            of_target = exp((z - top) - log_total) / unit * scale - upstream * (hard + even)
+            of_target = of_target * slope if capped else of_target
+            for start in range(0, n_cols, SPAN):
+                stop = min(start + SPAN, n_cols)
+                to = place(dx_row, scratch, start, past)
+                for j in range(start, stop):
+                    z, slope = cap(load(x_row, j), caps)
+                    p = exp((z - top) - log_total) / unit
+                    dz = p * scale
+                    if smooth:
+                        even = share * get(weight, j) if weighted else share
+                        dz = p * scale - upstream * even
+                    store(to, j, dz * slope if capped else dz)
+                if start <= t < stop:
+                    store(to, t, of_target)
+                send(dx_row, scratch, start, stop, past)
+        settle(past)
 
     return cross_entropy_backward
 
@@ -116,7 +124,7 @@ def _probs_loss_backward(tag, kind, dloss_kind, weighted, squared, capped, in_pl
     get, get_double = rows.Codec(rows.wide(kind), 2).load, rows.Codec("fp64", 3).load
     scalar = rows.Codec("fp64", 6).load
     (exp, unit), zero, one = exp_of(codec.kind), compute(0), compute(1)
-    caps_of, cap, _, _ = make_logits(tag, codec, capped)
+    (caps_of, cap, _, _), (place, send) = make_logits(tag, codec, capped), make_outputs(itemsize)
 
     def cross_entropy_probs_backward(args, task):
         x, probs, weight, stats, dloss, dx, each, n_rows, n_cols, stride, _, numbers, n_task = (
@@ -125,7 +133,8 @@ def _probs_loss_backward(tag, kind, dloss_kind, weighted, squared, capped, in_pl
         spread, z_loss = compute(scalar(numbers, SMOOTHING)), scalar(numbers, Z_LOSS)
         caps = caps_of(scalar(numbers, SOFTCAP))
         share = spread / compute(n_cols)
-        first = task * n_task
+        first, scratch = task * n_task, room()
+        past = not in_place and goes_past(n_rows * n_cols * itemsize)
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             at = row * n_cols * itemsize
@@ -147,12 +156,17 @@ def _probs_loss_backward(tag, kind, dloss_kind, weighted, squared, capped, in_pl
                 lse = get_double(stats, 2 * row) + get_double(stats, 2 * row + 1)
                 whole = whole + 2.0 * z_loss * lse
             total = compute(whole)
-            for j in range(n_cols):
-                z, slope = cap(load(x_row, j), caps)
-                p = exp((z - top) - log_total) / unit
-                q = (one - spread) * load_probs(probs + at, j) + share
-                dz = upstream * (p * total - (get(weight, j) * q if weighted else q))
-                store(dx_row, j, dz * slope if capped else dz)
+            for start in range(0, n_cols, SPAN):
+                stop = min(start + SPAN, n_cols)
+                to = place(dx_row, scratch, start, past)
+                for j in range(start, stop):
+                    z, slope = cap(load(x_row, j), caps)
+                    p = exp((z - top) - log_total) / unit
+                    q = (one - spread) * load_probs(probs + at, j) + share
+                    dz = upstream * (p * total - (get(weight, j) * q if weighted else q))
+                    store(to, j, dz * slope if capped else dz)
+                send(dx_row, scratch, start, stop, past)
+        settle(past)
 
     return cross_entropy_probs_backward
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastopt_kernels.cpu import memory, rows
 from fastopt_kernels.cpu.dropout import make_chance, make_dropper, numbers_of
+from fastopt_kernels.cpu.outputs import ROOM, SPAN, goes_past, make_outputs, make_rooms, settle
 from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
 
@@ -29,6 +30,7 @@ FLUSHED = 128
 # Rows walked together, so that their share of a weight gradient is read and written once; not where
 # they would leave the L2 cache.
 TOGETHER, TOGETHER_COLS = 4, 16384
+rooms = make_rooms(2 * TOGETHER)
 # Columns of the blocks that one task adds up.
 SUMMED = 256
 
@@ -133,6 +135,35 @@ def _make_put(tag, kind, weight_kind, outputs, streams):
     return put
 
 
+def _make_places(tag, kind, outputs):
+    """place(dx, dropped, row, n, scratch, k, start, past): where elements from `start` on of a row
+    of dx and of dropped are stored, the k-th of those made at a time; send(dx, dropped, row, n,
+    scratch, k, start, stop, past): from there to where they belong."""
+    sizes = [rows.ITEMSIZE[to or kind] for to in (outputs.dx, outputs.dropped)]
+    (dx_size, dropped_size), (stores, stores_dropped) = sizes, (outputs.dx, outputs.dropped)
+    (place_dx, send_dx), (place_dropped, send_dropped) = map(make_outputs, sizes)
+    stores, stores_dropped = stores is not None, stores_dropped is not None
+
+    @rows.inlined(tag)
+    def place(dx, dropped, row, n, scratch, k, start, past):
+        return (
+            place_dx(dx + row * n * dx_size, scratch + k * ROOM, start, past),
+            place_dropped(
+                dropped + row * n * dropped_size, scratch + (k + TOGETHER) * ROOM, start, past
+            ),
+        )
+
+    @rows.inlined(tag)
+    def send(dx, dropped, row, n, scratch, k, start, stop, past):
+        if stores:
+            send_dx(dx + row * n * dx_size, scratch + k * ROOM, start, stop, past)
+        if stores_dropped:
+            at, waiting = row * n * dropped_size, scratch + (k + TOGETHER) * ROOM
+            send_dropped(dropped + at, waiting, start, stop, past)
+
+    return place, send
+
+
 def _make_dx(tag):
     @rows.inlined(tag)
     def dx_of(dy, w, normal, scale, along, across):
@@ -159,57 +190,67 @@ def _make_gradients(tag, kind, weight_kind, centered, shifted, outputs):
         _make_put(tag, kind, weight_kind, outputs, streams)
         for streams in ((2, 12), (8, 13), (9, 14), (10, 15))
     )
+    place, send = _make_places(tag, kind, outputs)
     deviation = make_deviation(tag, codec.load, codec.compute, centered)
     read = _make_row_reader(tag, kind, weight_kind, centered, wants_dx, shifted)
     chance_of = make_chance(tag, codec.compute, outputs.drops)
-    dx_size, dropped_size, size = (
-        rows.ITEMSIZE[to or kind] for to in (outputs.dx, outputs.dropped, kind)
-    )
+    size = codec.itemsize
 
     @rows.inlined(tag)
-    def one(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout):
-        (dx, dropped, dsum), (dw, db), at = to, sums, row * n
+    def one(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout, past):
+        (dx, dropped, dsum), (dw, db) = to, sums
         dy, x, high, low, scale, along, across = read(dy, x, weight, stats, row, n, stride, shift)
-        dx, dropped, dsum = dx + at * dx_size, dropped + at * dropped_size, dsum + at * size
-        chance = chance_of(dropout, row)
-        for j in range(n):
-            w = weight_of(weight, j, shift)
-            upstream = load_dy(dy, j)
-            normal = deviation(x, j, high, low) * scale
-            if wants_dx:
-                put(dx, dropped, dsum, j, dx_of(upstream, w, normal, scale, along, across), chance)
-            if wants_dw:
-                put_dw(dw, j, get_dw(dw, j) + upstream * normal)
-            if wants_db:
-                put_db(db, j, get_db(db, j) + upstream)
+        dsum += row * n * size
+        chance, scratch = chance_of(dropout, row), rooms()
+        for start in range(0, n, SPAN):
+            stop = min(start + SPAN, n)
+            to_dx, to_dropped = place(dx, dropped, row, n, scratch, 0, start, past)
+            for j in range(start, stop):
+                w = weight_of(weight, j, shift)
+                upstream = load_dy(dy, j)
+                normal = deviation(x, j, high, low) * scale
+                if wants_dx:
+                    d = dx_of(upstream, w, normal, scale, along, across)
+                    put(to_dx, to_dropped, dsum, j, d, chance)
+                if wants_dw:
+                    put_dw(dw, j, get_dw(dw, j) + upstream * normal)
+                if wants_db:
+                    put_db(db, j, get_db(db, j) + upstream)
+            send(dx, dropped, row, n, scratch, 0, start, stop, past)
 
     @rows.inlined(tag)
-    def four(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout):
-        (dx, dropped, dsum), (dw, db), at = to, sums, row * n
+    def four(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout, past):
+        (dx, dropped, dsum), (dw, db) = to, sums
         dy0, x0, h0, l0, s0, a0, c0 = read(dy, x, weight, stats, row, n, stride, shift)
         dy1, x1, h1, l1, s1, a1, c1 = read(dy, x, weight, stats, row + 1, n, stride, shift)
         dy2, x2, h2, l2, s2, a2, c2 = read(dy, x, weight, stats, row + 2, n, stride, shift)
         dy3, x3, h3, l3, s3, a3, c3 = read(dy, x, weight, stats, row + 3, n, stride, shift)
-        dx, dropped, dsum = dx + at * dx_size, dropped + at * dropped_size, dsum + at * size
-        down, down_, down__ = n * dx_size, n * dropped_size, n * size
+        dsum0, scratch = dsum + row * n * size, rooms()
+        dsum1, dsum2, dsum3 = dsum0 + n * size, dsum0 + 2 * n * size, dsum0 + 3 * n * size
         k0, k1 = chance_of(dropout, row), chance_of(dropout, row + 1)
         k2, k3 = chance_of(dropout, row + 2), chance_of(dropout, row + 3)
-        for j in range(n):
-            w = weight_of(weight, j, shift)
-            g0, g1, g2, g3 = load_dy(dy0, j), load_dy(dy1, j), load_dy(dy2, j), load_dy(dy3, j)
-            n0, n1 = deviation(x0, j, h0, l0) * s0, deviation(x1, j, h1, l1) * s1
-            n2, n3 = deviation(x2, j, h2, l2) * s2, deviation(x3, j, h3, l3) * s3
-            if wants_dx:
-                d0, d1 = dx_of(g0, w, n0, s0, a0, c0), dx_of(g1, w, n1, s1, a1, c1)
-                d2, d3 = dx_of(g2, w, n2, s2, a2, c2), dx_of(g3, w, n3, s3, a3, c3)
-                put(dx, dropped, dsum, j, d0, k0)
-                put_1(dx + down, dropped + down_, dsum + down__, j, d1, k1)
-                put_2(dx + 2 * down, dropped + 2 * down_, dsum + 2 * down__, j, d2, k2)
-                put_3(dx + 3 * down, dropped + 3 * down_, dsum + 3 * down__, j, d3, k3)
-            if wants_dw:
-                put_dw(dw, j, get_dw(dw, j) + ((g0 * n0 + g1 * n1) + (g2 * n2 + g3 * n3)))
-            if wants_db:
-                put_db(db, j, get_db(db, j) + ((g0 + g1) + (g2 + g3)))
+        for start in range(0, n, SPAN):
+            stop = min(start + SPAN, n)
+            dx0, dropped0 = place(dx, dropped, row, n, scratch, 0, start, past)
+            dx1, dropped1 = place(dx, dropped, row + 1, n, scratch, 1, start, past)
+            dx2, dropped2 = place(dx, dropped, row + 2, n, scratch, 2, start, past)
+            dx3, dropped3 = place(dx, dropped, row + 3, n, scratch, 3, start, past)
+            for j in range(start, stop):
+                w = weight_of(weight, j, shift)
+                g0, g1, g2, g3 = load_dy(dy0, j), load_dy(dy1, j), load_dy(dy2, j), load_dy(dy3, j)
+                n0, n1 = deviation(x0, j, h0, l0) * s0, deviation(x1, j, h1, l1) * s1
+                n2, n3 = deviation(x2, j, h2, l2) * s2, deviation(x3, j, h3, l3) * s3
+                if wants_dx:
+                    put(dx0, dropped0, dsum0, j, dx_of(g0, w, n0, s0, a0, c0), k0)
+                    put_1(dx1, dropped1, dsum1, j, dx_of(g1, w, n1, s1, a1, c1), k1)
+                    put_2(dx2, dropped2, dsum2, j, dx_of(g2, w, n2, s2, a2, c2), k2)
+                    put_3(dx3, dropped3, dsum3, j, dx_of(g3, w, n3, s3, a3, c3), k3)
+                if wants_dw:
+                    put_dw(dw, j, get_dw(dw, j) + ((g0 * n0 + g1 * n1) + (g2 * n2 + g3 * n3)))
+                if wants_db:
+                    put_db(db, j, get_db(db, j) + ((g0 + g1) + (g2 + g3)))
+            for k in range(4):
+                send(dx, dropped, row + k, n, scratch, k, start, stop, past)
 
     return one, four
 
@@ -233,7 +274,7 @@ def _backward(tag, kind, weight_kind, centered, shifted, *outputs):
     outputs = Outputs(*outputs)
     wants_dw, wants_db = outputs.dweight, outputs.dbias
     one, four = _make_gradients(tag, kind, weight_kind, centered, shifted, outputs)
-    compute = memory.compute_type(kind)
+    compute, itemsize = memory.compute_type(kind), rows.ITEMSIZE[kind]
     sum_dw, sum_db = rows.Codec(rows.wide(kind), 5), rows.Codec(rows.wide(kind), 6)
     put_dw, put_db, size, zero = sum_dw.store, sum_db.store, sum_dw.itemsize, sum_dw.compute(0)
     total = rows.Codec("fp64", 11)
@@ -244,7 +285,7 @@ def _backward(tag, kind, weight_kind, centered, shifted, *outputs):
         dy, x, weight, stats, dx, blocks, _, _, n_rows, n_cols, stride, n_task, _ = numbers[:13]
         offset, dropped, dsum = numbers[13:16]
         dropout, shift = numbers[16:], compute(bits_to_double(offset))
-        first = task * n_task
+        first, past = task * n_task, goes_past(n_rows * n_cols * itemsize)
         last = min(first + n_task, n_rows)
         all_dw = blocks + task * n_cols * 32
         all_db, dw = all_dw + 8 * n_cols, all_dw + 16 * n_cols
@@ -260,13 +301,14 @@ def _backward(tag, kind, weight_kind, centered, shifted, *outputs):
             fours = (stop - start) // TOGETHER if n_cols <= TOGETHER_COLS else 0
             for k in range(fours):
                 row = start + k * TOGETHER
-                four(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout)
+                four(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout, past)
             for row in range(start + fours * TOGETHER, stop):
-                one(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout)
+                one(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout, past)
             if wants_dw:
                 flush_dw(dw, all_dw, n_cols, start == first)
             if wants_db:
                 flush_db(db, all_db, n_cols, start == first)
+        settle(past)
 
     return norm_backward
 

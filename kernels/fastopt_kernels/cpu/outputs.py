@@ -1,7 +1,7 @@
 """Results that no cache will hold until they are read: written past the caches.
 
 A store to a line that is in no cache first reads that line from memory, to be thrown away: a third
-of what softmax moves. Results of more than PAST bytes are made SPAN elements at a time in a
+of what softmax moves. Results of PAST bytes or more are made SPAN elements at a time in a
 scratch that stays in L1, and leave it by stores that go to memory whole lines at a time.
 
     scratch = room()
@@ -24,8 +24,10 @@ from fastopt_kernels.cpu.xp import JIT
 
 # Smaller results are read from the last cache by whoever takes them next.
 PAST = 16 << 20
-# Elements made before they leave, and bytes of a line.
+# Elements made before they leave, bytes of a line, and room for those: a page apart, rooms would
+# share their places in L1.
 SPAN, LINE = 512, 64
+ROOM = SPAN * 8 + 2 * LINE
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _LINE = ir.VectorType(_I64, LINE // 8)
 
@@ -33,20 +35,27 @@ _LINE = ir.VectorType(_I64, LINE // 8)
 @njit(**JIT)
 def goes_past(nbytes):
     """Whether results of so many bytes in all go past the caches."""
-    return nbytes > PAST
+    return nbytes >= PAST
 
 
-@intrinsic
-def room(typingctx):
-    """The address of SPAN elements of scratch on the stack, at the beginning of a line."""
+def make_rooms(n):
+    """rooms(): the address of n times ROOM bytes of scratch on the stack, at the beginning of a
+    line."""
 
-    def codegen(context, builder, signature, args):
-        with builder.goto_entry_block():
-            place = builder.alloca(_LINE, SPAN * 8 // LINE)
-            place.align = LINE
-        return builder.ptrtoint(place, _I64)
+    @intrinsic
+    def rooms(typingctx):
+        def codegen(context, builder, signature, args):
+            with builder.goto_entry_block():
+                place = builder.alloca(_LINE, n * ROOM // LINE)
+                place.align = LINE
+            return builder.ptrtoint(place, _I64)
 
-    return types.int64(), codegen
+        return types.int64(), codegen
+
+    return rooms
+
+
+room = make_rooms(1)
 
 
 @intrinsic

@@ -19,6 +19,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu import memory, rows
+from fastopt_kernels.cpu.outputs import SPAN, goes_past, make_outputs, room, settle
 from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add, bits_to_double
 
@@ -75,18 +76,25 @@ def _rows(tag, kind, backward):
     codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 1).load
     load, itemsize, store = codec.load, codec.itemsize, rows.Codec(kind, 5).store
     total, factors = _make_total(tag, codec, backward), _make_factors(tag, kind, backward)
+    place, send = make_outputs(itemsize)
 
     def weight_norm(args, task):
         v, dy, g, norms, out, dg, _, _, n_rows, n_cols, _, n_task = _args(args, 0)
-        first = task * n_task
+        first, scratch = task * n_task, room()
+        past = goes_past(n_rows * n_cols * itemsize)
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
             scale, back = factors(row, total(v + at, dy + at, n_cols), g, norms, dg)
-            for j in range(n_cols):
-                if backward:
-                    store(out + at, j, scale * (load_dy(dy + at, j) - load(v + at, j) * back))
-                else:
-                    store(out + at, j, load(v + at, j) * scale)
+            for start in range(0, n_cols, SPAN):
+                stop = min(start + SPAN, n_cols)
+                to = place(out + at, scratch, start, past)
+                for j in range(start, stop):
+                    if backward:
+                        store(to, j, scale * (load_dy(dy + at, j) - load(v + at, j) * back))
+                    else:
+                        store(to, j, load(v + at, j) * scale)
+                send(out + at, scratch, start, stop, past)
+        settle(past)
 
     return weight_norm
 
@@ -150,19 +158,25 @@ def _scale_rows(tag, kind, backward):
     codec, load_dy = rows.Codec(kind, 0), rows.Codec(kind, 1).load
     load, itemsize, store = codec.load, codec.itemsize, rows.Codec(kind, 5).store
     wide = rows.Codec(codec.wide, 7)
-    factor, size = wide.load, wide.itemsize
+    factor, size, (place, send) = wide.load, wide.itemsize, make_outputs(itemsize)
 
     def scale_rows(args, task):
         v, dy, _, _, out, _, _, scales, n_rows, n_cols, _, n_task = _args(args, 0)
         backs, first = scales + n_cols * size, task * n_task
+        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
-            for j in range(n_cols):
-                if backward:
-                    dx = load_dy(dy + at, j) - load(v + at, j) * factor(backs, j)
-                    store(out + at, j, factor(scales, j) * dx)
-                else:
-                    store(out + at, j, load(v + at, j) * factor(scales, j))
+            for start in range(0, n_cols, SPAN):
+                stop = min(start + SPAN, n_cols)
+                to = place(out + at, scratch, start, past)
+                for j in range(start, stop):
+                    if backward:
+                        dx = load_dy(dy + at, j) - load(v + at, j) * factor(backs, j)
+                        store(to, j, factor(scales, j) * dx)
+                    else:
+                        store(to, j, load(v + at, j) * factor(scales, j))
+                send(out + at, scratch, start, stop, past)
+        settle(past)
 
     return scale_rows
 
