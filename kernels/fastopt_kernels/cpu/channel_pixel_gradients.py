@@ -22,9 +22,11 @@ from fastopt_kernels.cpu.channel_pixels import (
     TOGETHER,
     aligned,
     block_of,
+    image_by_image,
     line_of,
     make_fold,
     pixels_table,
+    sets_a_task,
     table_row,
 )
 from fastopt_kernels.cpu.channel_sets import kind_at, load_any, store_any, tidy
@@ -159,10 +161,9 @@ def _pixel_sums(tag, kind):
     return pixel_sums
 
 
-def _pixel_totals(tag):
-    """The first tasks: mean(g) and mean(g x_hat) of the sets of MERGED channels each; those after
-    them: dweight and dbias of SUMMED channels."""
-    get, put = rows.Codec("fp64", 0).load, rows.Codec("fp64", 1).store
+def _make_total(tag):
+    """total_of(partial, c, width, first, last): the sums of a channel in blocks first to last."""
+    get = rows.Codec("fp64", 0).load
 
     @rows.inlined(tag)
     def total_of(partial, c, width, first, last):
@@ -173,12 +174,18 @@ def _pixel_totals(tag):
             along += get(partial, at + width)
         return plain, along
 
-    def pixel_totals(args, task):
-        _, _, weight, _, _, partial, means, dweight, dbias, table, kinds, _, _ = _args(args, 0)
+    return total_of
+
+
+def _pixel_means(tag):
+    """mean(g) and mean(g x_hat) of the sets of MERGED channels."""
+    put, total_of = rows.Codec("fp64", 1).store, _make_total(tag)
+
+    def pixel_means(args, task):
+        _, _, weight, _, _, partial, means, _, _, table, kinds, _, _ = _args(args, 0)
         images, width, length, _, _, groups, batch, _, n_blocks, _ = table_row(table, 0)
         each = width // groups
         n_sets, n_task = groups if batch else images * groups, max(1, MERGED // each)
-        set_tasks = (n_sets + n_task - 1) // n_task
         for k in range(task * n_task, min(task * n_task + n_task, n_sets)):
             first = 0 if batch else k // groups * n_blocks
             last = images * n_blocks if batch else first + n_blocks
@@ -193,15 +200,25 @@ def _pixel_totals(tag):
             n = np.float64(each * length) * (images if batch else 1)
             put(means, 2 * k, across / n)
             put(means, 2 * k + 1, slope / n)
-        channel = (task - set_tasks) * SUMMED
-        for c in range(channel if channel >= 0 else width, min(channel + SUMMED, width)):
+
+    return pixel_means
+
+
+def _pixel_weights(tag):
+    """dweight and dbias of SUMMED channels."""
+    total_of = _make_total(tag)
+
+    def pixel_weights(args, task):
+        _, _, _, _, _, partial, _, dweight, dbias, table, kinds, _, _ = _args(args, 0)
+        images, width, _, _, _, _, _, _, n_blocks, _ = table_row(table, 0)
+        for c in range(task * SUMMED, min(task * SUMMED + SUMMED, width)):
             plain, along = total_of(partial, c, width, 0, images * n_blocks)
             if dweight != 0:
                 store_any(dweight, c, kind_at(kinds, 1), along)
             if dbias != 0:
                 store_any(dbias, c, kind_at(kinds, 2), plain)
 
-    return pixel_totals
+    return pixel_weights
 
 
 def _make_write(tag, codec):
@@ -315,11 +332,16 @@ def gradients(
     partial = torch.empty(2 * n_blocks * channels.channels if needed else 0, dtype=torch.float64)
     means = torch.empty(2 * channels.n_sets, dtype=torch.float64)
     numbers = (*inputs, partial.data_ptr(), means.data_ptr(), *results, table.ctypes.data, *rest)
-    if needed:
-        n_task = max(1, MERGED // (channels.channels // channels.groups))
-        n_last = -(-channels.n_sets // n_task)
-        n_last += -(-channels.channels // SUMMED) if summed else 0
-        last = rows.task_of(_pixel_totals)
-        rows.run(rows.task_of(_pixel_sums, kind), n_blocks, n, numbers, last, n_last)
-    if inputs[-1]:
-        rows.run(rows.task_of(_pixel_dx, kind), n_blocks, n, numbers)
+    sums, means_of = rows.task_of(_pixel_sums, kind), rows.task_of(_pixel_means)
+    dx, weights = rows.task_of(_pixel_dx, kind), rows.task_of(_pixel_weights)
+    n_dx, n_means = n_blocks if inputs[-1] else 0, -(-channels.n_sets // sets_a_task(channels))
+    n_weights = -(-channels.channels // SUMMED) if summed else 0
+    if needed and n_dx and image_by_image(channels):
+        each = n_blocks // channels.images
+        stages = (sums, each), (means_of, n_means // channels.images), (dx, each)
+        rows.run_groups(stages, channels.images, n, numbers)
+        n_dx = 0
+    elif needed:
+        rows.run(sums, n_blocks, n, numbers, means_of, n_means)
+    if n_dx or n_weights:
+        rows.run(dx, n_dx, n, numbers, weights, n_weights)

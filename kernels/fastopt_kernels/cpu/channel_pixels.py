@@ -54,6 +54,16 @@ def pixels_table(c: Channels) -> np.ndarray:
     return np.array(table, dtype=np.int64)
 
 
+def sets_a_task(c: Channels) -> int:
+    """How many sets one task merges."""
+    return max(1, MERGED // (c.channels // c.groups))
+
+
+def image_by_image(c: Channels) -> bool:
+    """Whether each image is read, merged and written before the next: it is in cache still."""
+    return not c.batch and c.groups % sets_a_task(c) == 0 and rows.grouped(c.images)
+
+
 @njit(**JIT)
 def block_of(task, length, block, n_blocks):
     """(image, first pixel, pixels) of a block."""
@@ -340,16 +350,20 @@ def forward(
     """inputs: addresses of x, y, weight and bias; rest: kinds, eps, momentum, given"""
     table, kind, given = pixels_table(channels), rows.kind_of(x), rest[-1]
     n_blocks, addresses = channels.images * int(table[8]), tuple(map(rows.address, running))
-    tail = (table.ctypes.data, *rest, 0)
+    tail, norms = (table.ctypes.data, *rest, 0), rows.task_of(_pixel_norms, kind)
     if not given:
         partial = torch.empty(n_blocks * 2 * channels.channels, dtype=torch.float64)
         if stats is None:
             stats = torch.empty(channels.n_sets, 2, dtype=torch.float64)
-        n_task = max(1, MERGED // (channels.channels // channels.groups))
-        sets, n_last = rows.task_of(_pixel_sets), -(-channels.n_sets // n_task)
+        sets, n_last = rows.task_of(_pixel_sets), -(-channels.n_sets // sets_a_task(channels))
         numbers = (*inputs, partial.data_ptr(), stats.data_ptr(), *addresses, *tail)
         moments = rows.task_of(_pixel_moments, kind)
+        if addresses == (0, 0) and image_by_image(channels):
+            each = n_blocks // channels.images
+            stages = (moments, each), (sets, n_last // channels.images), (norms, each)
+            rows.run_groups(stages, channels.images, x.numel(), numbers)
+            return
         rows.run(moments, n_blocks, x.numel(), numbers, sets, n_last)
         addresses = 0, 0
     numbers = (*inputs, 0, rows.address(stats), *addresses, *tail)
-    rows.run(rows.task_of(_pixel_norms, kind), n_blocks, x.numel(), numbers)
+    rows.run(norms, n_blocks, x.numel(), numbers)

@@ -8,7 +8,7 @@ there are.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -163,6 +163,30 @@ def _loop(parallel: bool) -> Any:
     return disk.obtain(disk.key(run_tasks, parallel), make).entry_point
 
 
+# Tasks that a group is run through, one after the other.
+STAGES = 3
+
+
+@cache
+def _group_loop(parallel: bool) -> Any:
+    groups = prange if parallel else range
+
+    def run_groups(functions, counts, n_groups, numbers):
+        args = _on_stack(numbers)
+        for group in groups(n_groups):
+            for function, count in zip(functions, counts):  # noqa: B905 (Numba)
+                for k in range(group * count, (group + 1) * count):
+                    _call(function, args, k)
+
+    def make(tag):
+        few, numbers = (types.UniTuple(types.int64, n) for n in (STAGES, N_ARGS))
+        signature = types.void(few, few, types.int64, numbers)
+        jitted = njit(signature, parallel=parallel, **JIT)(disk.named(run_groups, tag))
+        return next(iter(jitted.overloads.values()))
+
+    return disk.obtain(disk.key(run_groups, parallel), make).entry_point
+
+
 class Task:
     """A compiled task, by the address of its C function."""
 
@@ -204,11 +228,36 @@ def run(
             _call_loop(parallel, args, n_threads)
 
 
-def _call_loop(parallel: bool, args: tuple[Any, ...], n_threads: int) -> None:
-    if parallel:
-        threads.run_parallel(_loop(True), args, n_threads)
+def run_groups(
+    stages: Sequence[tuple[Task, int]], n_groups: int, n_elements: int, numbers: tuple[int, ...]
+) -> None:
+    """Each group through STAGES tasks, so many of each a group: what one stage reads is in cache
+    when the next does. The results are those of the stages run one after the other over all."""
+    functions, counts = tuple(task.address for task, _ in stages), tuple(n for _, n in stages)
+    args = (functions, counts, n_groups, numbers + _ZEROS[len(numbers) :])
+    n_threads = torch.get_num_threads() if n_elements >= threads.SERIAL_BELOW else 1
+    parallel = threads.worth_it(n_threads, n_elements)
+    if launches.unseen():
+        _call_loop(parallel, args, n_threads, _group_loop)
     else:
-        _loop(False)(*args)
+        idle = (*args[:2], 0, args[3])
+        key = "+".join(task.key for task, _ in stages)
+        with launches.seen(None, key, lambda: _call_loop(parallel, idle, n_threads, _group_loop)):
+            _call_loop(parallel, args, n_threads, _group_loop)
+
+
+def grouped(n_groups: int) -> bool:
+    """Whether so many groups keep all threads busy."""
+    return n_groups >= 2 * torch.get_num_threads()
+
+
+def _call_loop(
+    parallel: bool, args: tuple[Any, ...], n_threads: int, loop: Callable[[bool], Any] = _loop
+) -> None:
+    if parallel:
+        threads.run_parallel(loop(True), args, n_threads)
+    else:
+        loop(False)(*args)
 
 
 def run_rows(task: Task, n_rows: int, n_cols: int, *numbers: int) -> None:
