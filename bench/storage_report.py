@@ -8,8 +8,9 @@ the way that it has gone. "kahan" and "master" are read together with what they 
 Codes, simulated: an exponential average of squares, beta2 0.999, kept in blocks of 256 elements as
 codes of 8 bits and decoded for each step, beside the same average in float64. Gradients are normal;
 their size swings by a factor of e in either direction every 2000 steps ("even"), and is spread over
-the elements of a block by e^(1.5 n), n normal ("uneven"). The error is the root mean square, over
-all elements and the last half of the steps, of sqrt(v) beside the right one less 1.
+the elements of a block by e^(1.5 n), n normal ("uneven"). The error is what a step is off by that is
+divided by sqrt(v): the root mean square, over all elements and the last half of the steps, of
+sqrt(right / kept) - 1.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ CODECS = tuple(_codecs())
 
 
 def tracked(codec: Codec, spread: float, steps: int) -> float:
-    """The error of a second moment kept so."""
+    """What steps are off by that are divided by a second moment kept so."""
     random = np.random.default_rng(0)
     shape = (BLOCKS, BLOCK_8BIT)
     sizes = np.exp(spread * random.standard_normal(shape))
@@ -125,7 +126,7 @@ def tracked(codec: Codec, spread: float, steps: int) -> float:
         scale = kept.max(axis=1, keepdims=True)
         kept = scale * codec.keep(kept / scale, random)
         if 2 * step > steps:
-            squares += float(np.square(np.sqrt(kept / right) - 1.0).mean())
+            squares += float(np.square(np.sqrt(right / kept) - 1.0).mean())
             n += 1
     return math.sqrt(squares / n)
 

@@ -143,10 +143,11 @@ def _assert_taken(main: Callable[[], Any], arguments: list[str]) -> None:
         parse(self, *args)
         raise _TakenError
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(_TakenError):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         patch.setattr(sys, "argv", ["", *arguments])
-        main()
+        with pytest.raises(_TakenError):
+            main()
 
 
 def _assert_collects(arguments: list[str], settings: dict[str, str]) -> None:
