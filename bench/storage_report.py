@@ -8,8 +8,8 @@ the way that it has gone. "kahan" and "master" are read together with what they 
 Codes, simulated: an exponential average of squares, beta2 0.999, kept in blocks of 256 elements as
 codes of 8 bits and decoded for each step, beside the same average in float64. Gradients are normal;
 their size swings by a factor of e in either direction every 2000 steps ("even"), and is spread over
-the elements of a block by e^(1.5 n), n normal ("uneven"). The error is what a step is off by that is
-divided by sqrt(v): the root mean square, over all elements and the last half of the steps, of
+the elements of a block by e^(1.5 n), n normal ("uneven"). The error is what a step is off by where
+it is divided by sqrt(v): the root mean square, over all elements and the last half of the steps, of
 sqrt(right / kept) - 1.
 """
 
