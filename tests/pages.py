@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+
+from fastopt.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,9 +71,20 @@ def run_python(
     folder: an empty one, where what is executed is written, at its lines in the page
     given: names that the page takes for granted
     """
-    namespace = {"__name__": "page"} | given
+    # Ops that a page registers end with it.
+    library = torch.library.Library("fastopt", "FRAGMENT")  # type: ignore[no-untyped-call]
+    patch.setattr(registry, "_library", library)
+    try:
+        return _run_blocks(blocks(text), folder, {"__name__": "page"} | given, patch)
+    finally:
+        library._destroy()  # type: ignore[no-untyped-call]
+
+
+def _run_blocks(
+    found: list[Block], folder: Path, namespace: dict[str, Any], patch: pytest.MonkeyPatch
+) -> dict[str, Any]:
     written: list[str] = []
-    for block in blocks(text):
+    for block in found:
         if block.language != "python":
             continue
         if file := _FILE.match(block.source):
@@ -108,6 +122,17 @@ def _lines(block: Block) -> Iterator[str]:
             yield shlex.join(words)
 
 
+def run_command(command: str) -> int:
+    """The exit status of `fastopt ...` or `python -m ...`, run in this process."""
+    program, *arguments = shlex.split(command)
+    if program == "fastopt":
+        return _main_of("fastopt.cli")(arguments)
+    _, module, *arguments = arguments
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        return _main_of(module)()
+
+
 def check_command(command: str) -> None:
     """Hand a command to what would parse it; AssertionError, or the parser's SystemExit, where it
     would not be taken."""
@@ -117,13 +142,11 @@ def check_command(command: str) -> None:
         settings[name] = value
     match words:
         case ["fastopt", *arguments]:
-            from fastopt.cli import main
-
-            _assert_taken(main, arguments)
+            _assert_taken("fastopt.cli", arguments)
         case ["pytest", *arguments] | ["python", "-m", "pytest", *arguments]:
             _assert_collects(arguments, settings)
         case ["python", "-m", module, *arguments]:
-            _assert_taken(importlib.import_module(module).main, arguments)
+            _assert_taken(module, arguments)
         case ["make", *targets]:
             subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, check=True)
         case ["pip", "install", *arguments]:
@@ -132,37 +155,45 @@ def check_command(command: str) -> None:
             raise AssertionError(f"no test knows how to check {command!r}")
 
 
+def _main_of(module: str) -> Callable[..., int]:
+    main: Callable[..., int] = importlib.import_module(module).main
+    return main
+
+
 class _TakenError(Exception):
     """The parser took the arguments."""
 
 
-def _assert_taken(main: Callable[[], Any], arguments: list[str]) -> None:
+def _assert_taken(module: str, arguments: list[str]) -> None:
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self: argparse.ArgumentParser, *args: Any) -> None:
         parse(self, *args)
         raise _TakenError
 
+    main = _main_of(module)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        patch.setattr(sys, "argv", ["", *arguments])
+        patch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(_TakenError):
             main()
 
 
 def _assert_collects(arguments: list[str], settings: dict[str, str]) -> None:
-    """pytest takes the arguments and finds something to run."""
+    """pytest takes the arguments and finds something to run; in this process, where it may."""
     # pytest-benchmark warns that nothing was saved.
     quietly = ("--collect-only", "-q", "-p", "no:cacheprovider", "-W", "ignore:Not saving")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments, *quietly],
-        cwd=ROOT,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = [*arguments, *quietly]
+    if settings:
+        command = [sys.executable, "-m", "pytest", *arguments]
+        status = subprocess.run(
+            command, cwd=ROOT, env=os.environ | settings, check=False
+        ).returncode
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            status = pytest.main(arguments)
+    assert status == pytest.ExitCode.OK
 
 
 def _assert_extras(arguments: list[str]) -> None:
