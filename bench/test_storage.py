@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import storage_report
-from bench.storage_report import CODECS, Codec, moved, octaves, powers, tracked
+from bench.storage_report import CODECS, STEPS, Codec, moved, octaves, powers, tracked
 from fastopt.optim import formats
 from fastopt_kernels.chunks import SHIFT, value_of
 
@@ -43,7 +43,7 @@ def test_errors_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearest codes lag behind, and coarser ones are worse."""
     monkeypatch.setattr(storage_report, "BLOCKS", 2)
     coarse = Codec("", lambda: octaves(SHIFT + 1), True)
-    fine, nearest, coarser = (tracked(c, 0.0, 1500) for c in (BY_CHANCE, NEAREST, coarse))
+    fine, nearest, coarser = (tracked(c, 0.0, STEPS) for c in (BY_CHANCE, NEAREST, coarse))
     assert 0.01 < fine < nearest
     assert fine < coarser
 
