@@ -21,6 +21,7 @@ from bench import (
     pass_report,
     render,
     row_render,
+    storage_report,
     training_report,
 )
 from bench.cases import LIMIT, NEVER_SLOWER
@@ -94,6 +95,8 @@ PLACES = (
     Place(DOCS / "optimizers.md", "memory", "memory.json", memory_report.at_a_glance),
     Place(DOCS / "optimizers.md", "combinations", "combinations.json", combinations.at_a_glance),
     Place(DOCS / "functions.md", "accuracy", "cpu_accuracy.json", accuracy.at_a_glance),
+    Place(DOCS / "numerics.md", "roundings", "storage.json", storage_report.roundings),
+    Place(DOCS / "design.md", "codes", "storage.json", storage_report.codes),
 )
 
 

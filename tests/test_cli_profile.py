@@ -363,14 +363,6 @@ def test_the_documented_build_is_taken(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(swaps.variants) == 3
 
 
-def test_documented_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Path(__file__).parent.parent / "docs" / "profile.md"
-    commands = re.findall(r"^    fastopt (profile .*)$", page.read_text(), re.MULTILINE)
-    assert len(commands) == 4
-    monkeypatch.setattr(profile, "run", lambda options: 0)
-    assert [main(command.split()) for command in commands] == [0] * 4
-
-
 def test_missing_extras_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,10 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _REFUSALS = frozenset({RuntimeError, TypeError, ValueError, IndexError, NotImplementedError})
 # What autocast runs in float32, by device.
 _AUTOCAST = {
-    "cuda": {"softmax", "log_softmax", "logsumexp", "cross_entropy", "layer_norm", "rms_norm"},
+    "cuda": {
+        *("softmax", "log_softmax", "logsumexp", "cross_entropy"),
+        *("layer_norm", "rms_norm", "group_norm"),
+    },
     "cpu": {"cross_entropy"},
 }
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active

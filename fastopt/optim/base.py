@@ -129,24 +129,22 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             "Adagrad do; or make the gradient dense (sparse=False in the embedding)."
         )
 
-    # torch's contract.
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         own = isinstance(param_group, dict) and param_group.get("max_grad_norm") is not None
-        if own:
-            passes.check(param_group)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            del self.param_groups[-1]
+            raise
         if own:
-            group[passes.ALONE] = True
-        if group.get("fused"):
-            if group.get("differentiable"):
-                raise RuntimeError("`fused` does not support `differentiable`")
-            if group.get("foreach"):
-                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        formats.check(self.update_of(group), group, type(self).__name__)
+            self.param_groups[-1][passes.ALONE] = True
         self._note_amp()
         self._plan = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        passes.check(group)
+        formats.check(self.update_of(group), group, type(self).__name__)
 
     def _add_option(self, name: str, value: Any) -> None:
         """An option torch's class does not have; groups show it only where it is set."""
@@ -162,7 +160,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             if value != passes.DEFAULTS[name]:
                 self._add_option(name, value)
         for group in self.param_groups:
-            formats.check(self.update_of(group), group, type(self).__name__)
+            self._check_group(group)
         self._note_amp()
 
     def _note_amp(self) -> None:

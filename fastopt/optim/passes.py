@@ -87,7 +87,13 @@ def with_options(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def check(group: Mapping[str, Any]) -> None:
-    """Raises ValueError for options that mean nothing, or not together."""
+    """Raises ValueError for options that mean nothing, or not together, and torch's RuntimeError
+    for hints that contradict each other."""
+    if group.get("fused"):
+        if group.get("differentiable"):
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if group.get("foreach"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     for name in ("max_grad_norm", "clip_value"):
         value = group.get(name)
         if value is not None and not number(value) > 0.0:

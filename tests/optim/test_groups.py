@@ -108,6 +108,45 @@ def test_a_parameter_in_two_groups_is_refused_as_by_torch() -> None:
     pair.run(1).check()
 
 
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"state_dtype": "8bit"}, "cannot keep"),
+    ({"state_dtype": "4bit"}, "Invalid state_dtype"),
+    ({"param_rounding": "upwards"}, "Invalid param_rounding"),
+    ({"max_grad_norm": 1.0, "clip_value": 1.0}, "cannot be given together"),
+    ({"fused": True, "foreach": True}, "cannot be `True` together"),
+]
+
+
+def check_refusal(more: dict[str, Any], message: str, ours: Any = fastopt) -> None:
+    """A group that is refused is not there afterwards, and the others go on as with torch."""
+    pair = Pair("Adagrad", ours=ours).run(1)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        pair.ours.add_param_group({"params": make_params([(4, 3)]), **more})
+    assert len(pair.ours.param_groups) == 1
+    pair.run(2).check()
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED)
+def test_a_group_that_is_refused_is_not_added(more: dict[str, Any], message: str) -> None:
+    check_refusal(more, message)
+
+
+class KeepsWhatItRefuses(fastopt.optim.Adagrad):
+    """Wrong: the group stays, and fails at a later step."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        try:
+            super().add_param_group(param_group)
+        except ValueError:
+            self.param_groups.append(param_group)
+            raise
+
+
+def test_a_refused_group_that_stays_would_be_noticed() -> None:
+    with pytest.raises(AssertionError):
+        check_refusal(*REFUSED[0], ours=KeepsWhatItRefuses)
+
+
 def test_an_empty_group_is_no_obstacle() -> None:
     groups = Groups("AdamW", [{}, {}])
     for optimizer, _ in groups.sides:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -256,6 +256,31 @@ def test_autocast_of_mixed_dtypes(name: str) -> None:
             expected = torch.bfloat16
         found = OURS[name](**{**made.inputs, "input": x}, **made.options)
     assert found.dtype == expected
+
+
+TO_FLOAT32: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda x: functional.softmax(x, -1),
+    "log_softmax": lambda x: functional.log_softmax(x, -1),
+    "logsumexp": lambda x: functional.logsumexp(x, -1),
+    "cross_entropy": lambda x: functional.cross_entropy(x, torch.empty_like(x)),
+    "layer_norm": lambda x: functional.layer_norm(x, (6,)),
+    "rms_norm": lambda x: functional.rms_norm(x, (6,)),
+    "group_norm": lambda x: functional.group_norm(x, 2),
+    "scaled_masked_softmax": functional.scaled_masked_softmax,
+    "add_layer_norm": lambda x: functional.add_layer_norm(x, x, (6,))[1],
+}
+
+
+@pytest.mark.parametrize("name", TO_FLOAT32)
+def test_cuda_autocast_runs_in_float32_what_torchs_does(name: str) -> None:
+    """On meta tensors, which are asked as those on a GPU are."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        result = TO_FLOAT32[name](torch.empty(4, 6, dtype=torch.bfloat16, device="meta"))
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+    assert result.dtype is torch.float32
 
 
 def test_training_under_autocast(model: Model) -> None:
