@@ -23,6 +23,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.row_report --out bench/results
 	$(BIN)/python -m bench.pass_report --out bench/results
 	$(BIN)/python -m bench.function_report --out bench/results
+	$(BIN)/python -m bench.output_report --out bench/results
 
 gate: $(READY)
 	$(BIN)/python -m tests.gpu.gate

@@ -18,6 +18,7 @@ from bench import (
     combinations,
     function_report,
     memory_report,
+    output_report,
     pass_report,
     render,
     row_render,
@@ -96,6 +97,7 @@ PLACES = (
     Place(DOCS / "optimizers.md", "combinations", "combinations.json", combinations.at_a_glance),
     Place(DOCS / "functions.md", "accuracy", "cpu_accuracy.json", accuracy.at_a_glance),
     Place(DOCS / "numerics.md", "roundings", "storage.json", storage_report.roundings),
+    Place(DOCS / "design.md", "outputs", "cpu_outputs.json", output_report.at_a_glance),
     Place(DOCS / "design.md", "codes", "storage.json", storage_report.codes),
 )
 
