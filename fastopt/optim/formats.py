@@ -22,15 +22,13 @@ from torch import Tensor
 
 from fastopt.optim import layout
 from fastopt.optim.update import Update
-from fastopt_kernels.chunks import BASE, BLOCK_8BIT, LAST, ORIGIN, SHIFT, value_of
+from fastopt_kernels.chunks import BASE, BLOCK_8BIT, LAST, LEAST_SCALE, ORIGIN, SHIFT, value_of
 
 EIGHT = "8bit"
 Format: TypeAlias = torch.dtype | str | None
 _CODES = {torch.int8: "int8", torch.uint8: "uint8"}
 _WIDE = (torch.float32, torch.bfloat16)
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
-# What a block is divided by at least: one over it does not overflow.
-_SMALLEST = 1e-37
 
 
 def scale_name(name: str) -> str:
@@ -152,7 +150,7 @@ def encode(values: Tensor, codes: Tensor) -> Tensor:
     last = LAST[_CODES[codes.dtype]]
     padded = torch.nn.functional.pad(x.abs(), (0, -len(x) % BLOCK_8BIT)).view(-1, BLOCK_8BIT)
     finite = torch.where(padded.isfinite(), padded, 0.0)
-    scale = finite.amax(1).clamp(min=_SMALLEST) / value_of(last)
+    scale = finite.amax(1).clamp(min=LEAST_SCALE) / value_of(last)
     bits = (finite / scale[:, None] + BASE).view(torch.int32) - ORIGIN + (1 << (SHIFT - 1))
     q = (bits >> SHIFT).clamp(0, last).view(-1)[: len(x)]
     _flat(codes).copy_(torch.where(x < 0, -q, q) if codes.dtype == torch.int8 else q)

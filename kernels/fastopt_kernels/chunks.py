@@ -16,6 +16,8 @@ BLOCK_8BIT = 256
 # A code is what is above SHIFT bits of the float32 |x| / s + BASE, less that of BASE alone.
 SHIFT, BASE = 19, 2.0**-15
 ORIGIN = int(np.float32(BASE).view(np.int32))
+# The least that a block is divided by: one over it does not overflow.
+LEAST_SCALE = 1e-37
 # The largest code.
 LAST = {"int8": 127, "uint8": 255}
 

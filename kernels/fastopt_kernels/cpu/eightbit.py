@@ -22,7 +22,16 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fastopt_kernels.chunks import BASE, BLOCK_8BIT, CODES_8BIT, LAST, ORIGIN, SHIFT, value_of
+from fastopt_kernels.chunks import (
+    BASE,
+    BLOCK_8BIT,
+    CODES_8BIT,
+    LAST,
+    LEAST_SCALE,
+    ORIGIN,
+    SHIFT,
+    value_of,
+)
 from fastopt_kernels.cpu import memory
 from fastopt_kernels.cpu.rounding import bits_of, float_of, is_finite
 from fastopt_kernels.cpu.vecmath import larger, larger_float, smaller
@@ -30,8 +39,7 @@ from fastopt_kernels.cpu.xp import JIT
 
 _ZERO, _INFINITY = np.float32(0), np.float32(math.inf)
 _LARGEST = np.float32(np.finfo(np.float32).max)
-# The least that a block is divided by: one over it does not overflow.
-_SMALLEST = np.float32(1e-37)
+_SMALLEST = np.float32(LEAST_SCALE)
 # Consecutive elements draw numbers a golden ratio of the range apart.
 _GOLDEN, _DRAWN = np.uint32(0x9E3779B1), np.uint32(32 - SHIFT)
 _ORIGIN = np.int32(ORIGIN)

@@ -17,8 +17,9 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu import memory, rows
-from fastopt_kernels.cpu.dropout import make_chance, make_dropper, numbers_of
-from fastopt_kernels.cpu.outputs import ROOM, SPAN, goes_past, make_outputs, make_rooms, settle
+from fastopt_kernels.cpu.dropout import make_chance, numbers_of
+from fastopt_kernels.cpu.norm_writes import TOGETHER, Outputs, make_places, make_put, rooms
+from fastopt_kernels.cpu.outputs import SPAN, goes_past, settle
 from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, product
 
@@ -27,10 +28,9 @@ _args = memory.make_row(types.int64, 19)
 BLOCKS, BLOCK_ROWS = 64, 32
 # Rows summed in the compute type before they are added to the block's sum in float64.
 FLUSHED = 128
-# Rows walked together, so that their share of a weight gradient is read and written once; not where
-# they would leave the L2 cache.
-TOGETHER, TOGETHER_COLS = 4, 16384
-rooms = make_rooms(2 * TOGETHER)
+# TOGETHER rows are walked together, so that their share of a weight gradient is read and written
+# once; not where they would leave the L2 cache.
+TOGETHER_COLS = 16384
 # Columns of the blocks that one task adds up.
 SUMMED = 256
 
@@ -94,76 +94,6 @@ def _make_row_reader(tag, kind, weight_kind, centered, wants_dx, shifted):
     return read
 
 
-class Outputs(NamedTuple):
-    """What a kernel of the gradients is compiled for: kinds of dx and of dx through the dropout,
-    None where one is not wanted; whether the sum has a gradient of its own; and which more there
-    are."""
-
-    dx: str | None
-    dropped: str | None
-    summed: bool
-    drops: bool
-    dweight: bool
-    dbias: bool
-
-    @property
-    def wants_dx(self) -> bool:
-        return self.dx is not None or self.dropped is not None
-
-
-def _make_put(tag, kind, weight_kind, outputs, streams):
-    """put(dx, dropped, dsum, j, d, chance): d, the gradient by what was normalized, on its way."""
-    compute = memory.compute_type(kind)
-    own_nan = weight_kind in (None, kind)
-    store, store_dropped = (
-        memory.make_storer(to or kind, compute, own_nan and to == kind, stream)
-        for to, stream in zip((outputs.dx, outputs.dropped), streams, strict=True)
-    )
-    load_dsum, drop = rows.Codec(kind, 16).load, make_dropper(tag, compute, outputs.drops)
-    summed, stores = outputs.summed, outputs.dx is not None
-    stores_dropped = outputs.dropped is not None
-
-    @rows.inlined(tag)
-    def put(dx, dropped, dsum, j, d, chance):
-        if summed:
-            d = d + load_dsum(dsum, j)
-        if stores:
-            store(dx, j, d)
-        if stores_dropped:
-            store_dropped(dropped, j, drop(d, j, chance))
-
-    return put
-
-
-def _make_places(tag, kind, outputs):
-    """place(dx, dropped, row, n, scratch, k, start, past): where elements from `start` on of a row
-    of dx and of dropped are stored, the k-th of those made at a time; send(dx, dropped, row, n,
-    scratch, k, start, stop, past): from there to where they belong."""
-    sizes = [rows.ITEMSIZE[to or kind] for to in (outputs.dx, outputs.dropped)]
-    (dx_size, dropped_size), (stores, stores_dropped) = sizes, (outputs.dx, outputs.dropped)
-    (place_dx, send_dx), (place_dropped, send_dropped) = map(make_outputs, sizes)
-    stores, stores_dropped = stores is not None, stores_dropped is not None
-
-    @rows.inlined(tag)
-    def place(dx, dropped, row, n, scratch, k, start, past):
-        return (
-            place_dx(dx + row * n * dx_size, scratch + k * ROOM, start, past),
-            place_dropped(
-                dropped + row * n * dropped_size, scratch + (k + TOGETHER) * ROOM, start, past
-            ),
-        )
-
-    @rows.inlined(tag)
-    def send(dx, dropped, row, n, scratch, k, start, stop, past):
-        if stores:
-            send_dx(dx + row * n * dx_size, scratch + k * ROOM, start, stop, past)
-        if stores_dropped:
-            at, waiting = row * n * dropped_size, scratch + (k + TOGETHER) * ROOM
-            send_dropped(dropped + at, waiting, start, stop, past)
-
-    return place, send
-
-
 def _make_dx(tag):
     @rows.inlined(tag)
     def dx_of(dy, w, normal, scale, along, across):
@@ -187,10 +117,10 @@ def _make_gradients(tag, kind, weight_kind, centered, shifted, outputs):
     dx_of, ((get_dw, put_dw), (get_db, put_db)) = _make_dx(tag), _make_sums(kind)
     weight_of = make_weight(tag, weight_kind, codec.compute, 7, shifted)
     put, put_1, put_2, put_3 = (
-        _make_put(tag, kind, weight_kind, outputs, streams)
+        make_put(tag, kind, weight_kind, outputs, streams)
         for streams in ((2, 12), (8, 13), (9, 14), (10, 15))
     )
-    place, send = _make_places(tag, kind, outputs)
+    place, send = make_places(tag, kind, outputs)
     deviation = make_deviation(tag, codec.load, codec.compute, centered)
     read = _make_row_reader(tag, kind, weight_kind, centered, wants_dx, shifted)
     chance_of = make_chance(tag, codec.compute, outputs.drops)

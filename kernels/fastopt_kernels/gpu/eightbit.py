@@ -10,15 +10,14 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fastopt_kernels.chunks import BASE, CODES_8BIT, LAST, ORIGIN, SHIFT, value_of
+from fastopt_kernels.chunks import BASE, CODES_8BIT, LAST, LEAST_SCALE, ORIGIN, SHIFT, value_of
 
 _SHIFT, _ORIGIN, _BASE = tl.constexpr(SHIFT), tl.constexpr(ORIGIN), tl.constexpr(BASE)
 _DRAWN, _ONE = tl.constexpr(32 - SHIFT), tl.constexpr(1 << SHIFT)
 _SIGNED, _UNSIGNED = (tl.constexpr(LAST[kind]) for kind in CODES_8BIT)
 _TOP_SIGNED, _TOP_UNSIGNED = (tl.constexpr(value_of(LAST[kind])) for kind in CODES_8BIT)
 _LARGEST = tl.constexpr(float(np.finfo(np.float32).max))
-# The least that a block is divided by: one over it does not overflow.
-_SMALLEST = tl.constexpr(1e-37)
+_SMALLEST = tl.constexpr(LEAST_SCALE)
 
 
 @triton.jit
