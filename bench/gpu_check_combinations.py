@@ -92,9 +92,11 @@ def _hyperparameters(optimizer: str) -> dict[str, Any]:
 def _made(optimizer: str, format: str, option: str, params: Sequence[Tensor]) -> Any:
     """Ours, on these parameters; raises NotApplicableError for what it refuses."""
     options = _hyperparameters(optimizer) | OPTIONS[option]
+    cls, wanted = getattr(fastopt.optim, optimizer), FORMATS[format]
+    if wanted == "8bit" and 0 < len(cls.eight_bit_names) < len(cls.state_names):
+        wanted = dict.fromkeys(cls.eight_bit_names, wanted)  # those that can be
     try:
-        cls = getattr(fastopt.optim, optimizer)
-        return cls(params, state_dtype=FORMATS[format], **options)
+        return cls(params, state_dtype=wanted, **options)
     except ValueError as refusal:
         raise NotApplicableError(f"refused: {refusal}") from None
 

@@ -20,6 +20,8 @@ from fastopt import backend
 from fastopt.optim import plan
 from fastopt.optim.plan import GroupKey
 
+# As pyproject.toml asks for it.
+OLDEST_NUMBA = (0, 68)
 _NUMBA = backend._KERNELS["cpu"]
 # What a plan asks, as fastopt has it.
 _OWN = (plan.counts_on_device, plan.looks_on_device, plan._check_param)
@@ -58,13 +60,18 @@ def route_cpu_to_triton() -> None:
 
 @contextmanager
 def numba_on_cpu() -> Iterator[None]:
-    """Inside, what is on the CPU runs by Numba's kernels, also in the interpreter's process."""
+    """Inside, what is on the CPU runs by Numba's kernels, also in the interpreter's process.
+
+    Raises NotApplicableError without a Numba that they compile with.
+    """
     before = backend._KERNELS["cpu"]
     asked = (plan.counts_on_device, plan.looks_on_device, plan._check_param)
     try:
-        import numba  # noqa: F401 -- whether it is there, and fits this NumPy
-    except Exception as error:
+        import numba
+    except Exception as error:  # one that does not fit this NumPy is as absent as none
         raise NotApplicableError(f"numba does not import: {error}") from None
+    if tuple(map(int, numba.__version__.split(".")[:2])) < OLDEST_NUMBA:
+        raise NotApplicableError(f"numba {numba.__version__} is older than the kernels take")
     _set_route(_NUMBA, _OWN)
     try:
         yield
