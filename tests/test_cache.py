@@ -19,6 +19,8 @@ import pytest
 from tests.optim.workers import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of a process that hangs: several compile beside the tests of other workers.
+TIMEOUT = 600
 PRELUDE = """
     import json, os
     import numpy as np
@@ -73,7 +75,7 @@ def start(folder: Path | str, body: str, **more: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> tuple[list[Any], list[str]]:
     """What it computed, and the rules it compiled."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     results, compiled = json.loads(out.splitlines()[-1])
     return results, compiled
