@@ -35,8 +35,10 @@ SKIPPING = KINDS[:2]
 ON_DEVICE = (KINDS[0], KINDS[3])
 
 
-def rows(device: Device, engine: ModuleType, quick: bool) -> Iterator[Row]:
+def rows(device: Device, quick: bool) -> Iterator[Row]:
     """quick: small sizes and few dtypes, for the interpreter."""
+    from fastopt_kernels.gpu import engine  # needs triton
+
     for case in cases(quick):
         here = [KINDS[0], KINDS[1 + CASES.index(case) % 7]] if quick else KINDS
         yield Row(f"step: {case.name}", partial(_step, device, engine, case, here, quick), 60)

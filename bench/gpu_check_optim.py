@@ -11,27 +11,27 @@ from torch import Tensor, nn
 
 import fastopt
 from bench.gpu_device import Device
-from bench.gpu_oracle import CASES, Case, Checked, cases
+from bench.gpu_oracle import CASES, QUICK_WHOLE, Case, Checked, cases
 from bench.gpu_rows import Row
 
 SHAPES = ((17, 5), (3,), (), (0,), (4097,), (64, 3, 3), (129, 1031))
 QUICK_SHAPES = ((17, 5), (3,), (), (0,), (37,))
+IN_DTYPES = ("SGD momentum", "AdamW", "NAdam")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def rows(device: Device, quick: bool) -> Iterator[Row]:
     """quick: small tensors and few steps, for the interpreter."""
     maker = _Maker(device, QUICK_SHAPES if quick else SHAPES, 3 if quick else 8)
-    for case in cases(quick):
+    for case in cases(quick, QUICK_WHOLE):
         yield Row(f"steps: {case.name}", partial(_steps, maker, case), 30)
         yield Row(f"counted on the device: {case.name}", partial(_capturable, maker, case), 20)
         yield Row(f"not finite: {case.name}", partial(_not_finite, maker, case))
         yield Row(f"GradScaler: {case.name}", partial(_scaler, maker, case), 10)
         yield Row(f"state_dict: {case.name}", partial(_state_dict, maker, case))
-    for case in CASES:
-        if case.name in ("SGD momentum", "AdamW", "NAdam"):
-            yield Row(f"dtypes: {case.name}", partial(_dtypes, maker, case), 30)
     adamw = next(case for case in CASES if case.name == "AdamW")
+    for case in [adamw] if quick else [case for case in CASES if case.name in IN_DTYPES]:
+        yield Row(f"dtypes: {case.name}", partial(_dtypes, maker, case), 30)
     yield Row("layouts", partial(_layouts, maker, adamw))
     yield Row("wide states", partial(_wide_states, maker, adamw))
     yield Row("tensor learning rates", partial(_tensor_lr, maker, adamw))

@@ -8,36 +8,72 @@ the device) is let in.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.gpu_rows import NotApplicableError
 from fastopt import backend
 from fastopt.optim import plan
 from fastopt.optim.plan import GroupKey
+
+# As pyproject.toml asks for it.
+OLDEST_NUMBA = (0, 68)
+_NUMBA = backend._KERNELS["cpu"]
+# What a plan asks, as fastopt has it.
+_OWN = (plan.counts_on_device, plan.looks_on_device, plan._check_param)
 
 
 def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _counts_on_device(device: torch.device, key: GroupKey) -> bool:
+    return bool(key.capturable or key.fused or key.unknown)
+
+
+def _looks_on_device(device: torch.device) -> bool:
+    return True
+
+
+def _check_param(param: Any, key: GroupKey) -> None:
+    _OWN[2](param, key._replace(capturable=False))
+
+
+def _set_route(kernels: str, asked: tuple[Any, Any, Any]) -> None:
+    backend._KERNELS["cpu"] = kernels
+    backend.kernels.cache_clear()
+    plan.counts_on_device, plan.looks_on_device, plan._check_param = asked
+
+
 def route_cpu_to_triton() -> None:
     """From here on this process runs what is on the CPU by the GPU kernels."""
     if not is_interpreted():
         raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
-    backend._KERNELS["cpu"] = backend._KERNELS["cuda"]
-    backend.kernels.cache_clear()
-    check = plan._check_param
-
-    def counts_on_device(device: torch.device, key: GroupKey) -> bool:
-        return bool(key.capturable or key.fused or key.unknown)
-
-    def check_param(param: Any, key: GroupKey) -> None:
-        check(param, key._replace(capturable=False))
-
-    plan.counts_on_device = counts_on_device
-    plan.looks_on_device = lambda device: True
-    plan._check_param = check_param
+    _set_route(backend._KERNELS["cuda"], (_counts_on_device, _looks_on_device, _check_param))
     # NumPy stands in for the device and warns of what IEEE arithmetic may do there.
     np.seterr(all="ignore")
+
+
+@contextmanager
+def numba_on_cpu() -> Iterator[None]:
+    """Inside, what is on the CPU runs by Numba's kernels, also in the interpreter's process.
+
+    Raises NotApplicableError without a Numba that they compile with.
+    """
+    before = backend._KERNELS["cpu"]
+    asked = (plan.counts_on_device, plan.looks_on_device, plan._check_param)
+    try:
+        import numba
+    except Exception as error:  # one that does not fit this NumPy is as absent as none
+        raise NotApplicableError(f"numba does not import: {error}") from None
+    if tuple(map(int, numba.__version__.split(".")[:2])) < OLDEST_NUMBA:
+        raise NotApplicableError(f"numba {numba.__version__} is older than the kernels take")
+    _set_route(_NUMBA, _OWN)
+    try:
+        yield
+    finally:
+        _set_route(before, asked)

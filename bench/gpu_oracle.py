@@ -81,6 +81,8 @@ CASES = (
 )
 # One of each kind of state, for the interpreter.
 QUICK_NAMES = ("SGD momentum", "RMSprop centered momentum", "AdamW", "NAdam")
+# Of those, where what is looked at stands around the rule: uncounted, and with a carried number.
+QUICK_WHOLE = ("SGD momentum", "NAdam")
 # States that are numbers, one a parameter.
 NUMBERS = ("step", "mu_product")
 # Roundings to the stored type. Triton's interpreter truncates to bfloat16: one ulp there.
@@ -90,8 +92,9 @@ TRUNCATED = 1.0
 FLOAT64_SLACK = 1e-14
 
 
-def cases(quick: bool) -> list[Case]:
-    return [case for case in CASES if not quick or case.name in QUICK_NAMES]
+def cases(quick: bool, names: Sequence[str] = QUICK_NAMES) -> list[Case]:
+    """All, or for the interpreter those of these names."""
+    return [case for case in CASES if not quick or case.name in names]
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:

@@ -3,10 +3,12 @@
     python bench/gpu_report.py --out DIR               on a machine with CUDA (or HIP)
     python bench/gpu_report.py --out DIR --dry-run     tiny, on Triton's interpreter, without one
 
-Needs torch, triton and numpy; no numba, no installation. Writes gpu_report.json and gpu_report.md
-to DIR, anew after each part, so what there is when it stops is whole. Each part runs in processes
-of its own: a row that crashes or hangs is a failed row. The exit status is 0 if every row passed or
-does not apply here, 1 if not, 2 if there is no device.
+Needs torch, triton and numpy; no installation. Beside what numba, matplotlib and peers there are it
+sets the CPU's kernels, draws plots and times them. Writes gpu_report.json, gpu_report.md and plots
+to DIR, anew after each part, so what there is when it stops is whole. Each part has its share of
+the time and runs in processes of its own: a row that crashes or hangs is a failed row, one that no
+time was left for is named. The exit status is 0 if every row passed or does not apply here, 1 if
+not, 2 if there is no device.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,15 +33,34 @@ HERE = str(Path(__file__).resolve().parent)
 # Run as a script, Python puts bench/ itself first, where `cases` and the like are no packages.
 sys.path[:] = [str(ROOT), str(ROOT / "kernels"), *(p for p in sys.path if p not in (HERE, ""))]
 
-from bench import gpu_tables  # noqa: E402
+from bench import gpu_plots, gpu_tables  # noqa: E402
 from bench.gpu_rows import FAIL, NO_TIME, Record  # noqa: E402
-from bench.gpu_supervise import supervise, supervise_all  # noqa: E402
+from bench.gpu_supervise import PROCESS, supervise_all  # noqa: E402
 
 BUDGET_S = 450.0
-# The parts of the budget after which no row of a phase begins. Compiling is most of the first.
-PHASES = {"checks": 0.42, "speed": 0.66, "function_speed": 0.92, "tuning": 0.98}
-# Processes of the checks, side by side; what is timed runs alone.
-SHARDS = {"engine": 5, "optim": 3, "device": 2, "functions": 6}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """until: the part of the budget after which none of its rows begins
+
+    shards: of each section so many processes, side by side
+    """
+
+    until: float
+    shards: dict[str, int]
+
+
+# Compiling is most of the checks: there they share the machine's cores. What is timed runs alone,
+# and so does what takes most of the memory.
+PHASES = {
+    "checks": Phase(0.38, {"engine": 2, "optim": 2, "combinations": 3, "device": 1,
+                           "functions": 6, "compiling": 2}),
+    "large": Phase(0.43, {"large": 1}),
+    "speed": Phase(0.63, {"speed": 1}),
+    "function_speed": Phase(0.92, {"function_speed": 1}),
+    "tuning": Phase(0.95, {"tuning": 1}),
+}  # fmt: skip
 # Timed beside fastopt where they are installed.
 PEERS = ("liger-kernel", "quack-kernels", "flag_gems")
 
@@ -48,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds (default: 450)")
     parser.add_argument("--dry-run", action="store_true", help="on Triton's interpreter, no GPU")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
     parser.add_argument("--commit", default=None, help="where git cannot tell it")
     options = parser.parse_args(argv)
     if not options.dry_run and (why := _no_device()):
@@ -79,43 +100,55 @@ def _report(options: argparse.Namespace) -> int:
     }
     gpu_tables.write(options.out, report)
     with tempfile.TemporaryDirectory(prefix="gpu_report_") as scratch:
-        for phase, part in PHASES.items():
-            deadline = start + part * options.budget
-            print(f"{phase}: until {deadline - start:.0f} s", flush=True)
+        for name, phase in _phases(options).items():
+            deadline = start + phase.until * options.budget
+            print(f"{name}: until {deadline - start:.0f} s", flush=True)
             try:
-                report["rows"] += _phase(phase, options, Path(scratch), deadline)
+                report["rows"] += _run(phase, options, Path(scratch), deadline)
             except Exception as error:  # the report of the other phases matters more
                 detail = f"{type(error).__name__}: {error}"
                 report["rows"].append(
-                    {"section": phase, "row": "(phase)", "status": FAIL, "detail": detail}
+                    {"section": name, "row": "(phase)", "status": FAIL, "detail": detail}
                 )
             report["machine"]["seconds"] = round(time.time() - start, 1)
             gpu_tables.write(options.out, report)
     report["finished"] = True
+    try:
+        report["machine"]["plots"] = gpu_plots.draw(options.out, report["rows"]) or "drawn"
+    except Exception as error:  # what was measured matters more
+        report["machine"]["plots"] = f"{type(error).__name__}: {error}"
     gpu_tables.write(options.out, report)
     print(gpu_tables.short(report), flush=True)
     bad = sum(row["status"] in (FAIL, NO_TIME) for row in report["rows"])
     return 1 if bad or not report["rows"] else 0
 
 
-def _phase(phase: str, options: argparse.Namespace, scratch: Path, deadline: float) -> list[Record]:
-    if phase != "checks":
-        return supervise(phase, _command(phase, options), scratch, deadline, _env(options, 1))
-    shards = dict.fromkeys(SHARDS, 1) if options.dry_run else SHARDS
+def _phases(options: argparse.Namespace) -> dict[str, Phase]:
+    """A dry run has one process for everything: there is nothing it could disturb."""
+    if not options.dry_run:
+        return PHASES
+    sections = ",".join(section for phase in PHASES.values() for section in phase.shards)
+    return {"everything": Phase(1.0, {sections: 1})}
+
+
+def _run(phase: Phase, options: argparse.Namespace, scratch: Path, deadline: float) -> list[Record]:
     commands = {
-        f"{section}-{k}": _command(section, options, "--shard", f"{k}/{n}")
-        for section, n in shards.items()
+        f"{number}-{k}": _command(section, options, k, n)
+        for number, (section, n) in enumerate(phase.shards.items())
         for k in range(n)
     }
     rows = supervise_all(commands, scratch, deadline, _env(options, len(commands)))
+    names = list(gpu_tables.TITLES)
     for row in rows:
-        row["section"] = row["section"].partition("-")[0]
-    return sorted(rows, key=lambda row: list(SHARDS).index(row["section"]))
+        if row["row"] == PROCESS:
+            row["section"] = list(phase.shards)[int(row["section"].partition("-")[0])]
+    return sorted(rows, key=lambda row: names.index(row["section"].partition(",")[0]))
 
 
-def _command(section: str, options: argparse.Namespace, *more: str) -> list[str]:
-    flags = ["--quick"] * options.dry_run + ["--compile"] * options.compile
-    return [sys.executable, "-m", "bench.gpu_worker", section, *flags, *more]
+def _command(section: str, options: argparse.Namespace, shard: int, n_shards: int) -> list[str]:
+    quick = ["--quick"] * options.dry_run
+    command = [sys.executable, "-m", "bench.gpu_worker", section, *quick]
+    return [*command, "--shard", f"{shard}/{n_shards}"]
 
 
 def _env(options: argparse.Namespace, n_processes: int) -> dict[str, str]:

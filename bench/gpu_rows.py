@@ -67,13 +67,13 @@ def results(log: Log) -> list[Record]:
     return [record for record in log.read() if record.get("event") == "end"]
 
 
-def unfinished(log: Log) -> str | None:
-    """The row that began last and never ended."""
-    began: str | None = None
+def unfinished(log: Log) -> Record | None:
+    """The section and name of the row that began last and never ended."""
+    began: Record | None = None
     for record in log.read():
         if record.get("event") == "start":
-            began = record["row"]
-        elif record.get("event") == "end" and record["row"] == began:
+            began = {"section": record["section"], "row": record["row"]}
+        elif record.get("event") == "end" and began and record["row"] == began["row"]:
             began = None
     return began
 
@@ -89,9 +89,9 @@ def run_rows(
 
     deadline: time.time() after which nothing begins
     """
-    done = {record["row"] for record in results(log)}
+    done = {(record["section"], record["row"]) for record in results(log)}
     for row in rows:
-        if row.name in done:
+        if (section, row.name) in done:
             continue
         record: Record = {"event": "end", "section": section, "row": row.name}
         if time.time() + row.seconds > deadline:

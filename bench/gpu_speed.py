@@ -1,9 +1,7 @@
 """Rows: every optimizer's step on real model shapes, as a share of what a copy reaches.
 
-Providers take turns, round after round in changing order, on parameters of their own. Three times
-are taken: in bursts (the device never waits, which is what a training loop sees), alone (queue and
-host included) and of the kernels (torch.profiler). Small models are stepped in turn through
-several copies that together exceed the last-level cache several times over.
+Plain, clipped, with states of 8 bits and in rounded bf16 (`gpu_variants`), beside torch's ways;
+small models are stepped in turn through several copies that exceed the cache (`gpu_turns`).
 """
 
 from __future__ import annotations
@@ -11,117 +9,81 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-import random
-import statistics
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from time import perf_counter
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fastopt
 from bench.gpu_device import Device
 from bench.gpu_rows import NotApplicableError, Row
+from bench.gpu_turns import (
+    ROUNDS,
+    WARM,
+    Subject,
+    copies_beyond_cache,
+    copy_bytes_per_second,
+    interleaved,
+    launches,
+    with_shares,
+)
+from bench.gpu_variants import EVERY, ORDERED, PLAIN, VARIANTS, Variant
 from bench.models import SHAPES
-from bench.providers import HYPERPARAMETERS, OPTIMIZERS, traffic
+from bench.providers import FASTOPT, FOREACH, FUSED
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODELS = ("33m", "gpt2", "20x1m", "1000x1000")
+MODELS = ("33m", "gpt2", "1000x1000")
 BILLION = "1g"
 QUICK = "tiny"
 ALL_SHAPES = SHAPES | {BILLION: [(2**30,)], QUICK: [(33, 3), (33,)]}
-FASTOPT, FUSED, FOREACH = "fastopt", "torch fused", "torch foreach"
-COMPILE = "torch.compile"
-
-ROUNDS = 25
-BURST_S = 2e-3
-MAX_BURST = 60
-# Copies of a small model: their memory exceeds the last-level cache so many times.
-CACHES = 3
-MAX_COPIES = 16
-COPY_BYTES = 2**30
+# With torch.compile beside it, which compiles a step for seconds.
+COMPILED = ("33m", "20x1m")
 
 
-def rows(device: Device, quick: bool, compiled: bool) -> Iterator[Row]:
+def rows(device: Device, quick: bool) -> Iterator[Row]:
     """The most wanted first: what does not fit the time is what stands last."""
-    measure = partial(_measured, device)
-    if quick:
-        yield Row("device copy", partial(_copy_row, device))
-        yield Row(f"AdamW {QUICK} fp32", partial(measure, "AdamW", QUICK, "fp32", rounds=2))
-        yield Row(f"AdamW {QUICK} graph", partial(_graph_row, device, QUICK, rounds=2))
-        return
+    row = partial(_row, device, rounds=1 if quick else ROUNDS)
     yield Row("device copy", partial(_copy_row, device), 10)
-    ordered = ["AdamW", "SGD", *(name for name in OPTIMIZERS if name not in ("AdamW", "SGD"))]
-    for optimizer in ordered[:2]:
-        for model in MODELS:
-            yield Row(f"{optimizer} {model} fp32", partial(measure, optimizer, model, "fp32"), 15)
-        for model in MODELS[:2]:
-            yield Row(f"{optimizer} {model} bf16", partial(measure, optimizer, model, "bf16"), 15)
-    yield Row(f"AdamW {BILLION} fp32", partial(measure, "AdamW", BILLION, "fp32", rounds=20), 25)
+    if quick:
+        yield from (row("AdamW", QUICK, VARIANTS[name]) for name in EVERY[1:])
+        yield Row(f"AdamW {QUICK} graph", partial(_graph_row, device, QUICK, rounds=1))
+        return
+    for model, name in itertools.product((*MODELS, BILLION), EVERY):
+        yield row("AdamW", model, VARIANTS[name])
     for model in ("1000x1000", "gpt2"):
         yield Row(f"AdamW {model} graph", partial(_graph_row, device, model), 15)
-    for model, optimizer in itertools.product(MODELS, ordered[2:]):
-        yield Row(f"{optimizer} {model} fp32", partial(measure, optimizer, model, "fp32"), 15)
+    others = [name for name in VARIANTS if name not in EVERY]
+    yield from (row("AdamW", "33m", VARIANTS[name]) for name in others)
+    # Plain ones of all, then the other ways of all: a cut falls on the same column of each.
+    for model, optimizer in itertools.product(MODELS, ORDERED[1:]):
+        yield row(optimizer, model, PLAIN)
+    served = [
+        (optimizer, name)
+        for name, optimizer in itertools.product(EVERY[1:], ORDERED[1:])
+        if VARIANTS[name].serves(optimizer)
+    ]
+    yield from (row(optimizer, "33m", VARIANTS[name]) for optimizer, name in served)
+    yield from (row(optimizer, BILLION, PLAIN) for optimizer in ORDERED[1:])
+    for model in COMPILED:
+        yield row("AdamW", model, PLAIN, compiled=True)
+    for model, (optimizer, name) in itertools.product(("gpt2", "1000x1000"), served):
+        yield row(optimizer, model, VARIANTS[name])
+    yield from (row(optimizer, BILLION, VARIANTS[name]) for optimizer, name in served)
+
+
+def _row(
+    device: Device,
+    optimizer: str,
+    model: str,
+    variant: Variant,
+    rounds: int,
+    compiled: bool = False,
+) -> Row:
+    run = partial(_measured, device, optimizer, model, variant, rounds, compiled)
+    name = f"{optimizer} {model} {variant.name}"
     if compiled:
-        for model in ("33m", "20x1m"):
-            run = partial(measure, "AdamW", model, "fp32", providers=(FASTOPT, COMPILE))
-            yield Row(f"AdamW {model} fp32 beside torch.compile", run, 60)
-
-
-def _maker(provider: str, optimizer: str, **more: Any) -> Callable[[list[Any]], Any]:
-    """What makes a provider's optimizer from parameters."""
-    module = fastopt.optim if provider == FASTOPT else torch.optim
-    how = {FUSED: {"fused": True}, FOREACH: {"foreach": True}, COMPILE: {"foreach": True}}
-    options = HYPERPARAMETERS[optimizer] | how.get(provider, {}) | more
-    return lambda params: getattr(module, optimizer)(params, **options)
-
-
-class Subject:
-    """A provider with its copies of a model, stepped in turn."""
-
-    def __init__(self, steps: Sequence[Callable[[], Any]], params: Sequence[list[Any]]) -> None:
-        self.steps, self.params = steps, params
-        self._turns = itertools.cycle(steps)
-
-    def burst(self, n: int) -> None:
-        for _ in range(n):
-            next(self._turns)()
-
-    def rebind(self) -> None:
-        """New gradient objects, as zero_grad and a backward leave them."""
-        for p in self.params[0]:
-            p.grad = p.grad.detach()
-
-    def alone(self) -> None:
-        self.steps[0]()
-
-
-@cache
-def copy_bytes_per_second(device: Device) -> float:
-    """A device copy, bytes read plus bytes written: the median of bursts of five."""
-    n = COPY_BYTES if device.device.type != "cpu" else 2**20
-    if device.device.type != "cpu":
-        n = min(n, device.free_bytes() // 8)
-    source = torch.empty(n, dtype=torch.uint8, device=device.device).random_(0, 256)
-    target = torch.empty_like(source)
-
-    def copies() -> None:
-        for _ in range(5):
-            target.copy_(source)
-
-    for _ in range(3):
-        copies()
-    seconds = []
-    for _ in range(ROUNDS):
-        device.synchronize()
-        elapsed = device.time(copies)
-        device.synchronize()
-        seconds.append(elapsed() / 5)
-    if not torch.equal(source, target):
-        raise AssertionError("the copy is not one")
-    return 2 * n / statistics.median(seconds)
+        return Row(f"{name} beside torch.compile", run, 40)
+    return Row(name, run, 10 if model == BILLION else 4)
 
 
 def _copy_row(device: Device) -> dict[str, Any]:
@@ -137,17 +99,15 @@ def _tensors(model: str, dtype: torch.dtype, scale: float, device: Device) -> li
     return [x.view(s).clone() for x, s in zip(flat.split(sizes), shapes, strict=True)]
 
 
-def copies_beyond_cache(device: Device, n_bytes: int) -> int:
-    if device.device.type == "cpu":
-        return 2
-    cache_bytes = getattr(
-        torch.cuda.get_device_properties(device.device), "L2_cache_size", 64 * 2**20
-    )
-    return max(1, min(MAX_COPIES, math.ceil(CACHES * cache_bytes / n_bytes)))
+Made = Callable[[list[Any]], Callable[[], Any]]
 
 
 def _subject(
-    device: Device, model: str, dtype: torch.dtype, gradients: Sequence[list[Tensor]], make: Any
+    device: Device,
+    model: str,
+    dtype: torch.dtype,
+    gradients: Sequence[list[Tensor]],
+    make: Made,
 ) -> Subject:
     """A provider's optimizers over copies of the model; raises where it cannot step."""
     all_params, steps = [], []
@@ -158,42 +118,33 @@ def _subject(
         all_params.append(params)
         steps.append(make(params))
     subject = Subject(steps, all_params)
-    for _ in range(3):
+    for _ in range(WARM if device.device.type != "cpu" else 1):
         subject.burst(len(steps))
     device.synchronize()
     return subject
 
 
-def _stepping(make: Callable[[list[Any]], Any], provider: str, params: list[Any]) -> Any:
-    step = make(params).step
-    return torch.compile(step) if provider == COMPILE else step
-
-
 def _measured(
-    device: Device,
-    optimizer: str,
-    model: str,
-    dtype: str,
-    rounds: int = ROUNDS,
-    providers: Sequence[str] = (FASTOPT, FUSED, FOREACH),
+    device: Device, optimizer: str, model: str, variant: Variant, rounds: int, compiled: bool
 ) -> dict[str, Any]:
     """Times and launches of each provider. One after the other where memory is short."""
-    makers = {name: partial(_stepping, _maker(name, optimizer), name) for name in providers}
+    makers = {name: partial(variant.step, name, optimizer) for name in variant.providers(compiled)}
     if model == BILLION:
-        makers = {name: makers[name] for name in (FASTOPT, FUSED)}
-        needed = 20 * 2**30
+        # Gradient, parameter, two states, and what foreach makes of them on the way.
+        needed = 36 * 2**30
         if device.free_bytes() < needed:
             raise NotApplicableError(f"needs {needed / 2**30:.0f} GiB of free device memory")
-        data: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for name, make in makers.items():
-            data |= _times(device, model, DTYPES[dtype], {name: make}, rounds)
+            found |= _times(device, model, variant.dtype, {name: make}, rounds)
+            device.free_bytes()
     else:
-        data = _times(device, model, DTYPES[dtype], makers, rounds)
+        found = _times(device, model, variant.dtype, makers, rounds)
     n = sum(map(math.prod, ALL_SHAPES[model]))
-    return _with_shares(device, n * traffic(optimizer, DTYPES[dtype]), n, data)
+    return _with_shares(device, n * variant.n_bytes(optimizer), n, found)
 
 
-def _with_shares(device: Device, n_bytes: int, n: int, found: dict[str, Any]) -> dict[str, Any]:
+def _with_shares(device: Device, n_bytes: float, n: int, found: dict[str, Any]) -> dict[str, Any]:
     return {
         "elements": n,
         "bytes": n_bytes,
@@ -202,22 +153,8 @@ def _with_shares(device: Device, n_bytes: int, n: int, found: dict[str, Any]) ->
     }
 
 
-def with_shares(copy: float, n_bytes: int, found: dict[str, Any]) -> dict[str, Any]:
-    """The times of each provider with its rate as a share of a copy's, and how many times as fast
-    fastopt is."""
-    for times in found.values():
-        if "ms" in times:
-            times["gbps"] = n_bytes / times["ms"] / 1e6
-            times["share"] = times["gbps"] * 1e9 / copy
-            if times.get("kernel_ms"):
-                times["kernel_share"] = n_bytes / times["kernel_ms"] * 1e3 / copy
-    ours = found[FASTOPT]["ms"]
-    ratios = {name: t["ms"] / ours for name, t in found.items() if name != FASTOPT and "ms" in t}
-    return {"providers": found, "times_as_fast_as": ratios}
-
-
 def _times(
-    device: Device, model: str, dtype: torch.dtype, makers: dict[str, Any], rounds: int
+    device: Device, model: str, dtype: torch.dtype, makers: dict[str, Made], rounds: int
 ) -> dict[str, Any]:
     n = sum(map(math.prod, ALL_SHAPES[model]))
     copies = copies_beyond_cache(device, 4 * n * dtype.itemsize)
@@ -231,82 +168,19 @@ def _times(
             if name == FASTOPT:
                 raise
             found[name] = {"unavailable": f"{type(error).__name__}: {error}"[:200]}
-    for name, times in interleaved(device, subjects, copies, rounds).items():
-        found[name] = times
-    for name, subject in subjects.items():
-        found[name] |= launches(device, subject)
+    found |= interleaved(device, subjects, copies, rounds)
+    if FASTOPT in subjects:
+        found[FASTOPT] |= launches(device, subjects[FASTOPT])
     subjects.clear()
     gc.collect()
     return found
 
 
-def interleaved(
-    device: Device, subjects: dict[str, Subject], copies: int, rounds: int
-) -> dict[str, dict[str, Any]]:
-    bursts: dict[str, int] = {}
-    for name, subject in subjects.items():
-        elapsed = device.time(partial(subject.burst, copies))
-        device.synchronize()
-        steps = math.ceil(BURST_S / max(elapsed() / copies, 1e-7))
-        bursts[name] = max(copies, min(MAX_BURST, steps))
-    burst_s: dict[str, list[float]] = {name: [] for name in subjects}
-    alone_s: dict[str, list[float]] = {name: [] for name in subjects}
-    host_s: dict[str, list[float]] = {name: [] for name in subjects}
-    order = list(subjects)
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            device.synchronize()
-            elapsed = device.time(partial(subjects[name].burst, bursts[name]))
-            device.synchronize()
-            burst_s[name].append(elapsed() / bursts[name])
-        for name in order:
-            subjects[name].rebind()
-            device.synchronize()
-            start = perf_counter()
-            elapsed = device.time(subjects[name].alone)
-            host_s[name].append(perf_counter() - start)
-            device.synchronize()
-            alone_s[name].append(elapsed())
-    return {
-        name: {
-            "ms": statistics.median(burst_s[name]) * 1e3,
-            "spread": _spread(burst_s[name]),
-            "alone_ms": statistics.median(alone_s[name]) * 1e3,
-            "host_ms": statistics.median(host_s[name]) * 1e3,
-            "copies_of_the_model": copies,
-            "rounds": rounds,
-        }
-        for name in subjects
-    }
-
-
-def _spread(seconds: Sequence[float]) -> float:
-    """The distance of the quartiles as a part of the median."""
-    if len(seconds) < 2:
-        return 0.0
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return (high - low) / median
-
-
-def launches(device: Device, subject: Subject) -> dict[str, Any]:
-    try:
-        found = device.launches(subject.alone)
-    except Exception as error:
-        return {"kernels": None, "profiler": f"{type(error).__name__}: {error}"[:200]}
-    return {
-        "kernels": found.kernels,
-        "copies": found.copies,
-        "kernel_ms": None if found.seconds is None else found.seconds * 1e3,
-    }
-
-
 def _graph_row(device: Device, model: str, rounds: int = ROUNDS) -> dict[str, Any]:
     """Replays of a captured AdamW step: what is left where the host costs nothing."""
 
-    def captured(make: Callable[[list[Any]], Any], params: list[Any]) -> Callable[[], Any]:
-        optimizer = make(params)
+    def captured(provider: str, params: list[Any]) -> Callable[[], Any]:
+        optimizer = PLAIN.optimizer(provider, "AdamW", params, capturable=True)
         with device.stream():
             for _ in range(2):
                 optimizer.step()
@@ -318,7 +192,7 @@ def _graph_row(device: Device, model: str, rounds: int = ROUNDS) -> dict[str, An
         return step
 
     names = (FASTOPT,) if device.device.type == "cpu" else (FASTOPT, FUSED, FOREACH)
-    makers = {name: partial(captured, _maker(name, "AdamW", capturable=True)) for name in names}
-    data = _times(device, model, torch.float32, makers, rounds)
+    makers: dict[str, Made] = {name: partial(captured, name) for name in names}
+    found = _times(device, model, torch.float32, makers, rounds)
     n = sum(map(math.prod, ALL_SHAPES[model]))
-    return _with_shares(device, n * traffic("AdamW", torch.float32), n, data)
+    return _with_shares(device, n * PLAIN.n_bytes("AdamW"), n, found)

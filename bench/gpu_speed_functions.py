@@ -1,32 +1,23 @@
 """Rows: every row function, forward alone and forward + backward, as a share of a device copy.
 
-Who takes turns and how is as for the optimizers' steps (`gpu_speed`): in bursts, alone, and the
-kernels by themselves. A function is called in turn on several inputs that together exceed the
-last-level cache several times over. The bytes are those that no such function can avoid
-(`row_ops`); a copy's are those it reads and those it writes.
+Who takes turns and how is as for the optimizers' steps (`gpu_turns`); which cases, and their bytes,
+`gpu_timed` says. linear_cross_entropy is also weighed: the memory it takes at its peak.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from bench.gpu_device import Device
-from bench.gpu_functions import (
-    FLAG_GEMS,
-    QUICK,
-    SPEED_CASES,
-    SpeedCase,
-    provided,
-    together,
-)
-from bench.gpu_rows import Row
-from bench.gpu_speed import (
-    DTYPES,
+from bench.gpu_rows import NotApplicableError, Row
+from bench.gpu_timed import DTYPES, FLAG_GEMS, TimedCase, cases, provided, together
+from bench.gpu_turns import (
+    WARM,
     Subject,
     copies_beyond_cache,
     copy_bytes_per_second,
@@ -36,36 +27,35 @@ from bench.gpu_speed import (
 )
 from bench.providers import FASTOPT, NoStepError, import_peer
 from bench.row_cases import BOTH, PASSES
-from bench.row_ops import OPS, PEERS_TOLERANCE, TOLERANCE, Workload, check
+from bench.row_ops import PEERS_TOLERANCE, TOLERANCE, check
 from bench.row_providers import ATEN
 
-ROUNDS = 15
+ROUNDS = 20
 # x, y, dy and dx.
 TENSORS = 4
+WEIGHED = "linear_cross_entropy"
 
 
-def rows(device: Device, quick: bool, compiled: bool) -> Iterator[Row]:
-    """compiled: torch.compile takes turns with the others."""
-    cases = [SpeedCase(op, QUICK, "fp32") for op in OPS] if quick else SPEED_CASES
-    for case in cases:
-        rounds = 2 if quick else ROUNDS
-        yield Row(case.name, partial(_measured, device, case, compiled, rounds), 5)
+def rows(device: Device, quick: bool) -> Iterator[Row]:
+    for case in cases(quick):
+        rounds = 1 if quick else ROUNDS
+        seconds = 15.0 if case.compiled else 4.0
+        yield Row(case.name, partial(_measured, device, case, rounds), seconds)
+        if case.op == WEIGHED:
+            yield Row(f"peak memory: {case.name}", partial(_peaks, device, case), 5)
 
 
-def _measured(device: Device, case: SpeedCase, compiled: bool, rounds: int) -> dict[str, Any]:
-    op, dtype = OPS[case.op], DTYPES[case.dtype]
-    n = case.shape[0] * case.shape[1]
-    n_copies = copies_beyond_cache(device, TENSORS * n * dtype.itemsize)
+def _measured(device: Device, case: TimedCase, rounds: int) -> dict[str, Any]:
+    n_copies = copies_beyond_cache(device, TENSORS * case.n_elements * DTYPES[case.dtype].itemsize)
     copy = copy_bytes_per_second(device)
     passes: dict[str, Any] = {}
-    for which in PASSES:
+    for which, n_bytes in zip(PASSES, case.n_bytes, strict=True):
         backward = which == BOTH
-        found = _times(device, case, together(compiled), n_copies, backward, rounds)
+        found = _times(device, case, together(case), n_copies, backward, rounds)
         found |= _flag_gems(device, case, n_copies, backward, rounds)
-        n_bytes = op.traffic(dtype, backward) * n
         passes[which] = {"bytes": n_bytes, **with_shares(copy, n_bytes, found)}
     return {
-        "elements": n,
+        "elements": case.n_elements,
         "copy_gbps": copy / 1e9,
         "inputs": n_copies,
         "passes": passes,
@@ -74,7 +64,7 @@ def _measured(device: Device, case: SpeedCase, compiled: bool, rounds: int) -> d
 
 def _times(
     device: Device,
-    case: SpeedCase,
+    case: TimedCase,
     providers: Sequence[str],
     n_copies: int,
     backward: bool,
@@ -102,7 +92,7 @@ def _times(
 
 
 def _flag_gems(
-    device: Device, case: SpeedCase, n_copies: int, backward: bool, rounds: int
+    device: Device, case: TimedCase, n_copies: int, backward: bool, rounds: int
 ) -> dict[str, Any]:
     """It replaces ATen's functions for as long as it is in use: timed after the others."""
     try:
@@ -114,20 +104,39 @@ def _flag_gems(
 
 
 def _subject(
-    device: Device, case: SpeedCase, provider: str, n_copies: int, backward: bool
+    device: Device, case: TimedCase, provider: str, n_copies: int, backward: bool
 ) -> Subject:
     """The provider's function on inputs of its own: some write to them. Raises where it is wrong,
     or has none."""
-    function = provided(provider, case.op)
-    works = [
-        Workload(OPS[case.op], case.shape, DTYPES[case.dtype], device.device)
-        for _ in range(n_copies)
-    ]
+    function = provided(provider, case)
+    works = [case.work(device) for _ in range(n_copies)]
     if provider != ATEN:
-        allowed = TOLERANCE[case.dtype] if provider == FASTOPT else PEERS_TOLERANCE
+        tight = provider == FASTOPT and not case.coarse
+        allowed = TOLERANCE[case.dtype] if tight else PEERS_TOLERANCE
         check(works[0].results(function, backward), works[0].oracle(torch.float32), allowed)
     subject = Subject([work.step(function, backward) for work in works], [[]])
-    for _ in range(3):
+    for _ in range(WARM if device.device.type != "cpu" else 1):
         subject.burst(n_copies)
     device.synchronize()
     return subject
+
+
+def _peaks(device: Device, case: TimedCase) -> dict[str, Any]:
+    """By how many bytes allocated memory grows at its peak, forward and backward, each alone."""
+    if device.device.type == "cpu":
+        raise NotApplicableError("a CPU's allocator keeps no peak")
+    found = {}
+    for name, function in ((FASTOPT, case.ours), (ATEN, case.eager)):
+        found[name] = _peak(device, case.work(device).step(function, True))
+    return {"peak_bytes": found, "share": found[FASTOPT] / found[ATEN]}
+
+
+def _peak(device: Device, step: Callable[[], Any]) -> int:
+    step()
+    device.free_bytes()
+    device.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    device.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)

@@ -20,7 +20,11 @@ from bench.gpu_rows import EXIT_DEVICE_LOST, FAIL, Log, Record, results, unfinis
 MAX_PROCESSES = 6
 # After its deadline a process may finish the row it is in for so long.
 GRACE_S = 10.0
+# One that only names what was not begun: it imports torch, and little else.
+NAMING_S = 30.0
 OUTPUT_CHARS = 3000
+# The row of a process that ended otherwise than by one of its rows.
+PROCESS = "(process)"
 
 
 def supervise(
@@ -37,28 +41,25 @@ def supervise(
     log = Log(folder / f"{section}.jsonl")
     output = folder / f"{section}.out"
     for _ in range(MAX_PROCESSES):
-        if time.time() >= deadline:
-            break
+        # Past the deadline a process begins no row, but names those that were not begun.
+        late = time.time() >= deadline
+        until = time.time() + NAMING_S if late else deadline + GRACE_S
         before = len(results(log))
-        status = _run([*command, str(log.path), repr(deadline)], output, deadline + GRACE_S, env)
+        status = _run([*command, str(log.path), repr(deadline)], output, until, env)
         row = unfinished(log)
         if row is not None:
             why = "was still running when its time was up" if status is None else f"died: {status}"
             detail = f"the process {why}; its last output: {_tail(output)}"
-            log.write(event="end", section=section, row=row, status=FAIL, detail=detail)
+            log.write(event="end", **row, status=FAIL, detail=detail)
             continue
         if status == 0:
             return results(log)
         if status != EXIT_DEVICE_LOST or len(results(log)) == before:
             detail = f"the process of this section ended with {status}: {_tail(output)}"
-            log.write(event="end", section=section, row="(process)", status=FAIL, detail=detail)
-            return results(log)
+            break
     else:
         detail = f"given up after {MAX_PROCESSES} processes"
-        log.write(event="end", section=section, row="(process)", status=FAIL, detail=detail)
-        return results(log)
-    detail = "not finished: the time budget was used up"
-    log.write(event="end", section=section, row="(process)", status=FAIL, detail=detail)
+    log.write(event="end", section=section, row=PROCESS, status=FAIL, detail=detail)
     return results(log)
 
 

@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_aims import shortfalls
 from bench.gpu_rows import FAIL, NO_TIME, NOT_HERE, PASS, Record
 
 JSON_NAME, MARKDOWN_NAME = "gpu_report.json", "gpu_report.md"
 FASTOPT, FUSED, FOREACH = "fastopt", "torch fused", "torch foreach"
-CHECKS = ("engine", "optim", "device", "functions")
+CHECKS = ("engine", "optim", "combinations", "device", "functions", "compiling", "large")
 TITLES = {
     "engine": "Each rule's kernel against torch.optim in float64",
     "optim": "Whole optimizers against torch.optim in float64",
+    "combinations": "Optimizers by option and storage against torch.optim in float64",
     "device": "Graphs, streams, launches, synchronizations",
     "functions": "Row functions against torch in float64",
+    "compiling": "Compiled beside the checks for what is timed",
+    "large": "More than 2^31 elements",
     "speed": "Speed",
     "function_speed": "Speed of the row functions",
     "tuning": "Other sizes of block, chunk and program: AdamW, 33M elements",
@@ -58,8 +62,11 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["## Not applicable on this machine", ""]
         lines += [f"- {row['section']}: {row['row']}: {_line(row['detail'])}" for row in absent]
         lines += [""]
+    if short_of := shortfalls(rows):
+        lines += ["## Short of the aims", "", *(f"- {line}" for line in short_of), ""]
     lines += _speed([row for row in rows if row["section"] == "speed"])
     lines += _function_speed([row for row in rows if row["section"] == "function_speed"])
+    lines += _peaks([row for row in rows if "peak_bytes" in (row.get("data") or {})])
     lines += _tuning([row for row in rows if row["section"] == "tuning"])
     for section in CHECKS:
         here = [row for row in rows if row["section"] == section]
@@ -92,7 +99,7 @@ def _s(row: Record) -> str:
 
 SPEED_COLUMNS = (
     "case", "fastopt ms", "GB/s", "of copy", "kernels of copy", "alone ms", "host ms", "launches",
-    "fused ms", "of copy", "foreach ms", "of copy", "x fused", "x foreach",
+    "fused ms", "of copy", "foreach ms", "of copy", "x fused", "x foreach", "x others",
 )  # fmt: skip
 
 
@@ -176,7 +183,8 @@ def speed_cells(row: Record) -> list[str]:
     data = row["data"]
     ours, fused, foreach = (data["providers"].get(name, {}) for name in (FASTOPT, FUSED, FOREACH))
     ratios = data["times_as_fast_as"]
-    launches = f"{ours.get('kernels')} + {ours.get('copies')}" if ours.get("kernels") else ""
+    launches = _launches(ours)
+    others = [f"{x:.2f} {name}" for name, x in ratios.items() if name not in (FUSED, FOREACH)]
     return [
         row["row"],
         _number(ours.get("ms"), 3),
@@ -192,7 +200,27 @@ def speed_cells(row: Record) -> list[str]:
         _percent(foreach.get("share")),
         _number(ratios.get(FUSED), 2),
         _number(ratios.get(FOREACH), 2),
+        ", ".join(others),
     ]
+
+
+def _launches(times: Record) -> str:
+    """Kernels and copies; copies are unknown where only fastopt's own launches could be seen."""
+    if not times.get("kernels"):
+        return ""
+    copies = times.get("copies")
+    return str(times["kernels"]) if copies is None else f"{times['kernels']} + {copies}"
+
+
+def _peaks(rows: Sequence[Record]) -> list[str]:
+    if not rows:
+        return []
+    found = [
+        (row["row"], *row["data"]["peak_bytes"].values(), row["data"]["share"]) for row in rows
+    ]
+    cells = [[name, f"{a / 2**20:.0f}", f"{b / 2**20:.0f}", _percent(x)] for name, a, b, x in found]
+    columns = ("forward and backward", "fastopt MiB", "ATen MiB", "of ATen's")
+    return ["## Memory at its peak", "", *_table(columns, cells), ""]
 
 
 def _tuning(rows: Sequence[Record]) -> list[str]:
@@ -226,6 +254,7 @@ def short(report: dict[str, Any]) -> str:
         for cells in table:
             chosen = (cells[k].rjust(w) for k, w in zip(columns, widths, strict=True))
             lines.append("  ".join(chosen))
+    lines += [f"SHORT {line}" for line in shortfalls(rows)[:40]]
     lines += _short_functions([row for row in rows if row["section"] == "function_speed"])
     for row in [row for row in rows if row["status"] in (FAIL, NO_TIME)][:25]:
         lines.append(f"{row['status'].upper()} {row['section']}: {row['row']}: "

@@ -1,11 +1,12 @@
-"""One process of the report: the rows of one section, or of one shard of it.
+"""One process of the report: the rows of some sections, or of one shard of them.
 
-python -m bench.gpu_worker SECTION [--shard I/N] [--quick] LOG DEADLINE
+python -m bench.gpu_worker SECTION[,SECTION...] [--shard I/N] [--quick] LOG DEADLINE
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import sys
 from collections.abc import Iterable
@@ -17,50 +18,32 @@ from bench.gpu_device import Cuda, Device, Interpreted
 from bench.gpu_interpret import is_interpreted, route_cpu_to_triton
 from bench.gpu_rows import Log, Row, run_rows
 
-SECTIONS = ("engine", "optim", "device", "functions", "speed", "function_speed", "tuning")
+# The modules of each section: rows(device, quick), in this order.
+SECTIONS = {
+    "engine": ("gpu_check_engine",),
+    "optim": ("gpu_check_optim", "gpu_check_passes", "gpu_check_formats"),
+    "combinations": ("gpu_check_combinations",),
+    "device": ("gpu_check_device", "gpu_check_variants"),
+    "functions": ("gpu_check_functions",),
+    "compiling": ("gpu_compiling",),
+    "large": ("gpu_check_large",),
+    "speed": ("gpu_speed",),
+    "function_speed": ("gpu_speed_functions",),
+    "tuning": ("gpu_tune",),
+}
 
 
-def rows_of(section: str, device: Device, quick: bool, compiled: bool) -> Iterable[Row]:
-    """quick: small sizes; compiled: with torch.compile among those timed."""
-    if section == "engine":
-        from bench import gpu_check_engine
-        from fastopt_kernels.gpu import engine
-
-        return gpu_check_engine.rows(device, engine, quick)
-    if section == "optim":
-        from bench import gpu_check_formats, gpu_check_optim, gpu_check_passes
-
-        checks = (gpu_check_optim, gpu_check_passes, gpu_check_formats)
-        return itertools.chain.from_iterable(check.rows(device, quick) for check in checks)
-    if section == "device":
-        from bench import gpu_check_device
-
-        return gpu_check_device.rows(device, quick)
-    if section == "functions":
-        from bench import gpu_check_functions
-
-        return gpu_check_functions.rows(device, quick)
-    if section == "function_speed":
-        from bench import gpu_speed_functions
-
-        return gpu_speed_functions.rows(device, quick, compiled)
-    if section == "speed":
-        from bench import gpu_speed
-
-        return gpu_speed.rows(device, quick, compiled)
-    from bench import gpu_tune
-    from fastopt_kernels.gpu import engine
-
-    return gpu_tune.rows(device, engine, quick)
+def rows_of(section: str, device: Device, quick: bool) -> Iterable[Row]:
+    """quick: small sizes"""
+    modules = (importlib.import_module(f"bench.{name}") for name in SECTIONS[section])
+    return itertools.chain.from_iterable(module.rows(device, quick) for module in modules)
 
 
 def _device() -> Device:
     if is_interpreted():
-        from fastopt_kernels.gpu import engine
-
         route_cpu_to_triton()
         torch.set_num_threads(1)
-        return Interpreted(engine)
+        return Interpreted()
     return Cuda()
 
 
@@ -77,19 +60,20 @@ def _lost(device: Device) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("sections", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("log", type=Path)
     parser.add_argument("deadline", type=float)
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     shard, n_shards = map(int, options.shard.split("/"))
-    device = _device()
-    rows = rows_of(options.section, device, options.quick, options.compile)
-    mine = itertools.islice(rows, shard, None, n_shards)
-    log = Log(options.log)
-    return run_rows(options.section, mine, log, options.deadline, lambda: _lost(device))
+    device, log = _device(), Log(options.log)
+    for section in options.sections.split(","):
+        rows = itertools.islice(rows_of(section, device, options.quick), shard, None, n_shards)
+        status = run_rows(section, rows, log, options.deadline, lambda: _lost(device))
+        if status:
+            return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def run(body: str, *blocked: str) -> Any:
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment(),
         check=False,
     )

@@ -15,8 +15,8 @@ from bench.gpu_worker import rows_of
 DEVICE = Cuda()
 ROWS = [
     row
-    for section in ("engine", "optim", "device")
-    for row in rows_of(section, DEVICE, quick=False, compiled=False)
+    for section in ("engine", "optim", "combinations", "device", "functions", "large")
+    for row in rows_of(section, DEVICE, quick=False)
 ]
 
 

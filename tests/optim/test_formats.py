@@ -357,7 +357,8 @@ def test_to_torch_and_back(name: str, state_dtype: Any) -> None:
     }
     theirs.load_state_dict(plain)
     run(theirs, others, range(3, 4))
-    back = make(name, [torch.nn.Parameter(p.detach().clone()) for p in others])
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in others]
+    back = make(name, copies, ema_decay=0.9)
     back.param_groups[0].update(state_dtype=state_dtype)
     back.load_state_dict(theirs.state_dict())
     run(back, back.param_groups[0]["params"], range(4, 5))
