@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastopt_kernels.channels import Channels
 from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu.extents import counted
 
 # Elements of a tile: 16 of 4 bytes a thread, of which 256 make a program.
 TILE = {tl.float32: 4096, tl.float64: 2048}
@@ -139,6 +140,7 @@ class Tiles:
         """tensors: all that are read or written as tiles"""
         compute, itemsize, c = rows.COMPUTE[x.dtype], x.element_size(), channels
         size = TILE[compute]
+        counted(c.channels, "the channels"), counted(c.length, "a channel of an image")
         if c.pixels:
             strides = c.channels, c.stride_image, c.stride_element
             vector = rows.vector_of(tensors, strides, itemsize)
@@ -208,7 +210,7 @@ class Tiles:
         else:
             n_sets, outer, step_outer = c.images * groups, per_group, of_channel
         sets = (n_sets, groups, pieces * c.channels, per_group * of_channel)
-        parts = (outer * pieces, pieces, step_outer, step)
+        parts = (counted(outer * pieces, "a sum over parts"), pieces, step_outer, step)
         per_set = per_group * c.length * (c.images if batch else 1)
         lines, cols = SUM_TILE
         rows.launch(

@@ -97,6 +97,8 @@ def _judge(
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Out of the parts, everything that `Verdict` holds."""
+    n_families, n_others = n_families.to(tl.int64), n_others.to(tl.int64)
+    n_groups = n_groups.to(tl.int64)
     inverse = tl.full((), 1.0, tl.float64)
     if HAS_SCALE:
         inverse = inverse / tl.load(scale_ptr).to(tl.float64)
