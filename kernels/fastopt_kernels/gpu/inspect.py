@@ -57,13 +57,23 @@ class Launched:
     constants: dict[str, Any]
     compiled: Any
 
+    @property
+    def elements(self) -> int:
+        """What a thread has of the block, or the tile, that its program takes at a time."""
+        known, target = self.constants, self.compiled.metadata.target
+        if "LINES" in known:
+            size = known["LINES"] * known["COLS"]
+        else:
+            size = known["BLOCK"] * known.get("UNROLL", 1)
+        return max(1, size // (self.compiled.metadata.num_warps * target.warp_size))
+
 
 class Launches(list[Launched]):
     """In the order they were launched."""
 
-    def of(self, name: str) -> list[Any]:
-        """What the launches of one kernel were compiled to."""
-        return [launched.compiled for launched in self if launched.name == name]
+    def of(self, name: str) -> list[Launched]:
+        """The launches of one kernel."""
+        return [launched for launched in self if launched.name == name]
 
 
 class _Recorder:
@@ -133,14 +143,24 @@ class Read:
     stores: int
     float64: int
     float32: int
+    # As they are written, not as they are run: a loop's count once.
+    instructions: int
+    shared: int
     approximate: tuple[str, ...] = field(default=())
+
+
+# All but what fills the code up.
+_CUDA_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", re.MULTILINE)
+_HIP_INSTRUCTION = re.compile(
+    r"^\t(?!s_nop|s_code_end)(?:[sv]|ds|global|flat|buffer|scratch)_", re.MULTILINE
+)
 
 
 def read(kernel: Any) -> Read:
     return _read_hip(kernel) if "amdgcn" in kernel.asm else _read_cuda(kernel)
 
 
-def _tool(name: str) -> str:
+def nvidia_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
@@ -152,7 +172,7 @@ def _of_cubin(kernel: Any, tool: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return _run(_tool(tool), *options, file.name)
+        return _run(nvidia_tool(tool), *options, file.name)
 
 
 def _sass(kernel: Any) -> str:
@@ -172,6 +192,8 @@ def _read_cuda(kernel: Any) -> Read:
         len(re.findall(r"\bSTG\.E\S*\.128\b", sass)),
         len(re.findall(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX)|F2F\S*F64\S*|[IU]2F\S*F64)\b", sass)),
         _float32_arithmetic(kernel),
+        len(_CUDA_INSTRUCTION.findall(sass)),
+        kernel.metadata.shared,
         tuple(sorted(set(re.findall(r"\b\S+\.(?:approx|ftz)\S*", ptx)))),
     )
 
@@ -191,6 +213,14 @@ def _read_hip(kernel: Any) -> Read:
         len(re.findall(r"\b(?:global|flat|buffer)_store_dwordx4\b", text)),
         len(re.findall(r"\bv_\w+_f64\b", text)),
         _float32_arithmetic(kernel),
+        len(
+            re.findall(
+                r"^\t(?!s_nop|s_code_end)(?:[sv]|ds|global|flat|buffer|scratch)_",
+                text,
+                re.MULTILINE,
+            )
+        ),
+        kernel.metadata.shared,
     )
 
 
