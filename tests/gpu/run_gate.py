@@ -51,12 +51,12 @@ class Run:
         self.path, key = path, made_of()
         self.found: dict[Case, dict[str, Any]] = {}
         lines = path.read_text().splitlines() if path.exists() and not fresh else []
-        if lines[:1] == [key]:
-            # The last may have been cut off.
-            for line in lines[1:] if lines[-1].endswith("}") else lines[1:-1]:
-                self._take(json.loads(line))
-        else:
-            write_whole(path, f"{key}\n".encode())
+        lines = lines[1:] if lines[:1] == [key] else []
+        # The last may have been cut off.
+        lines = [line for line in lines if line.endswith("}")]
+        for line in lines:
+            self._take(json.loads(line))
+        write_whole(path, "\n".join([key, *lines, ""]).encode())
 
     def _take(self, entry: dict[str, Any]) -> None:
         self.found[Case(*entry["case"])] = entry

@@ -107,6 +107,8 @@ def _update_block(
             x = new[k - 1].to(pointers[k].dtype.element_ty)
         tl.store(pointers[k] + offsets, x, mask=mask)
     if EXTRAS[3]:
+        # Or what is seen is computed between the stores, and spills (sm_100, codes by chance).
+        tl.debug_barrier()
         sums = telemetry.see(sums, values[1], *seen, mask, WIDTH)
     return sums
 
