@@ -164,6 +164,11 @@ class Tiles:
         dtype = torch.float64 if self.compute == tl.float64 else torch.float32
         return torch.empty((n, self.n_parts), dtype=dtype, device=x.device)
 
+    def _each(self) -> int:
+        """Elements a thread: fewer of several planes, whose addresses take registers (sm_80)."""
+        planes = self.lines > 1 and not self.channels.pixels
+        return 8 if planes and self.compute == tl.float32 else 16
+
     def launch(self, kernel: Any, tensors: tuple[Any, ...], given: bool, **other: Any) -> None:
         """kernel[grid](*tensors, *EXTENTS), where a program is a tile; given: statistics are of
         channels."""
@@ -179,7 +184,7 @@ class Tiles:
         per_group = 1 if given else c.channels // c.groups
         extents += (0 if c.batch or given else c.groups, per_group)
         # Addresses of single elements take registers.
-        each = 16 if v > 1 else 4
+        each = self._each() if v > 1 else 4
         threads = min(512, max(32, self.lines * self.cols // each))
         rows.launch(
             kernel,

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fastopt_kernels.gpu import engine, measure, rows
+from fastopt_kernels.gpu.device import warp_size
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -95,16 +96,13 @@ class _Recorder:
 def driving(target: str) -> Iterator[None]:
     """Triton's driver is that of a target inside."""
     drivers, active = triton.runtime.driver, triton.runtime.driver._active
-    asked = (engine._warp_size, rows.warp_size)
-    for warp_size in asked:
-        warp_size.cache_clear()
+    warp_size.cache_clear()
     drivers.set_active(_Driver(TARGETS[target], NO_DEVICE + list(TARGETS).index(target)))
     try:
         yield
     finally:
         drivers._active = active
-        for warp_size in asked:
-            warp_size.cache_clear()
+        warp_size.cache_clear()
 
 
 @contextmanager
@@ -176,7 +174,8 @@ def _of_cubin(kernel: Any, tool: str, *options: str) -> str:
 
 
 def _sass(kernel: Any) -> str:
-    return _of_cubin(kernel, "nvdisasm")
+    # Without its data flow analysis: the same text sooner.
+    return _of_cubin(kernel, "nvdisasm", "-ndf")
 
 
 def _read_cuda(kernel: Any) -> Read:

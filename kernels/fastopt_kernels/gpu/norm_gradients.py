@@ -309,10 +309,8 @@ def _tile_of(n_cols: int, compute: tl.dtype, vector: int, joined: bool) -> rows.
 
 def _share(n_rows: int, lines: int, programs: int) -> tuple[int, int]:
     """Programs over the rows, and how many rows each takes, in tiles of `lines`."""
-    programs = min(programs, triton.cdiv(n_rows, lines * TILES_EACH))
-    if programs == 0:
-        return 0, lines
-    rows_each = triton.cdiv(triton.cdiv(n_rows, programs), lines) * lines
+    programs = max(1, min(programs, triton.cdiv(n_rows, lines * TILES_EACH)))
+    rows_each = max(1, triton.cdiv(triton.cdiv(n_rows, programs), lines)) * lines
     return counted(triton.cdiv(n_rows, rows_each), "a sum over rows"), rows_each
 
 

@@ -13,7 +13,6 @@ import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fastopt_kernels import launches
 from fastopt_kernels.gpu import xp
+from fastopt_kernels.gpu.device import warp_size
 from fastopt_kernels.gpu.extents import counted
 
 COMPUTE = {
@@ -326,14 +326,6 @@ def tile_of_columns(
     if halved and not whole:
         cols = threads * (16 // itemsize) // lines
     return Tile(lines, cols, whole, True, vector, 1, threads)
-
-
-@cache
-def warp_size() -> int:
-    """Threads a warp: 64 on AMD's CDNA. The interpreter has no device to ask."""
-    if triton.knobs.runtime.interpret:
-        return 32
-    return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
 def warps(threads: int) -> int:
