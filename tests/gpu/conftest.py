@@ -29,6 +29,7 @@ INTERPRETED = [
 ]
 COMPILED = [
     "test_cuda.py",
+    "test_extents.py",
     "test_gate.py",
     "test_interpreter.py",
     "test_ranges.py",

@@ -200,3 +200,18 @@ def test_a_tile_that_goes_through_shared_memory_fails(monkeypatch: pytest.Monkey
     monkeypatch.setattr(softmax, "logsumexp_kernel", fresh)
     faults = row_gate.faults("logsumexp", "walked", BFLOAT16, "sm_90")
     assert any("shared memory" in text for text in faults), faults
+
+
+@triton.jit
+def _place_in_32_bits(n_lines, LINES: tl.constexpr, COLUMNS: tl.constexpr):  # noqa: N803
+    program = tl.program_id(0)
+    return program * 0, program * LINES + tl.arange(0, LINES)
+
+
+def test_offsets_in_32_bits_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 2^31 elements in all, where no row is long."""
+    monkeypatch.setattr(rows, "place", _place_in_32_bits)
+    fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=rows.EXTENTS)
+    monkeypatch.setattr(softmax, "softmax_kernel", fresh)
+    faults = row_gate.faults("softmax", "row", FLOAT32, "sm_90")
+    assert any("32 bits" in text and "arith.muli" in text for text in faults), faults
