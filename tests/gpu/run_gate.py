@@ -39,7 +39,7 @@ def made_of() -> str:
     key = hashlib.sha256(gate_table.compilers().encode())
     for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if not path.name.startswith("test_") and "cpu" not in path.parts:
+            if not path.name.startswith(("test_", "conftest")) and "cpu" not in path.parts:
                 key.update(path.read_bytes())
     return key.hexdigest()
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def compiling(target: str) -> Iterator[Launches]:
 _ENGINES = ((engine, "update_kernel"), (engine, "scalars_kernel"), (measure, "measure_kernel"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Read:
     """What the machine code of one kernel says of itself."""
 
@@ -154,6 +155,7 @@ _HIP_INSTRUCTION = re.compile(
 )
 
 
+@cache
 def read(kernel: Any) -> Read:
     return _read_hip(kernel) if "amdgcn" in kernel.asm else _read_cuda(kernel)
 
