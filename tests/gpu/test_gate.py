@@ -137,7 +137,8 @@ def test_a_kernel_that_spills_fails(
 ) -> None:
     """64 elements a thread instead of 4: four streams for 255 registers, five for 512."""
     monkeypatch.setitem(engine.BLOCK, "fp32", 64 * engine.THREADS)
-    monkeypatch.setattr(engine, "CHUNK", 64 * engine.THREADS)
+    # Of one block the compiler would know that there is no next.
+    monkeypatch.setattr(engine, "CHUNK", 8 * 64 * engine.THREADS)
     faults = gate.check_update(UPDATES[name], FLOAT32, target).faults
     assert any("spills" in text for text in faults), faults
 
@@ -162,7 +163,9 @@ def test_a_kernel_without_the_promise_of_alignment_fails(
 
 def test_measuring_without_the_promise_of_alignment_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "pointer", _promises_nothing)
-    monkeypatch.setattr(measure, "measure_kernel", triton.jit(measure.measure_kernel.fn))
+    own = measure.measure_kernel
+    fresh = triton.jit(own.fn, do_not_specialize=own.do_not_specialize)
+    monkeypatch.setattr(measure, "measure_kernel", fresh)
     measuring, *_ = clip_gate.check_clipped(ADAM, FLOAT32, "sm_90")
     assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in measuring.faults] == ["loads"]
 
