@@ -28,7 +28,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.output_report --out bench/results
 
 gate: $(READY)
-	$(BIN)/python -m tests.gpu.gate
+	$(BIN)/python -m tests.gpu.run_gate
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -4,8 +4,7 @@ with what they read of it. `gate.py` says what fails."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,33 +12,29 @@ import torch
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras
 from fastopt_kernels.gpu import measure
+from fastopt_kernels.gpu.inspect import Launched, compiling
+from tests.gpu.checked import Case, Checked, checked
 from tests.gpu.gate import (
     CPU,
     KINDS,
     ROUNDINGS,
-    Read,
+    Checks,
     check_scalars,
-    compiling,
+    checked_scalars,
+    checked_update,
     launch_of,
-    read,
     run_on_device,
-    scalars_faults,
-    update_faults,
     updates,
 )
 
 
-def measure_faults(kernel: Any, kind: str) -> tuple[Read, list[str]]:
+def checked_measure(launched: Launched, kind: str) -> Checked:
     """What keeps a kernel that measures gradients from passing."""
-    found = read(kernel)
-    faults = []
-    if found.spilled:
-        faults.append(f"spills: {found.spilled} (stack, local memory, instructions)")
-    if found.loads < measure.UNROLL[kind]:
-        faults.append(f"{found.loads} loads of 128 bits, {measure.UNROLL[kind]} needed")
-    if found.approximate:
-        faults.append(f"approximate: {' '.join(found.approximate)}")
-    return found, faults
+    found = checked(launched)
+    found.wide(measure.UNROLL[kind], 0)
+    if found.read.approximate:
+        found.faults.append(f"approximate: {' '.join(found.read.approximate)}")
+    return found
 
 
 def check_clipped(
@@ -48,7 +43,7 @@ def check_clipped(
     target: str,
     maximum: bool = False,
     extras: Extras = NO_EXTRAS,
-) -> list[tuple[Read, list[str]]]:
+) -> list[Checked]:
     """Compile a step that is clipped by norm under GradScaler: measure, count and update."""
     with compiling(target) as compiled:
         launch = launch_of(update, kinds, update.rule, extras)
@@ -61,25 +56,25 @@ def check_clipped(
             compiled.of(name) for name in ("measure_kernel", "scalars_kernel", "update_kernel")
         )
         return [
-            measure_faults(measuring[0], kinds[1]),
-            scalars_faults(scalars[0]),
-            update_faults(skipping, launch.kinds),
-            update_faults(clipped, launch.kinds),
+            checked_measure(measuring[0], kinds[1]),
+            checked_scalars(scalars[0]),
+            checked_update(skipping, launch.kinds),
+            checked_update(clipped, launch.kinds),
         ]
 
 
-def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each kernel of a clipped Adam step, by name."""
+def all_checks(targets: Sequence[str]) -> Checks:
+    """The kernels of a clipped Adam step; the scalars of one that rounds."""
     adam = updates()["adam"]
     for target, kinds, maximum in itertools.product(targets, KINDS, (False, True)):
-        norm = "largest" if maximum else "norm"
-        for k, part in enumerate(("measure", "scalars", "skipped", "clipped")):
-            label = f"{target:7} {'adam ' + norm + ' ' + part:26} {'-'.join(kinds):15}"
-            yield (
-                label,
-                lambda c=kinds, t=target, m=maximum, k=k: check_clipped(adam, c, t, m)[k],
-            )
+        what = "clipped by largest" if maximum else "clipped by norm"
+        yield (
+            Case(target, "adam", "-".join(kinds), what),
+            lambda c=kinds, t=target, m=maximum: check_clipped(adam, c, t, m),
+        )
     for target, rounding in itertools.product(targets, (0, STOCHASTIC)):
         extras = Extras(clipped=True, averaged=True, rounding=rounding)
-        label = f"{target:7} {'adam_scalars':26} {'bf16':15} {ROUNDINGS[rounding]}"
-        yield label, lambda t=target, e=extras: check_scalars(adam, KINDS[1], t, extras=e)
+        yield (
+            Case(target, "adam_scalars", "bf16", ROUNDINGS[rounding]),
+            lambda t=target, e=extras: [check_scalars(adam, KINDS[1], t, extras=e)],
+        )

@@ -30,10 +30,13 @@ INTERPRETED = [
 ]
 COMPILED = [
     "test_cuda.py",
+    "test_extents.py",
     "test_gate.py",
     "test_interpreter.py",
+    "test_ranges.py",
     "test_report.py",
     "test_row_gate.py",
+    "test_run_gate.py",
 ]
 
 collect_ignore = COMPILED if is_interpreted() else INTERPRETED

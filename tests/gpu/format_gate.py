@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fastopt_kernels.chunks import KAHAN, MASTER, STOCHASTIC, Extras
-from tests.gpu.gate import ROUNDINGS, check_update, updates
+from tests.gpu.checked import Case
+from tests.gpu.gate import ROUNDINGS, Checks, check_update, updates
 
 # Of p and g; states are of 8 bits where they may be.
 KINDS = (("fp32", "fp32", "8bit"), ("bf16", "bf16", "8bit"), ("fp16", "fp16", "8bit"))
@@ -16,25 +16,27 @@ WATCHED = ("adam", "rmsprop_centered_momentum", "sgd")
 SEEN = (*KINDS, *((kind,) * 3 for kind in ("fp32", "bf16", "fp64")), ("bf16", "bf16", "fp32"))
 
 
-def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every rule with states in 8 bits, some of them watched, by name."""
+def all_checks(targets: Sequence[str]) -> Checks:
+    """Every rule with states in 8 bits; some rules watched."""
     coded = {name: update for name, update in updates().items() if update.eight_bit}
     for target, (name, update), kinds in itertools.product(targets, coded.items(), KINDS):
         for skip in (False, True):
-            label = f"{target:7} {name:26} {'-'.join(kinds):15} {'skip' if skip else ''}"
-            yield label, lambda u=update, k=kinds, t=target, s=skip: check_update(u, k, t, s)
+            case = Case(target, name, "-".join(kinds), "skip" if skip else "")
+            yield case, lambda u=update, k=kinds, t=target, s=skip: [check_update(u, k, t, s)]
     adam = updates()["adam"]
     for target, rounding in itertools.product(targets, (STOCHASTIC, KAHAN, MASTER)):
         for watched in (False, True):
             extras = Extras(True, True, rounding, watched)
-            label = f"{target:7} {'adam':26} {'-'.join(KINDS[1]):15} {ROUNDINGS[rounding]}"
+            what = f"{ROUNDINGS[rounding]}{', watched' * watched}"
             yield (
-                f"{label}{', watched' * watched}",
-                lambda t=target, e=extras: check_update(adam, KINDS[1], t, extras=e),
+                Case(target, "adam", "-".join(KINDS[1]), what),
+                lambda t=target, e=extras: [check_update(adam, KINDS[1], t, extras=e)],
             )
     for target, name, kinds in itertools.product(targets, WATCHED, SEEN):
         update, extras = updates()[name], Extras(watched=True)
         if not update.state_names and kinds[2] != kinds[0]:
             continue
-        label = f"{target:7} {name:26} {'-'.join(kinds):15} watched"
-        yield label, lambda u=update, k=kinds, t=target, e=extras: check_update(u, k, t, extras=e)
+        yield (
+            Case(target, name, "-".join(kinds), "watched"),
+            lambda u=update, k=kinds, t=target, e=extras: [check_update(u, k, t, extras=e)],
+        )

@@ -1,12 +1,13 @@
 """The gate every GPU kernel passes before it meets a GPU: compiled ahead of time, and read.
 
-`python -m tests.gpu.gate` compiles each rule and each scalars function of fastopt.optim for every
-combination of dtypes and every target, then what clipping adds (`clip_gate`), states of 8 bits and
-telemetry (`format_gate`), and the row kernels (`row_gate`), and prints a table; the tests take a
-sample. What is compiled is what `Launch` launches, through Triton's own specialization of its
-arguments: only the last call, into the driver, is left out. A kernel fails with
+Here are the updates: each rule and each scalars function of fastopt.optim for every combination of
+dtypes. `clip_gate` has what clipping adds, `format_gate` states of 8 bits and telemetry, `row_gate`
+the row kernels; `run_gate` compiles all of them for every target, the tests a sample. What is
+compiled is what `Launch` launches, through Triton's own specialization of its arguments: only the
+last call, into the driver, is left out. A kernel fails with
 
 - a spill, a stack frame or local memory;
+- an offset in 32 bits that may not fit them (`ranges`);
 - fewer 128-bit loads or stores than its streams need, each loaded and written once (of codes a
   thread takes 4 or 8 bytes, as many elements as of the other streams; beside codes, 64 lanes take
   8 bytes of a 16-bit stream);
@@ -18,23 +19,21 @@ arguments: only the last call, into the driver, is left out. A kernel fails with
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
 import pkgutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import triton
 
 import fastopt.optim
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, n_codes
 from fastopt_kernels.gpu import engine, inspect, measure
-from fastopt_kernels.gpu.inspect import Read, compiling, read
+from fastopt_kernels.gpu.inspect import Launched, compiling
+from tests.gpu.checked import Case, Checked, checked
 
 TARGETS = inspect.TARGETS
 # p, g, every state.
@@ -77,36 +76,24 @@ def needed(kinds: Sequence[str]) -> tuple[int, int]:
     return sum(per_thread), sum(per_thread) - per_thread[1]
 
 
-def update_faults(
-    kernel: Any, kinds: Sequence[str], watched: bool = False
-) -> tuple[Read, list[str]]:
+def checked_update(launched: Launched, kinds: Sequence[str], watched: bool = False) -> Checked:
     """What keeps an update kernel from passing; watched: with telemetry."""
-    found = read(kernel)
-    loads, stores = needed(kinds)
-    faults = []
-    if found.spilled:
-        faults.append(f"spills: {found.spilled} (stack, local memory, instructions)")
-    if found.loads < loads:
-        faults.append(f"{found.loads} loads of 128 bits, {loads} needed")
-    if found.stores < stores:
-        faults.append(f"{found.stores} stores of 128 bits, {stores} needed")
+    found = checked(launched)
+    found.wide(*needed(kinds))
     if kinds[0] != "fp64":
-        if found.float64 and not watched:
-            faults.append(f"{found.float64} float64 instructions")
-        if found.approximate:
-            faults.append(f"approximate: {' '.join(found.approximate)}")
-    return found, faults
+        if found.read.float64 and not watched:
+            found.faults.append(f"{found.read.float64} float64 instructions")
+        if found.read.approximate:
+            found.faults.append(f"approximate: {' '.join(found.read.approximate)}")
+    return found
 
 
-def scalars_faults(kernel: Any) -> tuple[Read, list[str]]:
+def checked_scalars(launched: Launched) -> Checked:
     """What keeps a scalars kernel from passing."""
-    found = read(kernel)
-    faults = []
-    if found.spilled:
-        faults.append(f"spills: {found.spilled} (stack, local memory, instructions)")
-    if found.float32:
-        faults.append(f"{found.float32} float32 instructions")
-    return found, faults
+    found = checked(launched)
+    if found.read.float32:
+        found.faults.append(f"{found.read.float32} float32 instructions")
+    return found
 
 
 # With all extras around the update.
@@ -146,7 +133,7 @@ def check_update(
     skip: bool = False,
     rule: Callable[..., Any] | None = None,
     extras: Extras = NO_EXTRAS,
-) -> tuple[Read, list[str]]:
+) -> Checked:
     """Compile the update as a host-counted launch has it, or (skip) as one with found_inf."""
     with compiling(target) as compiled:
         launch = launch_of(update, kinds, rule or update.rule, extras)
@@ -154,7 +141,7 @@ def check_update(
             run_on_device(launch, update, scaled=True)
         else:
             launch.run(1)
-        return update_faults(compiled.of("update_kernel")[0], launch.kinds, extras.watched)
+        return checked_update(compiled.of("update_kernel")[0], launch.kinds, extras.watched)
 
 
 def check_scalars(
@@ -163,11 +150,11 @@ def check_scalars(
     target: str,
     scaled: bool = True,
     extras: Extras = NO_EXTRAS,
-) -> tuple[Read, list[str]]:
+) -> Checked:
     """Compile the kernel that counts the steps; scaled: with GradScaler's scale and found_inf."""
     with compiling(target) as compiled:
         run_on_device(launch_of(update, kinds, update.rule, extras), update, scaled)
-        return scalars_faults(compiled.of("scalars_kernel")[0])
+        return checked_scalars(compiled.of("scalars_kernel")[0])
 
 
 def run_on_device(
@@ -181,59 +168,30 @@ def run_on_device(
     launch.run_on_device(update.scalars, numbers, groups, [row], one, one, verdict, bases)
 
 
-def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every kernel there is, by name."""
+# What is compiled, by its name.
+Checks = Iterator[tuple[Case, Callable[[], Sequence[Checked]]]]
+
+
+def all_checks(targets: Sequence[str]) -> Checks:
+    """Every update, as the host counts its steps and (skip) as the device does, and with extras;
+    every scalars kernel."""
     counted = {update.scalars: update for update in updates().values()}
     for target, (name, update) in itertools.product(targets, updates().items()):
         kinds_here = KINDS if update.state_names else {(p, g, g) for p, g, _ in KINDS}
         for kinds, skip in itertools.product(sorted(kinds_here), (False, True)):
-            label = f"{target:7} {name:26} {'-'.join(kinds):15} {'skip' if skip else '':5}"
-            yield label, lambda u=update, k=kinds, t=target, s=skip: check_update(u, k, t, s)
+            case = Case(target, name, "-".join(kinds), "skip" if skip else "")
+            yield case, lambda u=update, k=kinds, t=target, s=skip: [check_update(u, k, t, s)]
         for kinds, rounding in itertools.product(sorted(kinds_here), ROUNDINGS):
             if rounding and kinds[0] != "bf16":
                 continue
             extras = Extras(clipped=True, averaged=True, rounding=rounding)
-            label = f"{target:7} {name:26} {'-'.join(kinds):15} {ROUNDINGS[rounding]}"
+            case = Case(target, name, "-".join(kinds), ROUNDINGS[rounding])
             yield (
-                label,
-                lambda u=update, k=kinds, t=target, e=extras: check_update(u, k, t, extras=e),
+                case,
+                lambda u=update, k=kinds, t=target, e=extras: [check_update(u, k, t, extras=e)],
             )
         if counted[update.scalars] is not update:
             continue
         for kinds, scaled in itertools.product((KINDS[0], KINDS[3]), (False, True)):
-            flag = "amp" if scaled else ""
-            label = f"{target:7} {update.scalars.__name__:26} {kinds[0]:15} {flag}"
-            yield label, lambda u=update, k=kinds, t=target, s=scaled: check_scalars(u, k, t, s)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
-    options = parser.parse_args()
-    # It reads kernels with what stands above.
-    from tests.gpu import clip_gate, format_gate, row_gate
-
-    targets = options.target or list(TARGETS)
-    kernels = (m.all_checks for m in (sys.modules[__name__], clip_gate, format_gate, row_gate))
-    return report(itertools.chain.from_iterable(checks(targets) for checks in kernels))
-
-
-def report(checks: Iterable[tuple[str, Callable[[], Any]]]) -> int:
-    """Run the checks and print a line for each; the exit status."""
-    print(f"triton {triton.__version__}")
-    print(f"{'':57} registers 128-bit loads stores float64")
-    results = []
-    for label, check in checks:
-        try:
-            found, faults = check()
-            numbers = f"{found.registers:9} {found.loads:13} {found.stores:6} {found.float64:7}"
-        except Exception as error:  # a kernel that does not compile is a failed kernel
-            numbers, faults = f"{'':38}", [f"{type(error).__name__}: {error}"]
-        results.append(bool(faults))
-        print(f"{label:57} {numbers} {'FAIL ' + '; '.join(faults) if faults else 'ok'}", flush=True)
-    print(f"{len(results)} kernels, {sum(results)} failed")
-    return 1 if any(results) or not results else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            case = Case(target, update.scalars.__name__, kinds[0], "amp" if scaled else "")
+            yield case, lambda u=update, k=kinds, t=target, s=scaled: [check_scalars(u, k, t, s)]

@@ -1,9 +1,10 @@
 """The gate for the row kernels: softmax, losses and norms, compiled ahead of time and read.
 
-`python -m tests.gpu.row_gate` compiles every function for every dtype, target and branch there is
-in the tables of `fastopt_kernels.gpu.rows`, and prints a table. A kernel fails with
+Every function for every dtype, target and branch there is in the tables of
+`fastopt_kernels.gpu.rows`. A kernel fails with
 
 - a spill, a stack frame or local memory;
+- an offset in 32 bits that may not fit them (`ranges`);
 - fewer 128-bit loads or stores than its tiles need, where the input is aligned;
 - float64 arithmetic in anything but a float64 kernel;
 - an approximate or denormal-flushing instruction but exp2 (see `rows.exp`) and those that CUDA's
@@ -13,11 +14,9 @@ in the tables of `fastopt_kernels.gpu.rows`, and prints a table. A kernel fails 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +32,9 @@ from fastopt_kernels.gpu import (
     softmax,
     weight_norms,
 )
-from fastopt_kernels.gpu.inspect import Launched, Read, compiling, read
-from tests.gpu import gate
-from tests.gpu.gate import TARGETS
+from fastopt_kernels.gpu.inspect import TARGETS, Launched, compiling
+from tests.gpu.checked import Case, Checked, checked
+from tests.gpu.gate import Checks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (n_outer, n_cols, n_inner)
@@ -258,61 +257,49 @@ BESIDE = {
 }
 
 
-def faults_of(
+def checked_rows(
     launched: Launched, needs: Needs, dtype: torch.dtype, target: str, branch: str
-) -> tuple[Read, list[str]]:
+) -> Checked:
     """What keeps a kernel from passing."""
-    found, faults = read(launched.compiled), []
+    found = checked(launched)
     needs = BESIDE.get(launched.name, needs)
     constants = launched.constants
     size = constants["LINES"] * constants["COLS"]
     threads = constants["num_warps"] * TARGETS[target].warp_size
     walked = not constants.get("WHOLE", launched.name != "norm_dx_kernel")
-    if found.spilled:
-        faults.append(f"spills: {found.spilled} (stack, local memory, instructions)")
     if branch not in ODD:
         vectors = size * dtype.itemsize // (16 * threads)
-        loads, stores = (needs.walked if walked else needs.held) * vectors, needs.stores * vectors
-        if found.loads < loads:
-            faults.append(f"{found.loads} loads of 128 bits, {loads} needed")
-        if found.stores < stores:
-            faults.append(f"{found.stores} stores of 128 bits, {stores} needed")
-        shared = launched.compiled.metadata.shared
-        if walked and branch in ROWS and shared >= size:
-            faults.append(f"{shared} bytes of shared memory")
+        found.wide((needs.walked if walked else needs.held) * vectors, needs.stores * vectors)
+        if walked and branch in ROWS and found.read.shared >= size:
+            found.faults.append(f"{found.read.shared} bytes of shared memory")
     if dtype is not torch.float64:
-        if found.float64:
-            faults.append(f"{found.float64} float64 instructions")
+        if found.read.float64:
+            found.faults.append(f"{found.read.float64} float64 instructions")
         divisions = re.findall(r"\bdiv\.full\S*", launched.compiled.asm.get("ptx", ""))
-        if approximate := {*found.approximate, *divisions} - APPROXIMATE:
-            faults.append(f"approximate: {' '.join(sorted(approximate))}")
-    return found, [f"{launched.name}: {fault}" for fault in faults]
+        if approximate := {*found.read.approximate, *divisions} - APPROXIMATE:
+            found.faults.append(f"approximate: {' '.join(sorted(approximate))}")
+    return found
 
 
-def check(name: str, branch: str, dtype: torch.dtype, target: str) -> tuple[Read, list[str]]:
-    """Compile what a function launches there; what was read of its first kernel, and all faults."""
+def check(name: str, branch: str, dtype: torch.dtype, target: str) -> list[Checked]:
+    """Compile what a function launches there."""
     function, needs = FUNCTIONS[name]
     with compiling(target) as launched:
         function(Arguments(BRANCHES[branch], dtype))
     assert launched
-    checked = [faults_of(each, needs, dtype, target, branch) for each in launched]
-    return checked[0][0], [fault for _, faults in checked for fault in faults]
+    return [checked_rows(each, needs, dtype, target, branch) for each in launched]
 
 
-def all_checks(targets: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def faults(name: str, branch: str, dtype: torch.dtype, target: str) -> list[str]:
+    """What is wrong with any of them."""
+    found = check(name, branch, dtype, target)
+    return [f"{each.kernel}: {fault}" for each in found for fault in each.faults]
+
+
+def all_checks(targets: Sequence[str]) -> Checks:
     """Every kernel there is, by name."""
     for target, name in itertools.product(targets, FUNCTIONS):
         branches = [b for b, shape in BRANCHES.items() if name in OVER_DIM or shape[2] == 1]
         for branch, dtype in itertools.product(branches, DTYPES):
-            label = f"{target:7} {name:35} {str(dtype)[6:]:8} {branch}"
-            yield label, lambda n=name, b=branch, d=dtype, t=target: check(n, b, d, t)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
-    return gate.report(all_checks(parser.parse_args().target or list(TARGETS)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            case = Case(target, name, str(dtype)[6:], branch)
+            yield case, lambda n=name, b=branch, d=dtype, t=target: check(n, b, d, t)

@@ -1,4 +1,4 @@
-"""A sample of the gate for row kernels (`python -m tests.gpu.row_gate` is all), and its teeth."""
+"""A sample of the gate for row kernels (`run_gate` runs all of it), and its teeth."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def names_launched(name: str, branch: str) -> list[str]:
 
 @pytest.mark.parametrize(("name", "branch", "dtype", "target"), SAMPLE)
 def test_a_row_kernel_passes(name: str, branch: str, dtype: torch.dtype, target: str) -> None:
-    _, faults = row_gate.check(name, branch, dtype, target)
+    faults = row_gate.faults(name, branch, dtype, target)
     assert faults == []
 
 
@@ -141,7 +141,7 @@ def test_a_row_held_in_too_few_registers_fails(
     """128 elements a thread."""
     monkeypatch.setitem(rows.WIDEST, tl.float32, 65536)
     monkeypatch.setitem(row_gate.BRANCHES, "row", (1, 65536, 1))
-    _, faults = row_gate.check("cross_entropy_probs_backward", "row", FLOAT32, target)
+    faults = row_gate.faults("cross_entropy_probs_backward", "row", FLOAT32, target)
     assert any("spills" in text for text in faults), faults
 
 
@@ -151,7 +151,7 @@ def test_a_kernel_without_vectors_fails(
     branch: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "vector_of", lambda *_: 1)
-    _, faults = row_gate.check("softmax", branch, BFLOAT16, target)
+    faults = row_gate.faults("softmax", branch, BFLOAT16, target)
     kinds = {text.split()[2] for text in faults if "128 bits" in text}
     assert kinds == {"loads", "stores"}, faults
 
@@ -181,7 +181,7 @@ def test_bad_arithmetic_fails(
     # Triton remembers a kernel by the source of what it calls: a fresh one sees the replacement.
     fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=rows.EXTENTS)
     monkeypatch.setattr(softmax, "softmax_kernel", fresh)
-    _, faults = row_gate.check("softmax", "row", FLOAT32, target)
+    faults = row_gate.faults("softmax", "row", FLOAT32, target)
     assert any(fault in text for text in faults), faults
 
 
@@ -198,5 +198,20 @@ def test_a_tile_that_goes_through_shared_memory_fails(monkeypatch: pytest.Monkey
         monkeypatch.setattr(rows, name, triton.jit(getattr(rows, name).fn))
     fresh = triton.jit(softmax.logsumexp_kernel.fn, do_not_specialize=rows.EXTENTS)
     monkeypatch.setattr(softmax, "logsumexp_kernel", fresh)
-    _, faults = row_gate.check("logsumexp", "walked", BFLOAT16, "sm_90")
+    faults = row_gate.faults("logsumexp", "walked", BFLOAT16, "sm_90")
     assert any("shared memory" in text for text in faults), faults
+
+
+@triton.jit
+def _place_in_32_bits(n_lines, LINES: tl.constexpr, COLUMNS: tl.constexpr):  # noqa: N803
+    program = tl.program_id(0)
+    return program * 0, program * LINES + tl.arange(0, LINES)
+
+
+def test_offsets_in_32_bits_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 2^31 elements in all, where no row is long."""
+    monkeypatch.setattr(rows, "place", _place_in_32_bits)
+    fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=rows.EXTENTS)
+    monkeypatch.setattr(softmax, "softmax_kernel", fresh)
+    faults = row_gate.faults("softmax", "row", FLOAT32, "sm_90")
+    assert any("32 bits" in text and "arith.muli" in text for text in faults), faults

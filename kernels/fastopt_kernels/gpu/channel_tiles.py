@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastopt_kernels.channels import Channels
 from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu.extents import counted
 
 # Elements of a tile: 16 of 4 bytes a thread, of which 256 make a program.
 TILE = {tl.float32: 4096, tl.float64: 2048}
@@ -139,6 +140,7 @@ class Tiles:
         """tensors: all that are read or written as tiles"""
         compute, itemsize, c = rows.COMPUTE[x.dtype], x.element_size(), channels
         size = TILE[compute]
+        counted(c.channels, "the channels"), counted(c.length, "a channel of an image")
         if c.pixels:
             strides = c.channels, c.stride_image, c.stride_element
             vector = rows.vector_of(tensors, strides, itemsize)
@@ -162,6 +164,11 @@ class Tiles:
         dtype = torch.float64 if self.compute == tl.float64 else torch.float32
         return torch.empty((n, self.n_parts), dtype=dtype, device=x.device)
 
+    def _each(self) -> int:
+        """Elements a thread: fewer of several planes, whose addresses take registers (sm_80)."""
+        planes = self.lines > 1 and not self.channels.pixels
+        return 8 if planes and self.compute == tl.float32 else 16
+
     def launch(self, kernel: Any, tensors: tuple[Any, ...], given: bool, **other: Any) -> None:
         """kernel[grid](*tensors, *EXTENTS), where a program is a tile; given: statistics are of
         channels."""
@@ -177,7 +184,7 @@ class Tiles:
         per_group = 1 if given else c.channels // c.groups
         extents += (0 if c.batch or given else c.groups, per_group)
         # Addresses of single elements take registers.
-        each = 16 if v > 1 else 4
+        each = self._each() if v > 1 else 4
         threads = min(512, max(32, self.lines * self.cols // each))
         rows.launch(
             kernel,
@@ -208,7 +215,7 @@ class Tiles:
         else:
             n_sets, outer, step_outer = c.images * groups, per_group, of_channel
         sets = (n_sets, groups, pieces * c.channels, per_group * of_channel)
-        parts = (outer * pieces, pieces, step_outer, step)
+        parts = (counted(outer * pieces, "a sum over parts"), pieces, step_outer, step)
         per_set = per_group * c.length * (c.images if batch else 1)
         lines, cols = SUM_TILE
         rows.launch(

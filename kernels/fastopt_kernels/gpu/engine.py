@@ -33,6 +33,7 @@ from fastopt_kernels.chunks import (
 )
 from fastopt_kernels.gpu import memory, telemetry
 from fastopt_kernels.gpu import xp as gpu_xp
+from fastopt_kernels.gpu.device import warp_size
 from fastopt_kernels.gpu.scalars import scalars_kernel
 from fastopt_kernels.gpu.tables import Tables, copy_device_values, here, host_value
 from fastopt_kernels.gpu.update import update_kernel
@@ -70,7 +71,7 @@ def shape_of(kinds: tuple[str, ...]) -> Shape:
     width = block // THREADS
     if not n_codes(kinds):
         return Shape(block, 1, THREADS, width)
-    threads = _warp_size()
+    threads = warp_size()
     return Shape(BLOCK_8BIT, THREADS // threads, threads, min(width, BLOCK_8BIT // threads))
 
 
@@ -79,14 +80,6 @@ def scale_columns(kinds: tuple[str, ...]) -> tuple[int, ...]:
     n = len(kinds) - n_codes(kinds)
     coded = count(n)
     return tuple(next(coded) if kind in CODES_8BIT else 0 for kind in kinds[:n])
-
-
-@cache
-def _warp_size() -> int:
-    """Threads a warp: 64 on AMD's CDNA. The interpreter has no device to ask."""
-    if triton.knobs.runtime.interpret:
-        return 32
-    return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
 @cache
@@ -239,7 +232,7 @@ class Launch:
                 HAS_KEYS=bases is not None,
                 EXTRAS=tuple(map(int, self.extras)),
                 BLOCK=SCALARS_BLOCK,
-                num_warps=THREADS // _warp_size(),
+                num_warps=THREADS // warp_size(),
                 enable_fp_fusion=True,
                 name="scalars",
             )
@@ -286,7 +279,7 @@ class Launch:
             LANES=shape.threads,
             WIDTH=shape.width,
             EXTRAS=tuple(map(int, self.extras)),
-            num_warps=shape.threads // _warp_size(),
+            num_warps=shape.threads // warp_size(),
             enable_fp_fusion=True,
             name=self.name,
         )

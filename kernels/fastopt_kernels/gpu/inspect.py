@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fastopt_kernels.gpu import engine, measure, rows
+from fastopt_kernels.gpu.device import warp_size
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,13 +59,23 @@ class Launched:
     constants: dict[str, Any]
     compiled: Any
 
+    @property
+    def elements(self) -> int:
+        """What a thread has of the block, or the tile, that its program takes at a time."""
+        known, target = self.constants, self.compiled.metadata.target
+        if "LINES" in known:
+            size = known["LINES"] * known["COLS"]
+        else:
+            size = known["BLOCK"] * known.get("UNROLL", 1)
+        return max(1, size // (self.compiled.metadata.num_warps * target.warp_size))
+
 
 class Launches(list[Launched]):
     """In the order they were launched."""
 
-    def of(self, name: str) -> list[Any]:
-        """What the launches of one kernel were compiled to."""
-        return [launched.compiled for launched in self if launched.name == name]
+    def of(self, name: str) -> list[Launched]:
+        """The launches of one kernel."""
+        return [launched for launched in self if launched.name == name]
 
 
 class _Recorder:
@@ -85,16 +97,13 @@ class _Recorder:
 def driving(target: str) -> Iterator[None]:
     """Triton's driver is that of a target inside."""
     drivers, active = triton.runtime.driver, triton.runtime.driver._active
-    asked = (engine._warp_size, rows.warp_size)
-    for warp_size in asked:
-        warp_size.cache_clear()
+    warp_size.cache_clear()
     drivers.set_active(_Driver(TARGETS[target], NO_DEVICE + list(TARGETS).index(target)))
     try:
         yield
     finally:
         drivers._active = active
-        for warp_size in asked:
-            warp_size.cache_clear()
+        warp_size.cache_clear()
 
 
 @contextmanager
@@ -123,7 +132,7 @@ def compiling(target: str) -> Iterator[Launches]:
 _ENGINES = ((engine, "update_kernel"), (engine, "scalars_kernel"), (measure, "measure_kernel"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Read:
     """What the machine code of one kernel says of itself."""
 
@@ -133,14 +142,25 @@ class Read:
     stores: int
     float64: int
     float32: int
+    # As they are written, not as they are run: a loop's count once.
+    instructions: int
+    shared: int
     approximate: tuple[str, ...] = field(default=())
 
 
+# All but what fills the code up.
+_CUDA_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", re.MULTILINE)
+_HIP_INSTRUCTION = re.compile(
+    r"^\t(?!s_nop|s_code_end)(?:[sv]|ds|global|flat|buffer|scratch)_", re.MULTILINE
+)
+
+
+@cache
 def read(kernel: Any) -> Read:
     return _read_hip(kernel) if "amdgcn" in kernel.asm else _read_cuda(kernel)
 
 
-def _tool(name: str) -> str:
+def nvidia_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
@@ -152,11 +172,12 @@ def _of_cubin(kernel: Any, tool: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return _run(_tool(tool), *options, file.name)
+        return _run(nvidia_tool(tool), *options, file.name)
 
 
 def _sass(kernel: Any) -> str:
-    return _of_cubin(kernel, "nvdisasm")
+    # Without its data flow analysis: the same text sooner.
+    return _of_cubin(kernel, "nvdisasm", "-ndf")
 
 
 def _read_cuda(kernel: Any) -> Read:
@@ -172,6 +193,8 @@ def _read_cuda(kernel: Any) -> Read:
         len(re.findall(r"\bSTG\.E\S*\.128\b", sass)),
         len(re.findall(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX)|F2F\S*F64\S*|[IU]2F\S*F64)\b", sass)),
         _float32_arithmetic(kernel),
+        len(_CUDA_INSTRUCTION.findall(sass)),
+        kernel.metadata.shared,
         tuple(sorted(set(re.findall(r"\b\S+\.(?:approx|ftz)\S*", ptx)))),
     )
 
@@ -191,6 +214,14 @@ def _read_hip(kernel: Any) -> Read:
         len(re.findall(r"\b(?:global|flat|buffer)_store_dwordx4\b", text)),
         len(re.findall(r"\bv_\w+_f64\b", text)),
         _float32_arithmetic(kernel),
+        len(
+            re.findall(
+                r"^\t(?!s_nop|s_code_end)(?:[sv]|ds|global|flat|buffer|scratch)_",
+                text,
+                re.MULTILINE,
+            )
+        ),
+        kernel.metadata.shared,
     )
 
 

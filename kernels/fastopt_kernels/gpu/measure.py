@@ -26,6 +26,7 @@ import triton.language as tl
 from fastopt_kernels import launches
 from fastopt_kernels.gpu import engine, memory
 from fastopt_kernels.gpu import xp as gpu_xp
+from fastopt_kernels.gpu.device import warp_size
 from fastopt_kernels.gpu.tables import Tables, copy_device_values, here, host_value
 
 # Elements a load of all threads: 16 bytes each; UNROLL of them are under way at once.
@@ -97,6 +98,8 @@ def _judge(
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Out of the parts, everything that `Verdict` holds."""
+    n_families, n_others = n_families.to(tl.int64), n_others.to(tl.int64)
+    n_groups = n_groups.to(tl.int64)
     inverse = tl.full((), 1.0, tl.float64)
     if HAS_SCALE:
         inverse = inverse / tl.load(scale_ptr).to(tl.float64)
@@ -361,7 +364,7 @@ class Look:
                 UNROLL=UNROLL[kind],
                 PARTS=PARTS,
                 GROUPS=GROUPS,
-                num_warps=engine.THREADS // engine._warp_size(),
+                num_warps=engine.THREADS // warp_size(),
                 enable_fp_fusion=True,
                 name="measure",
             )

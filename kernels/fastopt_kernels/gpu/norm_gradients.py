@@ -18,6 +18,7 @@ from torch import Tensor
 from fastopt_kernels.gpu import dropout as dropouts
 from fastopt_kernels.gpu import norm_tiles, rows
 from fastopt_kernels.gpu.dropout import Dropout
+from fastopt_kernels.gpu.extents import counted
 
 # What changes from call to call, and must not compile a kernel anew.
 EXTENTS = ["n_rows", "n_cols", "stride_row"]
@@ -268,7 +269,7 @@ def norm_weight_kernel(
 
 @triton.jit
 def _sum_of_shares(shares_ptr, out_ptr, n_shares, n_cols, LINES: tl.constexpr, COLS: tl.constexpr):
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    cols = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     inside = cols < n_cols
     totals = tl.zeros((LINES, COLS), shares_ptr.dtype.element_ty)
     for first in range(0, n_shares, LINES):
@@ -308,11 +309,9 @@ def _tile_of(n_cols: int, compute: tl.dtype, vector: int, joined: bool) -> rows.
 
 def _share(n_rows: int, lines: int, programs: int) -> tuple[int, int]:
     """Programs over the rows, and how many rows each takes, in tiles of `lines`."""
-    programs = min(programs, triton.cdiv(n_rows, lines * TILES_EACH))
-    if programs == 0:
-        return 0, lines
-    rows_each = triton.cdiv(triton.cdiv(n_rows, programs), lines) * lines
-    return triton.cdiv(n_rows, rows_each), rows_each
+    programs = max(1, min(programs, triton.cdiv(n_rows, lines * TILES_EACH)))
+    rows_each = max(1, triton.cdiv(triton.cdiv(n_rows, programs), lines)) * lines
+    return counted(triton.cdiv(n_rows, rows_each), "a sum over rows"), rows_each
 
 
 class Beside(NamedTuple):

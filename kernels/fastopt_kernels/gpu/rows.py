@@ -13,7 +13,6 @@ import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from torch import Tensor
 
 from fastopt_kernels import launches
 from fastopt_kernels.gpu import xp
+from fastopt_kernels.gpu.device import warp_size
+from fastopt_kernels.gpu.extents import counted
 
 COMPUTE = {
     torch.float32: tl.float32,
@@ -158,7 +159,8 @@ def geometry(
     """Extents that came in units of VECTOR: so Triton sees that they are multiples of it."""
     stride_outer = stride_outer.to(tl.int64) * VECTOR
     if COLUMNS:
-        n_lines = n_lines * VECTOR
+        # Columns beside each other may be more than 32 bits count.
+        n_lines = n_lines.to(tl.int64) * VECTOR
         stride_col = stride_col.to(tl.int64) * VECTOR
     else:
         n_cols = n_cols * VECTOR
@@ -298,7 +300,7 @@ def tile_of_rows(
 
     widest: the longest row to keep in registers; halved: walk in half as many elements a thread
     """
-    if n_cols <= (widest or WIDEST[compute]):
+    if counted(n_cols, "a row") <= (widest or WIDEST[compute]):
         cols = power_of_two(n_cols)
         lines = max(1, LEAST[compute] // cols)
         threads = threads_for(lines * cols, ROWS_EACH[compute])
@@ -315,7 +317,7 @@ def tile_of_columns(
 
     halved: walk in 16 bytes a thread
     """
-    step, length = STEP[compute], power_of_two(n_cols)
+    step, length = STEP[compute], power_of_two(counted(n_cols, "a column"))
     nbytes = next(size for limit, size in INNER_BYTES if limit is None or n_inner < limit)
     lines = max(nbytes // itemsize, LEAST[compute] // length)
     lines = min(power_of_two(n_inner), lines)
@@ -324,14 +326,6 @@ def tile_of_columns(
     if halved and not whole:
         cols = threads * (16 // itemsize) // lines
     return Tile(lines, cols, whole, True, vector, 1, threads)
-
-
-@cache
-def warp_size() -> int:
-    """Threads a warp: 64 on AMD's CDNA. The interpreter has no device to ask."""
-    if triton.knobs.runtime.interpret:
-        return 32
-    return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
 def warps(threads: int) -> int:

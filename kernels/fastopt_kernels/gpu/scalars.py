@@ -51,7 +51,7 @@ def scalars_kernel(
     averaged: tl.constexpr = EXTRAS[1]
     if HAS_SKIP:
         n = tl.where(tl.load(skip_ptr) != 0, 0, n)
-    member = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    member = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     number_ptr = numbers_ptr + member * (1 + N_CARRIED)
     mask = member < n
     mask = mask & (tl.load(number_ptr, mask=mask, other=0) != 0)

@@ -107,6 +107,8 @@ def _update_block(
             x = new[k - 1].to(pointers[k].dtype.element_ty)
         tl.store(pointers[k] + offsets, x, mask=mask)
     if EXTRAS[3]:
+        # Or what is seen is computed between the stores, and spills (sm_100, codes by chance).
+        tl.debug_barrier()
         sums = telemetry.see(sums, values[1], *seen, mask, WIDTH)
     return sums
 
@@ -182,7 +184,9 @@ def update_kernel(
     if PARTS > 1:
         begin = tl.program_id(0) % PARTS * SPAN
         first += begin
-        n = tl.maximum(tl.minimum(n - begin, SPAN), 0)
+        n -= begin
+    # A chunk has no more: so 32 bits hold it.
+    n = tl.maximum(tl.minimum(n, SPAN), 0)
     if BLOCK >= 8 * LANES:
         # 125 registers became 86 on sm_90 (Adam, bfloat16); with 4 a thread, 40 would be 54.
         n = n.to(tl.int32)
