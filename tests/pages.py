@@ -181,9 +181,10 @@ def _assert_taken(module: str, arguments: list[str]) -> None:
 
 def _assert_collects(arguments: list[str], settings: dict[str, str]) -> None:
     """pytest takes the arguments and finds something to run; in this process, where it may."""
-    # pytest-benchmark warns that nothing was saved.
-    quietly = ("--collect-only", "-q", "-p", "no:cacheprovider", "-W", "ignore:Not saving")
-    arguments = [*arguments, *quietly]
+    # pytest-benchmark warns that nothing was saved, and of workers.
+    quiet = ("ignore:Not saving", "ignore:Benchmarks are automatically disabled")
+    arguments = [*arguments, "--collect-only", "-q", "-p", "no:cacheprovider"]
+    arguments += [part for warning in quiet for part in ("-W", warning)]
     if settings:
         command = [sys.executable, "-m", "pytest", *arguments]
         status = subprocess.run(

@@ -76,7 +76,8 @@ def by_numba(x: Tensor, kind: str, first: int, key: int) -> tuple[Tensor, float,
         values = np.where(values == np.inf, np.finfo(np.float32).max, values)
     finite = values[np.isfinite(values)]
     scale, inverse = scale_of(np.float32(np.abs(finite).max(initial=0.0)))
-    codes = [code(v, inverse, cpu.draw(first + i, np.uint32(key))) for i, v in enumerate(x.numpy())]
+    draws = [cpu.draw(cpu.chance_of(first + i, np.uint32(key))) for i in range(len(x))]
+    codes = [code(v, inverse, draw) for v, draw in zip(x.numpy(), draws, strict=True)]
     # Codes reach decode as the bits of a float32.
     back = [decode(np.int32(q).view(np.float32), scale) for q in codes]
     return torch.tensor(codes, dtype=CODES[kind]), float(scale), torch.tensor(back)
