@@ -13,7 +13,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu import memory, rows
-from fastopt_kernels.cpu.outputs import SPAN, goes_past, make_outputs, room, settle
+from fastopt_kernels.cpu.outputs import goes_past, send_bytes, settle
 from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add as add_up
 from fastopt_kernels.cpu.vecmath import bits_to_double, exp_of, larger, ordered
@@ -112,7 +112,7 @@ def _forward(tag, kind, mask_kind):
     # What is to be exponentiated waits in the output where it is wide enough, and in cache.
     in_place = kind == rows.wide(kind)
     e_codec = y_codec if in_place else rows.Codec(rows.wide(kind), 2)
-    e_size, (place, send) = e_codec.itemsize, make_outputs(itemsize)
+    e_size = e_codec.itemsize
     kept, scores = e_codec.load, _make_scores(tag, kind, mask_kind, e_codec)
     exponentials = _make_exponentials(tag, kind, e_codec)
     nothing_left = _make_nothing_left(tag, e_codec)
@@ -125,12 +125,14 @@ def _forward(tag, kind, mask_kind):
         n1, n2, s0, s1, s2, n_task = numbers[8:]
         scale = compute(bits_to_double(factor))
         ahead, first = rows.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
-        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
+        past = goes_past(n_rows * n_cols * itemsize)
         waits = in_place and not past
-        buffer = np.empty(1 if waits else n_cols * e_size, np.uint8)
+        buffer = np.empty(1 if waits else n_cols * (e_size + itemsize), np.uint8)
         for row in range(first, min(first + n_task, n_rows)):
             x_row, y_row = x + row * stride * itemsize, y + row * n_cols * itemsize
             e_row = y_row if waits else np.int64(buffer.ctypes.data)
+            # In place by one address: of two, LLVM would ask whether they are one.
+            to = e_row if in_place else (e_row + n_cols * e_size if past else y_row)
             outer = row // n2
             mask_row = mask + mask_size * (outer // n1 * s0 + outer % n1 * s1 + row % n2 * s2)
             n = min(n_cols, row % n_queries + 1) if n_queries > 0 else n_cols
@@ -138,18 +140,16 @@ def _forward(tag, kind, mask_kind):
             left = peak > -infinity or peak != peak
             part = compute(one / exponentials(e_row, n, peak)) if left else zero
             fill = zero if left else nothing_left(e_row, n)
-            for start in range(0, n_cols, SPAN):
-                stop = min(start + SPAN, n_cols)
-                to, middle = place(y_row, scratch, start, past), max(start, min(stop, n))
-                if left:
-                    for j in range(start, middle):
-                        store(to, j, kept(e_row, j) * part)
-                else:
-                    for j in range(start, middle):
-                        store(to, j, fill)
-                for j in range(middle, stop):
-                    store(to, j, zero)
-                send(y_row, scratch, start, stop, past)
+            if left:
+                for j in range(n):
+                    store(to, j, kept(e_row, j) * part)
+            else:
+                for j in range(n):
+                    store(to, j, fill)
+            for j in range(n, n_cols):
+                store(to, j, zero)
+            if past:
+                send_bytes(y_row, to, n_cols * itemsize)
         settle(past)
         rows.alive(buffer)
 

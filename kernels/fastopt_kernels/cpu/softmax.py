@@ -16,7 +16,14 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu import columns, memory, rows
-from fastopt_kernels.cpu.outputs import SPAN, goes_past, make_outputs, room, settle
+from fastopt_kernels.cpu.outputs import (
+    SPAN,
+    goes_past,
+    make_outputs,
+    room,
+    send_bytes,
+    settle,
+)
 from fastopt_kernels.cpu.rows import block_end, double_bits
 from fastopt_kernels.cpu.vecmath import add, bits_to_double, exp_of, larger
 
@@ -96,7 +103,12 @@ def _softmax(tag, kind):
                 total += np.float64(part)
                 start = stop
             scale = compute(one / total)
-            for start in range(0, n_cols, SPAN):
+            if in_place:  # by one address: of two, LLVM would ask whether they are one
+                for j in range(n_cols):
+                    store(e_row, j, kept(e_row, j) * scale)
+                if past:
+                    send_bytes(y_row, e_row, n_cols * itemsize)
+            for start in range(n_cols if in_place else 0, n_cols, SPAN):
                 stop = min(start + SPAN, n_cols)
                 to = place(y_row, scratch, start, past)
                 for j in range(start, stop):
