@@ -22,8 +22,8 @@ def scaled_masked_softmax(
     torch.nn.functional.scaled_dot_product_attention has it; with a mask, both hold.
 
     A row in which all is -inf, because nothing of it may be seen, gives zeros, where torch.softmax
-    gives NaN, and its gradients are 0. What is left out gives 0, and has a gradient of 0. A row that
-    sees a NaN or +inf is NaN whole, and so is its gradient.
+    gives NaN, and its gradients are 0. What is left out gives 0, and has a gradient of 0. A row
+    that sees a NaN or +inf is NaN whole, and so is its gradient.
 
     Raises RuntimeError for dtypes and devices that do not fit, for a mask that does not broadcast
     to x, and for is_causal with fewer than two dimensions; TypeError for what is no tensor.
