@@ -22,7 +22,7 @@ from torch import Tensor
 import fastopt
 from bench import machine
 from bench.render import conditions, markdown_table, yes
-from bench.sections import make_console, write
+from bench.sections import publish
 
 TENSORS, NUMEL = 64, 1 << 16
 # 8-bit states, 16 low bits beside bf16, gradients released: at most.
@@ -117,10 +117,8 @@ def main() -> int:
         "copy_gb_per_s": None,
         "records": [measure(*format) for format in FORMATS],
     }
-    console = make_console()
     text = f"# Bytes a parameter\n\n{at_a_glance(report)}"
-    console.print(text)
-    write(options.out, "memory", report, text, console)
+    publish(options.out, "memory", report, text)
     return 0
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from bench import machine, timing
 from bench.measure import copy_gb_per_s
 from bench.render import conditions, markdown_table, ms, spread
-from bench.sections import make_console, write
+from bench.sections import publish
 from bench.timing import Ratio, Subject
 from fastopt_kernels.cpu import memory, outputs
 
@@ -110,9 +110,8 @@ def main() -> int:
         "copy_gb_per_s": copy_gb_per_s(),
         "cases": list(measure(args.seconds)),
     }
-    markdown, console = f"# Results past the caches\n\n{at_a_glance(report)}", make_console()
-    console.print(markdown)
-    write(args.out, "cpu_outputs", report, markdown, console)
+    text = f"# Results past the caches\n\n{at_a_glance(report)}"
+    publish(args.out, "cpu_outputs", report, text)
     return 0
 
 

@@ -29,7 +29,7 @@ from bench.allocator import WARM, environment, is_warm
 from bench.measure import copy_gb_per_s
 from bench.models import Gradients, make_parameters, n_elements
 from bench.render import conditions, markdown_table, ms, spread, yes
-from bench.sections import make_console, write
+from bench.sections import publish
 from bench.timing import Ratio, Subject
 
 LIMIT, DECAY = 1.0, 0.999
@@ -177,10 +177,8 @@ def main() -> int:
         "records": [*(case() for case in cases), *format_measure.measure(options.seconds)],
         "peers": [*format_measure.peers()],
     }
-    console = make_console()
     text = f"# The whole step in one pass\n\n{at_a_glance(report)}"
-    console.print(text)
-    write(options.out, "cpu_passes", report, text, console)
+    publish(options.out, "cpu_passes", report, text)
     return 0
 
 

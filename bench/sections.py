@@ -107,6 +107,13 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
+def publish(folder: Path, stem: str, report: Record, markdown: str) -> None:
+    """Print a report, and write it."""
+    console = make_console()
+    console.print(markdown)
+    write(folder, stem, report, markdown, console)
+
+
 def write(folder: Path, stem: str, report: Record, markdown: str, console: Console) -> None:
     """stem.json and stem.md, each whole or not at all."""
     write_whole(folder / f"{stem}.json", (json.dumps(report, indent=1) + "\n").encode())

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 import fastopt
 from bench import machine
 from bench.render import conditions, markdown_table
-from bench.sections import make_console, write
+from bench.sections import publish
 from fastopt.optim.passes import LOW_BITS, ROUNDINGS
 from fastopt_kernels.chunks import BLOCK_8BIT, SHIFT
 
@@ -174,10 +174,8 @@ def main() -> int:
         ],
         "codes": measure_codes(STEPS),
     }
-    console = make_console()
     text = f"# What few bits lose\n\n{roundings(report)}\n{codes(report)}"
-    console.print(text)
-    write(options.out, "storage", report, text, console)
+    publish(options.out, "storage", report, text)
     return 0
 
 

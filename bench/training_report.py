@@ -24,7 +24,7 @@ from torch import nn
 import fastopt
 from bench import machine
 from bench.render import conditions, markdown_table, yes
-from bench.sections import make_console, write
+from bench.sections import make_console, publish
 from fastopt.cli.tasks import Task, cross_entropy, text_task
 
 SEEDS = range(5)
@@ -124,8 +124,7 @@ def main() -> int:
         "records": records,
     }
     text = f"# Training by storage format\n\n{at_a_glance(report)}"
-    console.print(text)
-    write(options.out, "cpu_training", report, text, console)
+    publish(options.out, "cpu_training", report, text)
     return 0
 
 

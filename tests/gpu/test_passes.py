@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -35,6 +35,16 @@ def gradients(params: Sequence[Tensor], step: int, scale: float = 1.0) -> list[A
 def give(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad
+
+
+def given_in_turn(params: Sequence[Tensor], steps: int) -> Iterator[int]:
+    """Each step with its gradients given; the third lacks one."""
+    for step in range(steps):
+        grads = gradients(params, step)
+        if step == 2:
+            grads[1] = None
+        give(params, grads)
+        yield step
 
 
 def norm_of(grads: Sequence[Tensor | None], maximum: bool = False) -> float:
@@ -344,11 +354,7 @@ def test_extras_are_those_of_steps_the_host_counts(extra: str, how: str) -> None
         params = parameters(dtype, SHAPES)
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.01}]
         optimizer = fastopt.optim.SGD(groups, lr=0.1, momentum=0.9, **EXTRAS[extra], **options)
-        for step in range(4):
-            grads = gradients(params, step)
-            if step == 2:
-                grads[1] = None
-            give(params, grads)
+        for _ in given_in_turn(params, 4):
             optimizer.step()
         sides.append(bits(optimizer, params))
     assert same(*sides)

@@ -14,7 +14,7 @@ import fastopt
 from fastopt.optim.scale import Scale
 from fastopt_kernels.gpu import engine, telemetry
 from tests.gpu.test_optim import parameters
-from tests.gpu.test_passes import LIMIT, bits, give, gradients, same
+from tests.gpu.test_passes import LIMIT, bits, give, given_in_turn, gradients, same
 
 # Full blocks and tails; several chunks, of which the last is short.
 SHAPES = ((17, 5), (engine.CHUNK + 517,), (), (600,))
@@ -179,11 +179,7 @@ def test_where_numbers_lie_stays_for_a_captured_graph() -> None:
     params = parameters(shapes=SHAPES)
     optimizer = fastopt.optim.AdamW(params, telemetry=True)
     places = []
-    for step in range(3):
-        grads = gradients(params, step)
-        if step == 2:
-            grads[1] = None
-        give(params, grads)
+    for _ in given_in_turn(params, 3):
         optimizer.step()
         launch = optimizer._plan.buckets[0].launch
         places.append(launch._seen.room(1))

@@ -7,7 +7,7 @@ the tolerances allow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,25 @@ def assert_states_close(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             if isinstance(value, Tensor):
                 assert mine.is_contiguous() == value.is_contiguous()
                 assert mine.requires_grad == value.requires_grad
+
+
+def assert_one_is_lost(
+    make: Callable[[torch.nn.Parameter, Any], torch.optim.Optimizer], dtype: Any, value: float
+) -> None:
+    """One gradient of `value`, among states of `dtype`, harms what it would among float32 ones."""
+    params = [torch.nn.Parameter(torch.ones(600)) for _ in range(2)]
+    for owned, kept_in in zip(params, (dtype, torch.float32), strict=True):
+        optimizer = make(owned, kept_in)
+        for step in range(3):
+            owned.grad = torch.full_like(owned, 0.5)
+            if step == 1:
+                owned.grad[7] = value
+            optimizer.step()
+    ours, theirs = (p.detach() for p in params)
+    assert torch.equal(ours[7].isnan(), theirs[7].isnan())
+    others = torch.arange(600) != 7
+    assert ours[others].isfinite().all()
+    torch.testing.assert_close(ours[256:], theirs[256:], rtol=0, atol=2e-3)
 
 
 class Pair:

@@ -58,10 +58,10 @@ def make_places(tag, kind, outputs):
     """place(dx, dropped, row, n, scratch, k, start, past): where elements from `start` on of a row
     of dx and of dropped are stored, the k-th of those made at a time; send(dx, dropped, row, n,
     scratch, k, start, stop, past): from there to where they belong."""
+    stores, stores_dropped = outputs.dx is not None, outputs.dropped is not None
     sizes = [rows.ITEMSIZE[to or kind] for to in (outputs.dx, outputs.dropped)]
-    (dx_size, dropped_size), (stores, stores_dropped) = sizes, (outputs.dx, outputs.dropped)
+    dx_size, dropped_size = sizes
     (place_dx, send_dx), (place_dropped, send_dropped) = map(make_outputs, sizes)
-    stores, stores_dropped = stores is not None, stores_dropped is not None
 
     @rows.inlined(tag)
     def place(dx, dropped, row, n, scratch, k, start, past):

@@ -215,17 +215,9 @@ def run(
     """Task numbers 0 to n_tasks - 1, then those of `last`, each given the same numbers;
     n_elements says whether several threads are worth it."""
     address = 0 if last is None else last.address
-    args = (task.address, n_tasks, address, n_last, numbers + _ZEROS[len(numbers) :])
-    n_threads = 1
-    if n_elements >= threads.SERIAL_BELOW and n_tasks > 1:
-        n_threads = torch.get_num_threads()
-    parallel = threads.worth_it(n_threads, n_elements)
-    if launches.unseen():
-        _call_loop(parallel, args, n_threads)
-    else:
-        idle = (args[0], 0, address, 0, args[4])
-        with launches.seen(None, task.key, lambda: _call_loop(parallel, idle, n_threads)):
-            _call_loop(parallel, args, n_threads)
+    numbers += _ZEROS[len(numbers) :]
+    args, idle = (task.address, n_tasks, address, n_last, numbers), (0, 0, 0, 0, numbers)
+    _launch(_loop, task.key, args, idle, n_tasks, n_elements)
 
 
 def run_groups(
@@ -234,16 +226,9 @@ def run_groups(
     """Each group through STAGES tasks, so many of each a group: what one stage reads is in cache
     when the next does. The results are those of the stages run one after the other over all."""
     functions, counts = tuple(task.address for task, _ in stages), tuple(n for _, n in stages)
-    args = (functions, counts, n_groups, numbers + _ZEROS[len(numbers) :])
-    n_threads = torch.get_num_threads() if n_elements >= threads.SERIAL_BELOW else 1
-    parallel = threads.worth_it(n_threads, n_elements)
-    if launches.unseen():
-        _call_loop(parallel, args, n_threads, _group_loop)
-    else:
-        idle = (*args[:2], 0, args[3])
-        key = "+".join(task.key for task, _ in stages)
-        with launches.seen(None, key, lambda: _call_loop(parallel, idle, n_threads, _group_loop)):
-            _call_loop(parallel, args, n_threads, _group_loop)
+    key, numbers = "+".join(task.key for task, _ in stages), numbers + _ZEROS[len(numbers) :]
+    args, idle = (functions, counts, n_groups, numbers), (functions, counts, 0, numbers)
+    _launch(_group_loop, key, args, idle, n_groups, n_elements)
 
 
 def grouped(n_groups: int) -> bool:
@@ -251,13 +236,33 @@ def grouped(n_groups: int) -> bool:
     return n_groups >= 2 * torch.get_num_threads()
 
 
-def _call_loop(
-    parallel: bool, args: tuple[Any, ...], n_threads: int, loop: Callable[[bool], Any] = _loop
+def _launch(
+    loop: Callable[[bool], Any],
+    key: str,
+    args: tuple[Any, ...],
+    idle: tuple[Any, ...],
+    n_tasks: int,
+    n_elements: int,
 ) -> None:
+    """Call the loop, on several threads where that is worth it; idle: arguments that ask it for
+    nothing, by which a profiler times the call alone."""
+    n_threads = 1
+    if n_elements >= threads.SERIAL_BELOW and n_tasks > 1:
+        n_threads = torch.get_num_threads()
+    parallel = threads.worth_it(n_threads, n_elements)
+    entry = loop(parallel)
+    if launches.unseen():
+        _call_loop(entry, parallel, args, n_threads)
+        return
+    with launches.seen(None, key, lambda: _call_loop(entry, parallel, idle, n_threads)):
+        _call_loop(entry, parallel, args, n_threads)
+
+
+def _call_loop(entry: Any, parallel: bool, args: tuple[Any, ...], n_threads: int) -> None:
     if parallel:
-        threads.run_parallel(loop(True), args, n_threads)
+        threads.run_parallel(entry, args, n_threads)
     else:
-        loop(False)(*args)
+        entry(*args)
 
 
 def run_rows(task: Task, n_rows: int, n_cols: int, *numbers: int) -> None:

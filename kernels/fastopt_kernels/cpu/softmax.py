@@ -108,12 +108,13 @@ def _softmax(tag, kind):
                     store(e_row, j, kept(e_row, j) * scale)
                 if past:
                     send_bytes(y_row, e_row, n_cols * itemsize)
-            for start in range(n_cols if in_place else 0, n_cols, SPAN):
-                stop = min(start + SPAN, n_cols)
-                to = place(y_row, scratch, start, past)
-                for j in range(start, stop):
-                    store(to, j, kept(e_row, j) * scale)
-                send(y_row, scratch, start, stop, past)
+            else:
+                for start in range(0, n_cols, SPAN):
+                    stop = min(start + SPAN, n_cols)
+                    to = place(y_row, scratch, start, past)
+                    for j in range(start, stop):
+                        store(to, j, kept(e_row, j) * scale)
+                    send(y_row, scratch, start, stop, past)
         settle(past)
         rows.alive(buffer)
 

@@ -214,13 +214,7 @@ def _read_hip(kernel: Any) -> Read:
         len(re.findall(r"\b(?:global|flat|buffer)_store_dwordx4\b", text)),
         len(re.findall(r"\bv_\w+_f64\b", text)),
         _float32_arithmetic(kernel),
-        len(
-            re.findall(
-                r"^\t(?!s_nop|s_code_end)(?:[sv]|ds|global|flat|buffer|scratch)_",
-                text,
-                re.MULTILINE,
-            )
-        ),
+        len(_HIP_INSTRUCTION.findall(text)),
         kernel.metadata.shared,
     )
 
