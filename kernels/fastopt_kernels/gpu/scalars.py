@@ -63,12 +63,6 @@ def scalars_kernel(
         numbers += (tl.load(number_ptrs[k], mask=mask, other=0).to(tl.float64),)
     columns: tl.constexpr = 1 + N_HYPERS + clipped + 2 * averaged
     hyper_ptr = hypers_ptr + tl.load(group_ptr + member, mask=mask, other=0) * columns
-    hypers = ()
-    for k in tl.static_range(N_HYPERS):
-        hypers += (tl.load(hyper_ptr + 1 + k, mask=mask, other=0),)
-
-    step = numbers[0] + 1.0
-    values = SCALARS(step, *numbers[1:], *hypers)
     g_scale = tl.load(hyper_ptr, mask=mask, other=0)
     if HAS_SCALE:
         g_scale = g_scale / tl.load(scale_ptr).to(tl.float64)
@@ -78,8 +72,15 @@ def scalars_kernel(
 
     row_ptr = scalars_ptr + member * N_SCALARS
     compute = scalars_ptr.dtype.element_ty
-    n_own: tl.constexpr = N_SCALARS - 1 - clipped - averaged
     tl.store(row_ptr, g_scale.to(compute), mask=mask)
+
+    hypers = ()
+    for k in tl.static_range(N_HYPERS):
+        hypers += (tl.load(hyper_ptr + 1 + k, mask=mask, other=0),)
+
+    step = numbers[0] + 1.0
+    values = SCALARS(step, *numbers[1:], *hypers)
+    n_own: tl.constexpr = N_SCALARS - 1 - clipped - averaged
     for k in tl.static_range(n_own):
         tl.store(row_ptr + 1 + k, values[k].to(compute), mask=mask)
     _store_extras(row_ptr + 1 + n_own, hyper_ptr + 1 + N_HYPERS, step, mask, clipped, averaged)
