@@ -34,30 +34,11 @@ def _normalized(
 
 @triton.jit(do_not_specialize=EXTENTS)
 def channel_sums_kernel(
-    dy_ptr,
-    x_ptr,
-    mean_ptr,
-    low_ptr,
-    var_ptr,
-    plain_ptr,
-    along_ptr,
-    eps,
-    images,
-    n_channels,
-    length,
-    n_pieces,
-    piece_size,
-    stride_image,
-    stride_channel,
-    stride_element,
-    set_image,
-    per_group,
-    COMPUTE: tl.constexpr,
-    PIXELS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
+    dy_ptr, x_ptr, mean_ptr, low_ptr, var_ptr, plain_ptr, along_ptr, eps, images, n_channels,
+    length, n_pieces, piece_size, stride_image, stride_channel, stride_element, set_image,
+    per_group, COMPUTE: tl.constexpr, PIXELS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr,
     VECTOR: tl.constexpr,
-):
+):  # fmt: skip
     """Sums of dy and of dy x_hat of each part."""
     image, channel, mask, at, dense, part, here = place(
         images, n_channels, length, n_pieces, piece_size, stride_image, stride_channel,
@@ -75,28 +56,10 @@ def channel_sums_kernel(
 
 @triton.jit(do_not_specialize=SETS)
 def channel_totals_kernel(
-    plains_ptr,
-    alongs_ptr,
-    weight_ptr,
-    plain_ptr,
-    along_ptr,
-    n_sets,
-    groups,
-    base_outer,
-    base_inner,
-    n_parts,
-    inner,
-    step_outer,
-    step_inner,
-    length,
-    piece_size,
-    per_set,
-    per_group,
-    COMPUTE: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    MEANS: tl.constexpr,
-):
+    plains_ptr, alongs_ptr, weight_ptr, plain_ptr, along_ptr, n_sets, groups, base_outer,
+    base_inner, n_parts, inner, step_outer, step_inner, length, piece_size, per_set, per_group,
+    COMPUTE: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr, MEANS: tl.constexpr,
+):  # fmt: skip
     """Sums over the parts of a set or of a channel, or means over its elements."""
     sets = (tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES))[:, None]
     here = sets < n_sets
@@ -126,33 +89,11 @@ def channel_totals_kernel(
 
 @triton.jit(do_not_specialize=EXTENTS)
 def channel_dx_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    mean_ptr,
-    low_ptr,
-    var_ptr,
-    shift_ptr,
-    slope_ptr,
-    dx_ptr,
-    eps,
-    images,
-    n_channels,
-    length,
-    n_pieces,
-    piece_size,
-    stride_image,
-    stride_channel,
-    stride_element,
-    set_image,
-    per_group,
-    COMPUTE: tl.constexpr,
-    PIXELS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    GROUPED: tl.constexpr,
-):
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, low_ptr, var_ptr, shift_ptr, slope_ptr, dx_ptr, eps,
+    images, n_channels, length, n_pieces, piece_size, stride_image, stride_channel, stride_element,
+    set_image, per_group, COMPUTE: tl.constexpr, PIXELS: tl.constexpr, LINES: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
     """dx; shift, slope: the means of g and g x_hat of each set, None where statistics were given.
 
     GROUPED: a set has several channels, whose weights belong to g

@@ -19,26 +19,10 @@ from fastopt_kernels.gpu.channel_tiles import EXTENTS, SETS, Tiles, of_channel, 
 
 @triton.jit(do_not_specialize=EXTENTS)
 def channel_moments_kernel(
-    x_ptr,
-    mean_ptr,
-    drift_ptr,
-    squares_ptr,
-    images,
-    n_channels,
-    length,
-    n_pieces,
-    piece_size,
-    stride_image,
-    stride_channel,
-    stride_element,
-    set_image,
-    per_group,
-    COMPUTE: tl.constexpr,
-    PIXELS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    x_ptr, mean_ptr, drift_ptr, squares_ptr, images, n_channels, length, n_pieces, piece_size,
+    stride_image, stride_channel, stride_element, set_image, per_group, COMPUTE: tl.constexpr,
+    PIXELS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Mean in two parts, and the sum of squares about it, of each part."""
     _, _, mask, at, _, part, here = place(
         images, n_channels, length, n_pieces, piece_size, stride_image, stride_channel,
@@ -71,31 +55,11 @@ def _move(running_ptr, sets, here, value, momentum, COMPUTE: tl.constexpr):
 
 @triton.jit(do_not_specialize=SETS)
 def channel_merge_kernel(
-    means_ptr,
-    drifts_ptr,
-    squares_ptr,
-    mean_ptr,
-    low_ptr,
-    var_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    momentum,
-    n_sets,
-    groups,
-    base_outer,
-    base_inner,
-    n_parts,
-    inner,
-    step_outer,
-    step_inner,
-    length,
-    piece_size,
-    per_set,
-    per_group,
-    COMPUTE: tl.constexpr,
-    LINES: tl.constexpr,
+    means_ptr, drifts_ptr, squares_ptr, mean_ptr, low_ptr, var_ptr, running_mean_ptr,
+    running_var_ptr, momentum, n_sets, groups, base_outer, base_inner, n_parts, inner, step_outer,
+    step_inner, length, piece_size, per_set, per_group, COMPUTE: tl.constexpr, LINES: tl.constexpr,
     COLS: tl.constexpr,
-):
+):  # fmt: skip
     """Mean in two parts and variance of each set, counted from the mean of its first part; the
     running ones move."""
     sets = (tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES))[:, None]
@@ -140,30 +104,11 @@ def channel_merge_kernel(
 
 @triton.jit(do_not_specialize=EXTENTS)
 def channel_norm_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    mean_ptr,
-    low_ptr,
-    var_ptr,
-    eps,
-    images,
-    n_channels,
-    length,
-    n_pieces,
-    piece_size,
-    stride_image,
-    stride_channel,
-    stride_element,
-    set_image,
-    per_group,
-    COMPUTE: tl.constexpr,
-    PIXELS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, low_ptr, var_ptr, eps, images, n_channels, length,
+    n_pieces, piece_size, stride_image, stride_channel, stride_element, set_image, per_group,
+    COMPUTE: tl.constexpr, PIXELS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr,
     VECTOR: tl.constexpr,
-):
+):  # fmt: skip
     """y = (x - mean) rstd weight + bias, by statistics of the set that an element is of."""
     image, channel, mask, at, dense, _, here = place(
         images, n_channels, length, n_pieces, piece_size, stride_image, stride_channel,

@@ -57,19 +57,9 @@ SETS = [
 
 @triton.jit
 def place(
-    images,
-    n_channels,
-    length,
-    n_pieces,
-    piece_size,
-    stride_image,
-    stride_channel,
-    stride_element,
-    PIXELS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    images, n_channels, length, n_pieces, piece_size, stride_image, stride_channel, stride_element,
+    PIXELS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """(image, channel, mask, offsets in x, offsets in a dense tensor, part, mask of parts); those
     of a channel have one line of a tile of pixels, one column of a tile of planes."""
     program = tl.program_id(0).to(tl.int64)

@@ -6,6 +6,7 @@ by 3e-5 at 1000, and so would be all of p.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,8 +20,12 @@ TRUSTED_LSE = tl.constexpr(16.0)
 
 
 @triton.jit
-def mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE: tl.constexpr):
-    """w_c q_c of a tile, or w_c s / C where there are no probabilities; 0 outside."""
+def mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, scalars, COMPUTE: tl.constexpr):
+    """w_c q_c of a tile, or w_c s / C where there are no probabilities; 0 outside.
+
+    scalars: keep, share
+    """
+    keep, share = scalars
     mass = tl.where(mask, share[:, None], 0.0)
     if probs_ptr is not None:
         mass += keep[:, None] * rows.load(probs_ptr, at, mask, 0.0, COMPUTE)
@@ -49,37 +54,18 @@ def targets_of(target_ptr, weight_ptr, line, here, n_cols, ignore_index, COMPUTE
 
 @triton.jit
 def _anchor(
-    x_ptr,
-    softcap,
-    lse,
-    start,
-    read,
-    n_cols,
-    stride_col,
-    COMPUTE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, softcap, lse, start, read, n_cols, stride_col, COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """What p = exp((x - top) - rest) takes: lse and 0, or what lse was made of, walked anew."""
     top = lse
     rest = lse * 0.0
     far = tl.abs(lse) >= TRUSTED_LSE
     if tl.max(far.to(tl.int32), 0) > 0:
         peak, total = loss_terms.statistics(
-            x_ptr,
-            softcap,
-            start,
-            read[:, None],
-            n_cols,
-            stride_col,
-            COMPUTE,
-            COLUMNS,
-            LINES,
-            COLS,
-            WIDTH,
-        )
+            x_ptr, softcap, start, read[:, None], n_cols, stride_col,
+            COMPUTE, COLUMNS, LINES, COLS, WIDTH,
+        )  # fmt: skip
         top = tl.where(far, peak, top)
         rest = tl.where(far, tl.log(total), rest)
     return top, rest
@@ -87,66 +73,123 @@ def _anchor(
 
 @triton.jit
 def _mass_of_probs(
-    probs_ptr,
-    weight_ptr,
-    start,
-    stride,
-    read,
-    n_cols,
-    keep,
-    share,
-    COMPUTE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    probs_ptr, weight_ptr, start, stride, read, n_cols, scalars, COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """sum_c w_c q_c of each line."""
     masses = tl.zeros((LINES, COLS), COMPUTE)
     for first in range(0, n_cols, COLS):
         cols = first + tl.arange(0, COLS)
         mask = read[:, None] & (cols < n_cols)[None, :]
         at = rows.spread(start, cols, stride, COLUMNS)
-        masses += mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
+        masses += mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, scalars, COMPUTE)
     return tl.sum(masses, 1)
 
 
 @triton.jit
-def _gradient(dx, target_ptr, cols, target, most, dloss):
-    """dloss (dx - [c = t] most), the latter where there are targets"""
+def _mass_sums(weight_sum_ptr, target_ptr, weight, most, share, z_loss, lse, COMPUTE: tl.constexpr):
+    """What p is weighted with where targets are classes; and what of it is of the z_loss."""
+    # 1 - s + s where nothing is weighted.
+    mass_sum = weight
+    if weight_sum_ptr is not None:
+        mass_sum = most + share * tl.load(weight_sum_ptr)
+    beside = lse * 0.0
+    if z_loss is not None:
+        if target_ptr is None:
+            weight += 1.0
+        _, beside = loss_terms.squared(z_loss, weight, lse, COMPUTE)
+        mass_sum += beside
+    return mass_sum, beside
+
+
+@triton.jit
+def _store(
+    dx_ptr, at, dx, slope, softcap, target_ptr, cols, n_cols, of_line, COLUMNS: tl.constexpr
+):
+    """dloss (dx - [c = t] most) slope, the second where there are targets; but where ignored."""
+    here, target, most, dloss, ignored, unread = of_line
     if target_ptr is not None:
         dx -= tl.where(cols[None, :] == target[:, None], most[:, None], 0.0)
-    return dloss[:, None] * dx
+    dx = dloss[:, None] * dx
+    if softcap is not None:
+        dx *= slope
+    if not COLUMNS:
+        dx = tl.where(ignored[:, None], unread[:, None], dx)
+    rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
+
+
+@triton.jit
+def _whole(
+    x_ptr, target_ptr, probs_ptr, weight_ptr, dx_ptr, softcap, where, scalars, masses, read, n_cols,
+    of_line, SPREAD: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """`_walked`, of lines that fit registers; lse is not needed."""
+    mass_sum, beside = masses
+    cols = tl.arange(0, COLS)
+    mask = read[:, None] & (cols < n_cols)[None, :]
+    at = rows.spread(where[0], cols, where[1], COLUMNS)
+    x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+    slope = x
+    if softcap is not None:
+        z, slope = loss_terms.capped(x, softcap, COMPUTE)
+        x = tl.where(mask, z, -float("inf"))
+    p = rows.exp(x - rows.peak(x, COMPUTE)[:, None])
+    p *= rows.reciprocal(tl.sum(p, 1))[:, None]
+    at = rows.spread(where[2], cols, where[3], COLUMNS)
+    if SPREAD:
+        mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, scalars, COMPUTE)
+        if target_ptr is None:
+            mass_sum = tl.sum(mass, 1) + beside
+        dx = p * mass_sum[:, None] - mass
+    else:
+        dx = p * mass_sum[:, None]
+    _store(dx_ptr, at, dx, slope, softcap, target_ptr, cols, n_cols, of_line, COLUMNS)
+
+
+@triton.jit
+def _walked(
+    x_ptr, target_ptr, probs_ptr, weight_ptr, dx_ptr, softcap, where, scalars, masses, lse, read,
+    n_cols, of_line, SPREAD: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr,
+    LINES: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write p mass_sum - mass, and what `_store` does to it.
+
+    where: starts and stride_col of x, then of dx and probs; scalars: keep, share;
+    masses: as `_mass_sums` has them
+    """
+    mass_sum, beside = masses
+    top, rest = _anchor(
+        x_ptr, softcap, lse, where[0], read, n_cols, where[1],
+        COMPUTE, COLUMNS, LINES, COLS, WIDTH,
+    )  # fmt: skip
+    if target_ptr is None:
+        mass_sum = beside + _mass_of_probs(
+            probs_ptr, weight_ptr, where[2], where[3], read, n_cols, scalars,
+            COMPUTE, COLUMNS, LINES, COLS,
+        )  # fmt: skip
+    for first in range(0, n_cols, COLS):
+        cols = first + tl.arange(0, COLS)
+        mask = read[:, None] & (cols < n_cols)[None, :]
+        at = rows.spread(where[0], cols, where[1], COLUMNS)
+        x = rows.load(x_ptr, at, mask, 0.0, COMPUTE)
+        slope = x
+        if softcap is not None:
+            x, slope = loss_terms.capped(x, softcap, COMPUTE)
+        p = rows.exp((x - top[:, None]) - rest[:, None])
+        at = rows.spread(where[2], cols, where[3], COLUMNS)
+        dx = p * mass_sum[:, None]
+        if SPREAD:
+            dx -= mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, scalars, COMPUTE)
+        _store(dx_ptr, at, dx, slope, softcap, target_ptr, cols, n_cols, of_line, COLUMNS)
 
 
 @triton.jit(do_not_specialize=[*rows.EXTENTS, "ignore_index", "dloss_step"])
 def cross_entropy_backward_kernel(
-    x_ptr,
-    target_ptr,
-    probs_ptr,
-    weight_ptr,
-    weight_sum_ptr,
-    lse_ptr,
-    dloss_ptr,
-    dx_ptr,
-    n_lines,
-    n_cols,
-    stride_outer,
-    stride_col,
-    ignore_index,
-    dloss_step,
-    keep,
-    share,
-    z_loss,
-    softcap,
-    SPREAD: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, target_ptr, probs_ptr, weight_ptr, weight_sum_ptr, lse_ptr, dloss_ptr, dx_ptr, n_lines,
+    n_cols, stride_outer, stride_col, ignore_index, dloss_step, keep, share, z_loss, softcap,
+    SPREAD: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
+    LINES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """dloss_step: 1, or 0 where dloss holds one number for all; weight_sum_ptr: (1,), or None
 
     z_loss, softcap: as `loss_terms.keywords`; dx may be x
@@ -169,93 +212,22 @@ def cross_entropy_backward_kernel(
     read = here
     if not COLUMNS:
         read = here & (ignored == 0)
+    most = keep * weight
+    masses = _mass_sums(weight_sum_ptr, target_ptr, weight, most, share, z_loss, lse, COMPUTE)
+    of_line = (here, target, most, dloss, ignored, unread)
     x_start = rows.starts(outer, lines, stride_outer, COLUMNS)
     dx_start, dx_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
-    most = keep * weight
-    # 1 - s + s where nothing is weighted.
-    mass_sum = weight
-    if weight_sum_ptr is not None:
-        mass_sum = most + share * tl.load(weight_sum_ptr)
-    beside = lse * 0.0
-    if z_loss is not None:
-        if target_ptr is None:
-            weight += 1.0
-        _, beside = loss_terms.squared(z_loss, weight, lse, COMPUTE)
-        mass_sum += beside
+    where = (x_start, stride_col, dx_start, dx_stride)
     if WHOLE:
-        cols = tl.arange(0, COLS)
-        mask = read[:, None] & (cols < n_cols)[None, :]
-        at = rows.spread(x_start, cols, stride_col, COLUMNS)
-        x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
-        slope = x
-        if softcap is not None:
-            z, slope = loss_terms.capped(x, softcap, COMPUTE)
-            x = tl.where(mask, z, -float("inf"))
-        p = rows.exp(x - rows.peak(x, COMPUTE)[:, None])
-        p *= rows.reciprocal(tl.sum(p, 1))[:, None]
-        at = rows.spread(dx_start, cols, dx_stride, COLUMNS)
-        if SPREAD:
-            mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
-            if target_ptr is None:
-                mass_sum = tl.sum(mass, 1) + beside
-            dx = p * mass_sum[:, None] - mass
-        else:
-            dx = p * mass_sum[:, None]
-        dx = _gradient(dx, target_ptr, cols, target, most, dloss)
-        if softcap is not None:
-            dx *= slope
-        if not COLUMNS:
-            dx = tl.where(ignored[:, None], unread[:, None], dx)
-        rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
+        _whole(
+            x_ptr, target_ptr, probs_ptr, weight_ptr, dx_ptr, softcap, where, (keep, share), masses,
+            read, n_cols, of_line, SPREAD, COMPUTE, COLUMNS, COLS,
+        )  # fmt: skip
     else:
-        top, rest = _anchor(
-            x_ptr,
-            softcap,
-            lse,
-            x_start,
-            read,
-            n_cols,
-            stride_col,
-            COMPUTE,
-            COLUMNS,
-            LINES,
-            COLS,
-            WIDTH,
-        )
-        if target_ptr is None:
-            mass_sum = beside + _mass_of_probs(
-                probs_ptr,
-                weight_ptr,
-                dx_start,
-                dx_stride,
-                read,
-                n_cols,
-                keep,
-                share,
-                COMPUTE,
-                COLUMNS,
-                LINES,
-                COLS,
-            )
-        for first in range(0, n_cols, COLS):
-            cols = first + tl.arange(0, COLS)
-            mask = read[:, None] & (cols < n_cols)[None, :]
-            at = rows.spread(x_start, cols, stride_col, COLUMNS)
-            x = rows.load(x_ptr, at, mask, 0.0, COMPUTE)
-            slope = x
-            if softcap is not None:
-                x, slope = loss_terms.capped(x, softcap, COMPUTE)
-            p = rows.exp((x - top[:, None]) - rest[:, None])
-            at = rows.spread(dx_start, cols, dx_stride, COLUMNS)
-            dx = p * mass_sum[:, None]
-            if SPREAD:
-                dx -= mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
-            dx = _gradient(dx, target_ptr, cols, target, most, dloss)
-            if softcap is not None:
-                dx *= slope
-            if not COLUMNS:
-                dx = tl.where(ignored[:, None], unread[:, None], dx)
-            rows.store(dx_ptr, at, dx, here[:, None] & (cols < n_cols)[None, :])
+        _walked(
+            x_ptr, target_ptr, probs_ptr, weight_ptr, dx_ptr, softcap, where, (keep, share), masses,
+            lse, read, n_cols, of_line, SPREAD, COMPUTE, COLUMNS, LINES, COLS, WIDTH,
+        )  # fmt: skip
 
 
 def gradients(
@@ -275,6 +247,8 @@ def gradients(
     smoothing, _, softcap = terms
     halved = shape[2] != 1 or probs is not None or softcap != 0.0
     most = loss_terms.widest(rows.COMPUTE[x.dtype], terms)
+    if probs is not None and x.dtype is torch.float64:
+        most //= 2  # or registers do not hold x, p and mass (sm_90)
     lines = Lines.of(x, shape, strides, (x, probs, dx), halved, most)
     weighted = target is not None and weight is not None and smoothing != 0.0
     lines.launch(

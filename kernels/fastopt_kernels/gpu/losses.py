@@ -50,72 +50,102 @@ def _online_with_mass(
 
 @triton.jit
 def _statistics_with_mass(
-    x_ptr,
-    probs_ptr,
-    weight_ptr,
-    softcap,
-    where,
-    scalars,
-    read,
-    n_cols,
-    COMPUTE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """`rows.statistics`, and the sums of mass (maximum - x) and of the mass.
-
-    where: starts and stride_col of x, then of probs; scalars: keep, share
-    """
+    x_ptr, probs_ptr, weight_ptr, softcap, where, scalars, here, n_cols, COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`rows.statistics`, and the sums of mass (maximum - x) and of the mass."""
     tops = tl.full((LINES, COLS // WIDTH), rows.lowest(COMPUTE), COMPUTE)
     totals = tl.zeros((LINES, COLS // WIDTH), COMPUTE)
     offs = tl.zeros((LINES, COLS // WIDTH), COMPUTE)
     masses = tl.zeros((LINES, COLS // WIDTH), COMPUTE)
     for first in range(0, n_cols, COLS):
         cols = first + tl.arange(0, COLS)
-        mask = read[:, None] & (cols < n_cols)[None, :]
+        mask = here[:, None] & (cols < n_cols)[None, :]
         at = rows.spread(where[0], cols, where[1], COLUMNS)
         x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
         x = loss_terms.capped_lines(x, softcap, mask, COMPUTE)
         at = rows.spread(where[2], cols, where[3], COLUMNS)
-        mass = mass_of(
-            probs_ptr, weight_ptr, at, cols, mask, n_cols, scalars[0], scalars[1], COMPUTE
-        )
+        mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, scalars, COMPUTE)
         tops, totals, offs, masses = _online_with_mass(
-            tops, totals, offs, masses, x, mass, read, n_cols - first, WIDTH, COMPUTE
+            tops, totals, offs, masses, x, mass, here, n_cols - first, WIDTH, COMPUTE
         )
     top, total = rows.merge(tops, totals)
     offs += tl.where(totals == 0.0, 0.0, masses * (top[:, None] - tops))
     return top, total, tl.sum(offs, 1), tl.sum(masses, 1)
 
 
+@triton.jit
+def _whole(
+    x_ptr, probs_ptr, weight_ptr, softcap, where, scalars, here, n_cols, SPREAD: tl.constexpr,
+    COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """`_walked`, of lines that fit registers."""
+    cols = tl.arange(0, COLS)
+    mask = here[:, None] & (cols < n_cols)[None, :]
+    at = rows.spread(where[0], cols, where[1], COLUMNS)
+    x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
+    x = loss_terms.capped_lines(x, softcap, mask, COMPUTE)
+    top = rows.peak(x, COMPUTE)
+    x -= top[:, None]
+    total = tl.log(rows.no_infinity(tl.sum(rows.exp_term(x), 1)))
+    loss = tl.zeros((LINES,), COMPUTE)
+    if SPREAD:
+        at = rows.spread(where[2], cols, where[3], COLUMNS)
+        mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, scalars, COMPUTE)
+        loss = tl.sum(tl.where(mask, mass * (total[:, None] - x), 0.0), 1)
+    return top, total, loss
+
+
+@triton.jit
+def _walked(
+    x_ptr, probs_ptr, weight_ptr, softcap, where, scalars, here, n_cols, SPREAD: tl.constexpr,
+    COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Maximum of each line, log sum_c e^(x_c - maximum), and sum_c mass_c (lse - x_c).
+
+    where: starts and stride_col of x, then of probs; scalars: keep, share
+    """
+    loss = tl.zeros((LINES,), COMPUTE)
+    if SPREAD:
+        top, total, off, mass = _statistics_with_mass(
+            x_ptr, probs_ptr, weight_ptr, softcap, where, scalars, here, n_cols,
+            COMPUTE, COLUMNS, LINES, COLS, WIDTH,
+        )  # fmt: skip
+        total = tl.log(rows.no_infinity(total))
+        loss = off + mass * total
+    else:
+        top, total = loss_terms.statistics(
+            x_ptr, softcap, where[0], here[:, None], n_cols, where[1],
+            COMPUTE, COLUMNS, LINES, COLS, WIDTH,
+        )  # fmt: skip
+        total = tl.log(rows.no_infinity(total))
+    return top, total, loss
+
+
+@triton.jit
+def _target_logit(
+    x_ptr, softcap, start, target, here, stride_col, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+):  # fmt: skip
+    """x_t of each line."""
+    at = start + target
+    if COLUMNS:
+        at = start + target * stride_col
+    x = rows.load(x_ptr, at, here, 0.0, COMPUTE)
+    if softcap is not None:
+        z, _ = loss_terms.capped(x[:, None], softcap, COMPUTE)
+        x = tl.reshape(z, (LINES,))
+    return x
+
+
 @triton.jit(do_not_specialize=[*rows.EXTENTS, "ignore_index"])
 def cross_entropy_kernel(
-    x_ptr,
-    target_ptr,
-    probs_ptr,
-    weight_ptr,
-    loss_ptr,
-    lse_ptr,
-    n_lines,
-    n_cols,
-    stride_outer,
-    stride_col,
-    ignore_index,
-    keep,
-    share,
-    z_loss,
-    softcap,
-    SPREAD: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, target_ptr, probs_ptr, weight_ptr, loss_ptr, lse_ptr, n_lines, n_cols, stride_outer,
+    stride_col, ignore_index, keep, share, z_loss, softcap, SPREAD: tl.constexpr,
+    COMPUTE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """SPREAD: there is mass on every class, of the probabilities or of smoothing.
 
     keep: 1 - s; share: s / C; both as `rows.parts`; z_loss, softcap: as `loss_terms.keywords`
@@ -132,61 +162,21 @@ def cross_entropy_kernel(
     )
     x_start = rows.starts(outer, lines, stride_outer, COLUMNS)
     p_start, p_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
-    loss = tl.zeros((LINES,), COMPUTE)
+    where = (x_start, stride_col, p_start, p_stride)
     if WHOLE:
-        cols = tl.arange(0, COLS)
-        mask = here[:, None] & (cols < n_cols)[None, :]
-        at = rows.spread(x_start, cols, stride_col, COLUMNS)
-        x = rows.load(x_ptr, at, mask, -float("inf"), COMPUTE)
-        x = loss_terms.capped_lines(x, softcap, mask, COMPUTE)
-        top = rows.peak(x, COMPUTE)
-        x -= top[:, None]
-        total = tl.log(rows.no_infinity(tl.sum(rows.exp_term(x), 1)))
-        if SPREAD:
-            at = rows.spread(p_start, cols, p_stride, COLUMNS)
-            mass = mass_of(probs_ptr, weight_ptr, at, cols, mask, n_cols, keep, share, COMPUTE)
-            loss = tl.sum(tl.where(mask, mass * (total[:, None] - x), 0.0), 1)
-    elif SPREAD:
-        top, total, off, mass = _statistics_with_mass(
-            x_ptr,
-            probs_ptr,
-            weight_ptr,
-            softcap,
-            (x_start, stride_col, p_start, p_stride),
-            (keep, share),
-            here,
-            n_cols,
-            COMPUTE,
-            COLUMNS,
-            LINES,
-            COLS,
-            WIDTH,
-        )
-        total = tl.log(rows.no_infinity(total))
-        loss = off + mass * total
+        top, total, loss = _whole(
+            x_ptr, probs_ptr, weight_ptr, softcap, where, (keep, share), here, n_cols,
+            SPREAD, COMPUTE, COLUMNS, LINES, COLS,
+        )  # fmt: skip
     else:
-        top, total = loss_terms.statistics(
-            x_ptr,
-            softcap,
-            x_start,
-            here[:, None],
-            n_cols,
-            stride_col,
-            COMPUTE,
-            COLUMNS,
-            LINES,
-            COLS,
-            WIDTH,
-        )
-        total = tl.log(rows.no_infinity(total))
+        top, total, loss = _walked(
+            x_ptr, probs_ptr, weight_ptr, softcap, where, (keep, share), here, n_cols,
+            SPREAD, COMPUTE, COLUMNS, LINES, COLS, WIDTH,
+        )  # fmt: skip
     if target_ptr is not None:
-        at = x_start + target
-        if COLUMNS:
-            at = x_start + target * stride_col
-        x_target = rows.load(x_ptr, at, here, 0.0, COMPUTE)
-        if softcap is not None:
-            capped, _ = loss_terms.capped(x_target[:, None], softcap, COMPUTE)
-            x_target = tl.reshape(capped, (LINES,))
+        x_target = _target_logit(
+            x_ptr, softcap, x_start, target, here, stride_col, COMPUTE, COLUMNS, LINES
+        )
         loss += keep * weight * (total - (x_target - top))
     if z_loss is not None:
         if target_ptr is None:

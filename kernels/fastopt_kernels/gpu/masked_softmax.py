@@ -22,18 +22,9 @@ EXTENTS = ["n_rows", "n_cols", "stride_row", "n1", "n2", "s0", "s1", "s2", "n_qu
 
 @triton.jit
 def _scores(
-    x_ptr,
-    mask_ptr,
-    x_start,
-    mask_start,
-    last,
-    here,
-    cols,
-    n_cols,
-    scale,
-    CAUSAL: tl.constexpr,
+    x_ptr, mask_ptr, x_start, mask_start, last, here, cols, n_cols, scale, CAUSAL: tl.constexpr,
     COMPUTE: tl.constexpr,
-):
+):  # fmt: skip
     """A tile as the softmax sees it; last: the last column of each row that is seen."""
     inside = here & (cols < n_cols)[None, :]
     x = rows.load(x_ptr, x_start[:, None] + cols[None, :], inside, 0.0, COMPUTE)
@@ -58,27 +49,10 @@ def _share(total):
 
 @triton.jit(do_not_specialize=EXTENTS)
 def masked_softmax_kernel(
-    x_ptr,
-    mask_ptr,
-    y_ptr,
-    n_rows,
-    n_cols,
-    stride_row,
-    n1,
-    n2,
-    s0,
-    s1,
-    s2,
-    n_queries,
-    scale,
-    CAUSAL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, mask_ptr, y_ptr, n_rows, n_cols, stride_row, n1, n2, s0, s1, s2, n_queries, scale,
+    CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     n_cols = n_cols * VECTOR
     _, lines = rows.place(n_rows, LINES, False)
     here = (lines < n_rows)[:, None]

@@ -78,19 +78,9 @@ def _store_share(shares_ptr, at, total, inside):
 
 @triton.jit
 def _put(
-    d,
-    dx_ptr,
-    dropped_ptr,
-    dsum_ptr,
-    at,
-    lines,
-    cols,
-    mask,
-    seed_ptr,
-    kept,
-    scale,
+    d, dx_ptr, dropped_ptr, dsum_ptr, at, lines, cols, mask, seed_ptr, kept, scale,
     COMPUTE: tl.constexpr,
-):
+):  # fmt: skip
     """The gradient by what was normalized on its way: of a sum, to what was added up to it."""
     if dsum_ptr is not None:
         d += rows.load(dsum_ptr, at, mask, 0.0, COMPUTE)
@@ -105,30 +95,11 @@ def _put(
     do_not_specialize=[*EXTENTS, "rows_each", "kept"], do_not_specialize_on_alignment=STATISTICS
 )
 def norm_backward_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dweights_ptr,
-    dbiases_ptr,
-    n_rows,
-    n_cols,
-    stride_row,
-    rows_each,
-    offset,
-    dsum_ptr,
-    dropped_ptr,
-    seed_ptr,
-    kept,
-    scale,
-    WANTS_DX: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweights_ptr, dbiases_ptr, n_rows,
+    n_cols, stride_row, rows_each, offset, dsum_ptr, dropped_ptr, seed_ptr, kept, scale,
+    WANTS_DX: tl.constexpr, COMPUTE: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr,
     VECTOR: tl.constexpr,
-):
+):  # fmt: skip
     """dx = rstd (weight dy - mean(weight dy) - x_hat mean(weight dy x_hat)), of rows in registers.
 
     A program takes rows_each rows one after the other, and keeps its share of the sums:
@@ -169,26 +140,10 @@ def norm_backward_kernel(
 
 @triton.jit(do_not_specialize=[*EXTENTS, "kept"], do_not_specialize_on_alignment=STATISTICS)
 def norm_dx_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,
-    n_rows,
-    n_cols,
-    stride_row,
-    offset,
-    dsum_ptr,
-    dropped_ptr,
-    seed_ptr,
-    kept,
-    scale,
-    COMPUTE: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, n_rows, n_cols, stride_row, offset,
+    dsum_ptr, dropped_ptr, seed_ptr, kept, scale, COMPUTE: tl.constexpr, LINES: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """dx of a row that is walked twice: for the two means, and for what is stored."""
     n_cols = n_cols * VECTOR
     _, lines = rows.place(n_rows, LINES, False)
@@ -227,21 +182,9 @@ def norm_dx_kernel(
 
 @triton.jit(do_not_specialize=[*EXTENTS, "rows_each"], do_not_specialize_on_alignment=STATISTICS)
 def norm_weight_kernel(
-    dy_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dweights_ptr,
-    dbiases_ptr,
-    n_rows,
-    n_cols,
-    stride_row,
-    rows_each,
-    COMPUTE: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, dweights_ptr, dbiases_ptr, n_rows, n_cols, stride_row,
+    rows_each, COMPUTE: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """A program's share of the sums of dy x_hat and dy: rows_each rows, COLS columns."""
     n_cols = n_cols * VECTOR
     stride_row = stride_row.to(tl.int64) * VECTOR
@@ -282,16 +225,9 @@ def _sum_of_shares(shares_ptr, out_ptr, n_shares, n_cols, LINES: tl.constexpr, C
 
 @triton.jit(do_not_specialize=["n_shares", "n_cols"])
 def norm_sum_kernel(
-    dweights_ptr,
-    dbiases_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    n_shares,
-    n_cols,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    dweights_ptr, dbiases_ptr, dweight_ptr, dbias_ptr, n_shares, n_cols, LINES: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """dweight and dbias from the shares (n_shares, n_cols) of the programs."""
     n_cols = n_cols * VECTOR
     if dweights_ptr is not None:

@@ -79,20 +79,9 @@ def _walked_moments(
 
 @triton.jit
 def normalize(
-    x,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    y_start,
-    cols,
-    mask,
-    n_cols,
-    n,
-    eps,
-    offset,
-    COMPUTE: tl.constexpr,
-    CENTERED: tl.constexpr,
-):
+    x, weight_ptr, bias_ptr, y_ptr, y_start, cols, mask, n_cols, n, eps, offset,
+    COMPUTE: tl.constexpr, CENTERED: tl.constexpr,
+):  # fmt: skip
     """The norm of rows held in registers into y; (mean, rstd)."""
     mean, drift, square = _moments(x, mask, n, COMPUTE, CENTERED)
     rstd = rows.rsqrt(square + rows.scalar(eps, COMPUTE))
@@ -104,20 +93,9 @@ def normalize(
 
 @triton.jit
 def walk(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    x_start,
-    y_start,
-    n_cols,
-    n,
-    eps,
-    offset,
-    COMPUTE: tl.constexpr,
-    COLS: tl.constexpr,
-    CENTERED: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, y_ptr, x_start, y_start, n_cols, n, eps, offset,
+    COMPUTE: tl.constexpr, COLS: tl.constexpr, CENTERED: tl.constexpr,
+):  # fmt: skip
     """The norm of a row that is walked twice into y; (mean, rstd)."""
     mean, drift, square = _walked_moments(x_ptr, x_start, n_cols, n, COMPUTE, COLS, CENTERED)
     rstd = rows.rsqrt(square + rows.scalar(eps, COMPUTE))
@@ -142,24 +120,10 @@ def keep(mean_ptr, rstd_ptr, lines, here, mean, rstd):
 
 @triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STATISTICS)
 def norm_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    n_rows,
-    n_cols,
-    stride_row,
-    eps,
-    offset,
-    CENTERED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, n_rows, n_cols, stride_row, eps, offset,
+    CENTERED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     n_cols = n_cols * VECTOR
     _, lines = rows.place(n_rows, LINES, False)
     here = lines < n_rows

@@ -21,20 +21,9 @@ from fastopt_kernels.gpu.norm_gradients import EXTENTS, STATISTICS
 
 @triton.jit
 def _add(
-    x_ptr,
-    residual_ptr,
-    sum_ptr,
-    x_start,
-    residual_start,
-    sum_start,
-    lines,
-    cols,
-    mask,
-    seed_ptr,
-    kept,
-    scale,
-    COMPUTE: tl.constexpr,
-):
+    x_ptr, residual_ptr, sum_ptr, x_start, residual_start, sum_start, lines, cols, mask, seed_ptr,
+    kept, scale, COMPUTE: tl.constexpr,
+):  # fmt: skip
     """A tile of the sum, stored; as what it was rounded to."""
     x = rows.load(x_ptr, x_start[:, None] + cols[None, :], mask, 0.0, COMPUTE)
     x = dropouts.drop(x, seed_ptr, lines, cols, kept, scale, COMPUTE)
@@ -49,30 +38,11 @@ def _add(
     do_not_specialize_on_alignment=STATISTICS,
 )
 def add_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    sum_ptr,
-    mean_ptr,
-    rstd_ptr,
-    n_rows,
-    n_cols,
-    stride_row,
-    stride_residual,
-    eps,
-    offset,
-    seed_ptr,
-    kept,
-    scale,
-    CENTERED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr, n_rows, n_cols,
+    stride_row, stride_residual, eps, offset, seed_ptr, kept, scale, CENTERED: tl.constexpr,
+    COMPUTE: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr,
     VECTOR: tl.constexpr,
-):
+):  # fmt: skip
     n_cols = n_cols * VECTOR
     _, lines = rows.place(n_rows, LINES, False)
     here = lines < n_rows

@@ -222,17 +222,9 @@ def store(y_ptr, offsets, y, mask):
 
 @triton.jit
 def statistics(
-    x_ptr,
-    start,
-    here,
-    n_cols,
-    stride_col,
-    COMPUTE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, start, here, n_cols, stride_col, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr,
+    LINES: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """The maximum of each line and its sum of exp(x - maximum), in one walk."""
     tops = tl.full((LINES, COLS // WIDTH), lowest(COMPUTE), COMPUTE)
     totals = tl.zeros((LINES, COLS // WIDTH), COMPUTE)

@@ -32,21 +32,10 @@ def _normalized(x, top, total, LOG: tl.constexpr):
 
 @triton.jit(do_not_specialize=rows.EXTENTS)
 def softmax_kernel(
-    x_ptr,
-    y_ptr,
-    n_lines,
-    n_cols,
-    stride_outer,
-    stride_col,
-    LOG: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, y_ptr, n_lines, n_cols, stride_outer, stride_col, LOG: tl.constexpr,
+    COMPUTE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
     )
@@ -104,22 +93,10 @@ def _softmax_gradient(dy, y, total, scale, LOG: tl.constexpr, COMPUTE: tl.conste
 
 @triton.jit(do_not_specialize=rows.EXTENTS)
 def softmax_backward_kernel(
-    dy_ptr,
-    y_ptr,
-    dx_ptr,
-    n_lines,
-    n_cols,
-    stride_outer,
-    stride_col,
-    scale,
-    LOG: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    dy_ptr, y_ptr, dx_ptr, n_lines, n_cols, stride_outer, stride_col, scale, LOG: tl.constexpr,
+    COMPUTE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """dx = scale y (dy - sum dy y), of the logarithm dx = dy - exp(y) sum dy."""
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
@@ -158,20 +135,10 @@ def softmax_backward_kernel(
 
 @triton.jit(do_not_specialize=rows.EXTENTS)
 def logsumexp_kernel(
-    x_ptr,
-    lse_ptr,
-    n_lines,
-    n_cols,
-    stride_outer,
-    stride_col,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, lse_ptr, n_lines, n_cols, stride_outer, stride_col, COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr,
+    VECTOR: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
     )
@@ -194,21 +161,10 @@ def logsumexp_kernel(
 
 @triton.jit(do_not_specialize=rows.EXTENTS)
 def logsumexp_backward_kernel(
-    dlse_ptr,
-    x_ptr,
-    lse_ptr,
-    dx_ptr,
-    n_lines,
-    n_cols,
-    stride_outer,
-    stride_col,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    dlse_ptr, x_ptr, lse_ptr, dx_ptr, n_lines, n_cols, stride_outer, stride_col,
+    COMPUTE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """dx = dlse exp(x - lse)"""
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS

@@ -30,25 +30,10 @@ def _scaled(dy, v, scale, back, BACKWARD: tl.constexpr):
 
 @triton.jit(do_not_specialize=rows.EXTENTS)
 def weight_norm_kernel(
-    v_ptr,
-    dy_ptr,
-    g_ptr,
-    norm_ptr,
-    out_ptr,
-    dg_ptr,
-    n_lines,
-    n_cols,
-    stride_outer,
-    stride_col,
-    eps,
-    BACKWARD: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    COLS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    v_ptr, dy_ptr, g_ptr, norm_ptr, out_ptr, dg_ptr, n_lines, n_cols, stride_outer, stride_col, eps,
+    BACKWARD: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
+    LINES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """g_ptr None: unit, whose norm is at least eps, as `rows.parts`; dy_ptr None: forward"""
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
