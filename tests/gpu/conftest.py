@@ -7,6 +7,9 @@ the compiler instead: what runs in the interpreter is collected only with TRITON
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from bench.gpu_interpret import is_interpreted, route_cpu_to_triton
@@ -44,3 +47,13 @@ collect_ignore = COMPILED if is_interpreted() else INTERPRETED
 if is_interpreted():
     route_cpu_to_triton()
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def kept_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kernels that are compiled are kept in a folder of this test's own.
+
+    Triton's key of a kernel does not always see the part that a test has replaced. Kept where the
+    others are, the wrong kernel would be launched for the right one by whoever comes later.
+    """
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

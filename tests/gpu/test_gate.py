@@ -7,12 +7,13 @@ import inspect
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import triton
 import triton.language as tl
 
 from fastopt_kernels import rules
-from fastopt_kernels.chunks import KAHAN, MASTER, STOCHASTIC, Extras
+from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras
 from fastopt_kernels.gpu import engine, measure, memory
 from fastopt_kernels.gpu import update as kernels
 from fastopt_kernels.gpu.inspect import compiling
@@ -148,6 +149,7 @@ def _promises_nothing(address, first, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
     return address.to(tl.pointer_type(DTYPE)) + first
 
 
+@pytest.mark.usefixtures("kept_apart")
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("kinds", [FLOAT32, BFLOAT16], ids="-".join)
 def test_a_kernel_without_the_promise_of_alignment_fails(
@@ -161,13 +163,17 @@ def test_a_kernel_without_the_promise_of_alignment_fails(
     assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in faults] == ["loads", "stores"]
 
 
+@pytest.mark.usefixtures("kept_apart")
 def test_measuring_without_the_promise_of_alignment_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "pointer", _promises_nothing)
     own = measure.measure_kernel
     fresh = triton.jit(own.fn, do_not_specialize=own.do_not_specialize)
     monkeypatch.setattr(measure, "measure_kernel", fresh)
-    measuring, *_ = clip_gate.check_clipped(ADAM, FLOAT32, "sm_90")
-    assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in measuring.faults] == ["loads"]
+    with compiling("sm_90") as compiled:
+        look = measure.Look(gate.CPU, [gate.launch_of(ADAM, FLOAT32, ADAM.rule, NO_EXTRAS)])
+        look.run(np.zeros(1, dtype=np.int64), [1.0], False, True, None, None)
+    found = clip_gate.checked_measure(compiled.of("measure_kernel")[0], "fp32")
+    assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in found.faults] == ["loads"]
 
 
 def test_scalars_in_float32_fail() -> None:

@@ -166,6 +166,7 @@ def _approximate(x):
     return 1.0 / x
 
 
+@pytest.mark.usefixtures("kept_apart")
 @pytest.mark.parametrize(
     ("name", "replacement", "fault", "target"),
     [
@@ -185,6 +186,7 @@ def test_bad_arithmetic_fails(
     assert any(fault in text for text in faults), faults
 
 
+@pytest.mark.usefixtures("kept_apart")
 def test_a_tile_that_goes_through_shared_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A running maximum of neighbouring halves instead of what one thread has loaded."""
 
@@ -208,6 +210,7 @@ def _place_in_32_bits(n_lines, LINES: tl.constexpr, COLUMNS: tl.constexpr):  # n
     return program * 0, program * LINES + tl.arange(0, LINES)
 
 
+@pytest.mark.usefixtures("kept_apart")
 def test_offsets_in_32_bits_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than 2^31 elements in all, where no row is long."""
     monkeypatch.setattr(rows, "place", _place_in_32_bits)
