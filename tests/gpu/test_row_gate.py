@@ -211,6 +211,18 @@ def _place_in_32_bits(n_lines, LINES: tl.constexpr, COLUMNS: tl.constexpr):  # n
 
 
 @pytest.mark.usefixtures("kept_apart")
+def test_instructions_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what else the file holds: lines of the source, here."""
+    counts = []
+    for without_lines in "01":
+        monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", without_lines)
+        fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=rows.EXTENTS)
+        monkeypatch.setattr(softmax, "softmax_kernel", fresh)
+        counts.append(row_gate.check("softmax", "row", FLOAT32, "sm_90")[0].read.instructions)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.usefixtures("kept_apart")
 def test_offsets_in_32_bits_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than 2^31 elements in all, where no row is long."""
     monkeypatch.setattr(rows, "place", _place_in_32_bits)

@@ -148,8 +148,8 @@ class Read:
     approximate: tuple[str, ...] = field(default=())
 
 
-# All but what fills the code up.
-_CUDA_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", re.MULTILINE)
+# All but what fills the code up, and the bytes of other sections.
+_CUDA_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP|\.)\S", re.MULTILINE)
 _HIP_INSTRUCTION = re.compile(
     r"^\t(?!s_nop|s_code_end)(?:[sv]|ds|global|flat|buffer|scratch)_", re.MULTILINE
 )
