@@ -148,9 +148,9 @@ def _whole(
 
 @triton.jit
 def _walked(
-    x_ptr, target_ptr, probs_ptr, weight_ptr, dx_ptr, softcap, where, scalars, masses, lse, read,
+    x_ptr, target_ptr, probs_ptr, weight_ptr, dx_ptr, softcap, where, scalars, masses, anchor, read,
     n_cols, of_line, SPREAD: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr,
-    LINES: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+    LINES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Write p mass_sum - mass, and what `_store` does to it.
 
@@ -158,10 +158,7 @@ def _walked(
     masses: as `_mass_sums` has them
     """
     mass_sum, beside = masses
-    top, rest = _anchor(
-        x_ptr, softcap, lse, where[0], read, n_cols, where[1],
-        COMPUTE, COLUMNS, LINES, COLS, WIDTH,
-    )  # fmt: skip
+    top, rest = anchor
     if target_ptr is None:
         mass_sum = beside + _mass_of_probs(
             probs_ptr, weight_ptr, where[2], where[3], read, n_cols, scalars,
@@ -207,15 +204,22 @@ def cross_entropy_backward_kernel(
     lse = rows.load(lse_ptr, line, here, 0.0, COMPUTE)
     # As with torch: 0 where ignored, but NaN where what is ignored is not finite. Such a row need
     # not be read for that; in columns the hole would cost the wide loads.
-    dloss = rows.load(dloss_ptr, line * dloss_step, here & (ignored == 0), 0.0, COMPUTE)
-    unread = tl.where(lse - lse == 0.0, 0.0, float("nan"))
     read = here
     if not COLUMNS:
         read = here & (ignored == 0)
+    x_start = rows.starts(outer, lines, stride_outer, COLUMNS)
+    # Before what it does not need is loaded, and would be kept in registers over it.
+    anchor = (lse, lse)
+    if not WHOLE:
+        anchor = _anchor(
+            x_ptr, softcap, lse, x_start, read, n_cols, stride_col,
+            COMPUTE, COLUMNS, LINES, COLS, WIDTH,
+        )  # fmt: skip
+    dloss = rows.load(dloss_ptr, line * dloss_step, here & (ignored == 0), 0.0, COMPUTE)
+    unread = tl.where(lse - lse == 0.0, 0.0, float("nan"))
     most = keep * weight
     masses = _mass_sums(weight_sum_ptr, target_ptr, weight, most, share, z_loss, lse, COMPUTE)
     of_line = (here, target, most, dloss, ignored, unread)
-    x_start = rows.starts(outer, lines, stride_outer, COLUMNS)
     dx_start, dx_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
     where = (x_start, stride_col, dx_start, dx_stride)
     if WHOLE:
@@ -226,7 +230,7 @@ def cross_entropy_backward_kernel(
     else:
         _walked(
             x_ptr, target_ptr, probs_ptr, weight_ptr, dx_ptr, softcap, where, (keep, share), masses,
-            lse, read, n_cols, of_line, SPREAD, COMPUTE, COLUMNS, LINES, COLS, WIDTH,
+            anchor, read, n_cols, of_line, SPREAD, COMPUTE, COLUMNS, LINES, COLS,
         )  # fmt: skip
 
 

@@ -274,10 +274,9 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-# Elements a thread of a tile of rows, and of columns: twice as many of float64 spill in layer_norm,
-# half as many in the gradient of cross entropy (sm_90).
-ROWS_EACH = {tl.float32: 16, tl.float64: 4}
-COLUMNS_EACH = {tl.float32: 16, tl.float64: 8}
+# Elements of a tile a thread has: twice as many of float64 spill in rows of layer_norm and columns
+# of cross entropy (sm_90).
+EACH = {tl.float32: 16, tl.float64: 4}
 
 
 def threads_for(elements: int, each: int) -> int:
@@ -295,10 +294,10 @@ def tile_of_rows(
     if counted(n_cols, "a row") <= (widest or WIDEST[compute]):
         cols = power_of_two(n_cols)
         lines = max(1, LEAST[compute] // cols)
-        threads = threads_for(lines * cols, ROWS_EACH[compute])
+        threads = threads_for(lines * cols, EACH[compute])
         return Tile(lines, cols, True, False, vector, 1, threads)
     cols = STEP[compute] * (2 if n_cols > LONG else 1)
-    threads = threads_for(cols, ROWS_EACH[compute])
+    threads = threads_for(cols, EACH[compute])
     return Tile(1, cols // (1 + halved), False, False, vector, vector, threads)
 
 
@@ -314,7 +313,7 @@ def tile_of_columns(
     lines = max(nbytes // itemsize, LEAST[compute] // length)
     lines = min(power_of_two(n_inner), lines)
     cols = min(length, step // lines)
-    whole, threads = n_cols <= cols, threads_for(lines * cols, COLUMNS_EACH[compute])
+    whole, threads = n_cols <= cols, threads_for(lines * cols, EACH[compute])
     if halved and not whole:
         cols = threads * (16 // itemsize) // lines
     return Tile(lines, cols, whole, True, vector, 1, threads)

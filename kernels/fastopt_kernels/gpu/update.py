@@ -211,7 +211,8 @@ def update_kernel(
             aligned_ptrs, block * BLOCK + lanes, None, _of_block(scale_ptrs, block), scalars, place,
             sums, RULE, COMPUTE, SCALES, WIDTH, EXTRAS,
         )  # fmt: skip
-    for block in range(full, tl.cdiv(n, BLOCK)):
+    # Once a chunk at most: what this alone needs is not kept in registers from before (sm_100).
+    for block in tl.range(full, tl.cdiv(n, BLOCK), disable_licm=True):
         offsets = block * BLOCK + lanes
         sums = _update_block(
             any_ptrs, offsets, offsets < n, _of_block(scale_ptrs, block), scalars, place, sums,
