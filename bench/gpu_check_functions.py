@@ -291,11 +291,13 @@ def _bad_target(device: Device) -> None:
 
 def _as_timed(device: Device, case: TimedCase) -> dict[str, float]:
     """The largest part of its size by which a result differs from torch's in float32."""
-    work = case.work(device)
     allowed = PEERS_TOLERANCE if case.coarse else TOLERANCE[case.dtype]
-    found = check(work.results(case.ours, True), work.oracle(torch.float32), allowed)
-    del work
-    device.free_bytes()  # other processes check beside this one
+    work = case.work(device)
+    try:
+        found = check(work.results(case.ours, True), work.oracle(torch.float32), allowed)
+    finally:
+        del work
+        device.free_bytes()  # other processes check beside this one
     return {"difference": found}
 
 

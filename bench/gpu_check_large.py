@@ -38,9 +38,9 @@ CALLS = {
 
 def rows(device: Device, quick: bool) -> Iterator[Row]:
     adamw = next(case for case in CASES if case.name == "AdamW")
-    yield Row(f"a tensor of {BIG} elements", partial(_big_step, device, adamw), 10)
+    yield Row(f"a tensor of {BIG} elements", partial(_big_step, device, adamw), 5)
     for name, shape in CALLS.items():
-        yield Row(f"{2**31} elements: {name}", partial(_big_call, device, call_of(name), shape), 5)
+        yield Row(f"{2**31} elements: {name}", partial(_big_call, device, call_of(name), shape), 3)
 
 
 def _need(device: Device, n_bytes: int) -> None:

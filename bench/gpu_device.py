@@ -7,6 +7,7 @@ would replay, a stream is none, time is the host's, and launches are counted at 
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class Device(Protocol):
 
     device: torch.device
     truncates: bool
+    # After a capture that could not be ended: this process can do no other.
+    broken: bool
 
     def synchronize(self) -> None: ...
 
@@ -99,6 +102,7 @@ class Cuda:
     BUSY_CYCLES = 40_000_000
 
     def __init__(self) -> None:
+        self.broken = False
         self.device = torch.device("cuda", 0)
         torch.cuda.set_device(self.device)
 
@@ -113,10 +117,28 @@ class Cuda:
         return lambda: start.elapsed_time(end) / 1e3
 
     def graph(self, step: Step) -> Step:
-        graph = torch.cuda.CUDAGraph()
+        graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        raised: list[BaseException] = []
+
+        def captured() -> None:
+            try:
+                step()
+            except BaseException as error:
+                raised.append(error)
+                raise
+
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            step()
+        try:
+            with warnings.catch_warnings():
+                # That is what a step leaves which is refused at once.
+                warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+                with torch.cuda.graph(graph):
+                    captured()
+        except BaseException as error:
+            # Where torch cannot end a capture it does not go back to the stream before it.
+            torch.cuda.set_stream(outer)
+            self.broken |= error not in raised
+            raise
         return graph.replay
 
     @contextmanager
@@ -135,8 +157,11 @@ class Cuda:
     @contextmanager
     def no_synchronization(self) -> Iterator[None]:
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():
+                # torch says of it, once, that it is a prototype.
+                warnings.filterwarnings("ignore", message="Synchronization debug mode")
+                torch.cuda.set_sync_debug_mode("error")
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
@@ -191,6 +216,7 @@ class Interpreted:
     """The CPU behind Triton's interpreter."""
 
     truncates = True
+    broken = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

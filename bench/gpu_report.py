@@ -56,10 +56,10 @@ class Phase:
 PHASES = {
     "checks": Phase(0.38, {"engine": 2, "optim": 2, "combinations": 3, "device": 1,
                            "functions": 6, "compiling": 2}),
-    "large": Phase(0.43, {"large": 1}),
-    "speed": Phase(0.63, {"speed": 1}),
-    "function_speed": Phase(0.92, {"function_speed": 1}),
-    "tuning": Phase(0.95, {"tuning": 1}),
+    "large": Phase(0.46, {"large": 1}),
+    "speed": Phase(0.66, {"speed": 1}),
+    "function_speed": Phase(0.93, {"function_speed": 1}),
+    "tuning": Phase(0.97, {"tuning": 1}),
 }  # fmt: skip
 # Timed beside fastopt where they are installed.
 PEERS = ("liger-kernel", "quack-kernels", "flag_gems")
@@ -119,7 +119,9 @@ def _report(options: argparse.Namespace) -> int:
         report["machine"]["plots"] = f"{type(error).__name__}: {error}"
     gpu_tables.write(options.out, report)
     print(gpu_tables.short(report), flush=True)
-    bad = sum(row["status"] in (FAIL, NO_TIME) for row in report["rows"])
+    # Tuning is for whoever changes the kernels: it takes what time is left.
+    wanted = [row for row in report["rows"] if row["section"] != "tuning" or row["status"] == FAIL]
+    bad = sum(row["status"] in (FAIL, NO_TIME) for row in wanted)
     return 1 if bad or not report["rows"] else 0
 
 

@@ -38,7 +38,7 @@ def rows(device: Device, quick: bool) -> Iterator[Row]:
             name = f"{dtype} {threads} threads, {8 * width} bits, chunk {chunk}"
             n = 1000 if quick else N
             run = partial(_time, device, engine, dtype, threads, width, chunk, n)
-            yield Row(name, run, 8)
+            yield Row(name, run, 2)
 
 
 def _time(

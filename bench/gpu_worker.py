@@ -49,6 +49,8 @@ def _device() -> Device:
 
 def _lost(device: Device) -> bool:
     """Whether an error of the device has been left behind that no later row would survive."""
+    if device.broken:
+        return True
     try:
         device.synchronize()
         if device.device.type != "cpu":

@@ -30,7 +30,8 @@ class GradScaler(torch.amp.GradScaler):
             result = super().step(optimizer, *args, **kwargs)
             if (found := optimizer.found_inf_of_step()) is not None:
                 state = self._per_optimizer_states[id(optimizer)]
-                state["found_inf_per_device"] = {found.device: found}
+                # A copy: `update` adds what other optimizers found to the first it is given.
+                state["found_inf_per_device"] = {found.device: found.clone()}
             return result
         finally:
             self._stepped = None

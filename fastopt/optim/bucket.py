@@ -178,6 +178,9 @@ class Bucket:
         self.sources = [member.source for member in members]
         self.written = [m.param for m in members if not m.param.is_inference()]
         self.staged = [staged for member in members for staged in member.staged]
+        gradients = [m.grad_buffer for m in members if m.grad_buffer is not None]
+        # What is the plan's own among what a launch reads and writes.
+        self.buffers = [*(staged.buffer for staged in self.staged), *gradients]
         # Gradients that are read through a buffer, or are the local part of a DTensor.
         self.indirect = [
             k for k, m in enumerate(members) if m.grad_buffer is not None or m.param is not m.source
@@ -240,6 +243,7 @@ class Bucket:
         """Launch without the host knowing the steps: they are counted on the device. A verdict
         takes the scaler's word with it."""
         assert isinstance(self.steps, DeviceSteps)
+        self.launch.keep_if_captured(self.buffers)
         self._stage(Staged.read)
         extras = self.launch.extras
         bases = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastopt
 from bench.gpu_oracle import CASES, Case, Checked
 from fastopt.optim import FusedOptimizer, xp
-from fastopt_kernels.gpu import engine
+from fastopt_kernels.gpu import engine, tables
 
 # The last has a full block, and a tail.
 SHAPES = ((17, 5), (3,), (), (0,), (517,))
@@ -63,6 +63,24 @@ class Launches:
         found = self.counts["update_kernel"], self.counts["scalars_kernel"]
         self.counts.update(update_kernel=0, scalars_kernel=0)
         return found
+
+
+def test_a_captured_step_keeps_what_its_plan_alone_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph may be replayed after the plan is gone; gaps and other layouts are read through
+    buffers."""
+    kept: list[Tensor] = []
+    monkeypatch.setattr(tables, "_captured", kept)
+    monkeypatch.setattr(tables.Tables, "_capturing", lambda _: True)
+    params = [nn.Parameter(torch.randn(6, 8)[:, ::2]), nn.Parameter(torch.randn(4, 6))]
+    for p in params:
+        p.grad = torch.randn(p.shape[::-1]).t()
+    optimizer = fastopt.optim.AdamW(params, capturable=True)
+    optimizer.step()
+    (bucket,) = optimizer._plan.buckets
+    held = {x.data_ptr() for x in kept}
+    assert {int(address) for address in bucket.launch.tensors[:, 1]} <= held
+    assert bucket.targets[0].data_ptr() in held
+    assert params[1].data_ptr() not in held
 
 
 @pytest.fixture

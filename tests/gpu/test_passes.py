@@ -331,6 +331,22 @@ def test_our_scaler_leaves_torchs_pass_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
 
 
+@pytest.mark.usefixtures("on_a_device")
+def test_two_optimizers_of_one_scaler_have_each_its_own_verdict() -> None:
+    sides = [parameters(shapes=SHAPES) for _ in range(2)]
+    optimizers = [fastopt.optim.AdamW(params, max_grad_norm=LIMIT) for params in sides]
+    for params in sides:
+        give(params, gradients(params, 0))
+    sides[1][3].grad[7] = INF  # type: ignore[index]
+    scaler = fastopt.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert [bool(optimizer.last_step.skipped) for optimizer in optimizers] == [False, True]
+    assert scaler.get_scale() == 2.0
+
+
 # What stands around the rule, where the device counts the steps.
 
 

@@ -5,11 +5,32 @@ from __future__ import annotations
 from functools import cache
 
 import triton
+from triton.backends.compiler import GPUTarget
+
+# Registers of a multiprocessor, and the most of a thread (CUDA).
+REGISTERS, OF_A_THREAD = 65536, 255
 
 
 @cache
-def warp_size() -> int:
-    """Threads a warp: 64 on AMD's CDNA. The interpreter has no device to ask."""
+def target() -> GPUTarget | None:
+    """What is compiled for; the interpreter has no device to ask."""
     if triton.knobs.runtime.interpret:
-        return 32
-    return int(triton.runtime.driver.active.get_current_target().warp_size)
+        return None
+    return triton.runtime.driver.active.get_current_target()
+
+
+def warp_size() -> int:
+    """Threads a warp: 64 on AMD's CDNA."""
+    here = target()
+    return 32 if here is None else int(here.warp_size)
+
+
+def register_options(n_warps: int) -> dict[str, int]:
+    """What makes the compiler use as many registers as there are.
+
+    For sm_120, whose multiprocessors hold 48 warps, ptxas would rather spill one than lose a warp.
+    """
+    here = target()
+    if here is None or here.backend != "cuda" or here.arch // 10 != 12:
+        return {}
+    return {"maxnreg": min(OF_A_THREAD, REGISTERS // (n_warps * warp_size()))}

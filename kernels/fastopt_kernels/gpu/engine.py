@@ -142,6 +142,10 @@ class Launch:
         self._tables.replace(chunks)
         self._seen.forget()
 
+    def keep_if_captured(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Of this launch, where it is being captured (`Tables`)."""
+        self._tables.keep_if_captured(tensors)
+
     def prepare(self, n_threads: int) -> None:
         """Triton compiles at the first launch; a rule it cannot take is refused there."""
 

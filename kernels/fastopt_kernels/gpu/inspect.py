@@ -20,8 +20,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastopt_kernels.gpu import engine, measure, rows
-from fastopt_kernels.gpu.device import warp_size
+from fastopt_kernels.gpu import device, engine, measure, rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -97,13 +96,13 @@ class _Recorder:
 def driving(target: str) -> Iterator[None]:
     """Triton's driver is that of a target inside."""
     drivers, active = triton.runtime.driver, triton.runtime.driver._active
-    warp_size.cache_clear()
+    device.target.cache_clear()
     drivers.set_active(_Driver(TARGETS[target], NO_DEVICE + list(TARGETS).index(target)))
     try:
         yield
     finally:
         drivers._active = active
-        warp_size.cache_clear()
+        device.target.cache_clear()
 
 
 @contextmanager
@@ -112,7 +111,8 @@ def compiling(target: str) -> Iterator[Launches]:
     launched = Launches()
 
     def compile_only(kernel: Any, grid: Any, args: Sequence[Any], **constants: Any) -> None:
-        _Recorder(kernel.fn.__name__, kernel, launched)[grid](*args, **constants)
+        options = device.register_options(constants["num_warps"])
+        _Recorder(kernel.fn.__name__, kernel, launched)[grid](*args, **constants, **options)
 
     places: tuple[tuple[Any, str, Any], ...] = (
         *((module, name, None) for module, name in _ENGINES),

@@ -137,7 +137,11 @@ def _judge(
         tl.store(narrow_ptr, skip)
 
 
-@triton.jit(do_not_specialize=["n_programs", "n_families", "n_groups", "n_others"])
+# The tables of several launches lie behind one another, aligned or not as their lengths are.
+@triton.jit(
+    do_not_specialize=["n_programs", "n_families", "n_groups", "n_others"],
+    do_not_specialize_on_alignment=["chunks_ptr", "spans_ptr"],
+)
 def measure_kernel(
     grads_ptr, chunks_ptr, spans_ptr, parts_ptr, counter_ptr, firsts_ptr, others_ptr, families_ptr,
     limits_ptr, scale_ptr, found_ptr, wide_ptr, narrow_ptr, n_programs, n_families, n_groups,

@@ -96,8 +96,8 @@ def add_norm(
     compute, tensors = rows.COMPUTE[total.dtype], (x, residual, y, total, weight, bias)
     vector = rows.vector_of(tensors, (n_cols, *strides), total.element_size())
     tile = norm_tiles.tile_of(n_cols, compute, vector)
-    if dropout is not None and vector == 1:
-        # Hashes and addresses of single elements at once (sm_100).
+    if tile.lines > 2 or (dropout is not None and vector == 1):
+        # Many rows at once, or hashes and addresses of single elements (sm_100).
         tile = replace(tile, threads=min(512, 2 * tile.threads))
     mean, rstd = norm_tiles.split(stats, centered)
     extents = (n_rows, n_cols // vector, *(stride // vector for stride in strides))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastopt_kernels import launches
 from fastopt_kernels.gpu import xp
-from fastopt_kernels.gpu.device import warp_size
+from fastopt_kernels.gpu.device import register_options, warp_size
 from fastopt_kernels.gpu.extents import counted
 
 COMPUTE = {
@@ -315,6 +315,8 @@ def tile_of_columns(
     cols = min(length, step // lines)
     whole, threads = n_cols <= cols, threads_for(lines * cols, EACH[compute])
     if halved and not whole:
+        # More of them leave too few registers for float64 (sm_100).
+        threads = min(threads, 256)
         cols = threads * (16 // itemsize) // lines
     return Tile(lines, cols, whole, True, vector, 1, threads)
 
@@ -385,4 +387,5 @@ def launch(kernel: Any, grid: tuple[int], args: Sequence[Any], **constants: Any)
     device = next(x.device for x in args if isinstance(x, Tensor))
     # Triton's interpreter runs on the CPU.
     with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
-        launches.start(kernel, grid, *args, **constants)
+        options = register_options(constants["num_warps"])
+        launches.start(kernel, grid, *args, **constants, **options)

@@ -80,6 +80,12 @@ class Tables:
         elif self.device.type != "cpu":
             tensor.record_stream(torch.cuda.current_stream())
 
+    def keep_if_captured(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Under capture, keep what a launch reads or writes and its plan alone holds: the graph
+        may be replayed when that plan is gone."""
+        if self._capturing():
+            _captured.extend(tensors)
+
     def _capturing(self) -> bool:
         return self.device.type != "cpu" and torch.cuda.is_current_stream_capturing()
 

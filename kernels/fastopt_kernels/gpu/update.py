@@ -30,7 +30,7 @@ def _around(
     """The rule on a block of every stream, with the extras (chunks.Extras): what is stored of the
     streams but g, and the parameter before the rule, as the rule has it, and as it is stored.
 
-    place: where the chunk begins, and what chance depends on beside the element
+    place: where the chunk begins (its low 32 bits), and what chance depends on beside the element
     """
     clipped: tl.constexpr = EXTRAS[0]
     averaged: tl.constexpr = EXTRAS[1]
@@ -56,7 +56,7 @@ def _around(
     p = exact
     after = exact
     if rounded == BY_CHANCE:
-        p = rounding.stochastic(exact, place[0].to(tl.uint32) + offsets.to(tl.uint32), place[1])
+        p = rounding.stochastic(exact, place[0] + offsets.to(tl.uint32), place[1])
         after = p
     elif rounded == WITH_REST:
         p = rounding.upper(exact)
@@ -100,7 +100,7 @@ def _update_block(
     tl.store(pointers[0] + offsets, new[0].to(dtype), mask=mask)
     for k in tl.static_range(2, len(pointers)):
         if SCALES[k]:
-            drawn = eightbit.draw(place[0].to(tl.uint32) + offsets.to(tl.uint32), place[1])
+            drawn = eightbit.draw(place[0] + offsets.to(tl.uint32), place[1])
             x, scale = eightbit.encode(new[k - 1], mask, drawn, pointers[k].dtype.element_ty)
             tl.store(scale_ptrs[k], scale)
         else:
@@ -202,7 +202,7 @@ def update_kernel(
     key = tensor
     if EXTRAS[2] == BY_CHANCE or len(DTYPES) > len(SCALES):
         key = rounding.key_of_chunk(tl.load(keys_ptr + tensor), first)
-    place = (first, key)
+    place = (first.to(tl.uint32), key)
     lanes = tl.arange(0, BLOCK)
     sums = telemetry.nothing(EXTRAS[3], LANES)
     full = tl.where(aligned, n // BLOCK, 0)
