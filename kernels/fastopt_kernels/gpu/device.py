@@ -7,6 +7,8 @@ from functools import cache
 import triton
 from triton.backends.compiler import GPUTarget
 
+# Compute capabilities for which ptxas would rather spill a register than lose a warp.
+CROWDED = (8, 12)
 # Registers of a multiprocessor, and the most of a thread (CUDA).
 REGISTERS, OF_A_THREAD = 65536, 255
 
@@ -26,11 +28,8 @@ def warp_size() -> int:
 
 
 def register_options(n_warps: int) -> dict[str, int]:
-    """What makes the compiler use as many registers as there are.
-
-    For sm_120, whose multiprocessors hold 48 warps, ptxas would rather spill one than lose a warp.
-    """
+    """What lets a kernel have as many registers as there are, where that must be said."""
     here = target()
-    if here is None or here.backend != "cuda" or here.arch // 10 != 12:
+    if here is None or here.backend != "cuda" or here.arch // 10 not in CROWDED:
         return {}
     return {"maxnreg": min(OF_A_THREAD, REGISTERS // (n_warps * warp_size()))}
