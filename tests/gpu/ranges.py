@@ -103,6 +103,12 @@ ARITHMETIC: dict[str, Callable[[Interval, Interval], Interval | None]] = {
     "arith.shrsi": _shifted_right,
     "arith.shrui": _logical_shift,
 }
+
+
+def _size(a: Interval) -> Interval:
+    return Interval(0 if a.low <= 0 <= a.high else min(map(abs, a)), max(map(abs, a)))
+
+
 # Values that stay what they are, in another shape or place.
 SAME = {
     "tt.splat", "tt.expand_dims", "tt.broadcast", "tt.reshape", "tt.trans", "tt.unsplat",
@@ -128,6 +134,8 @@ class Function:
     def __init__(self, ttir: str, limits: Mapping[str, int]) -> None:
         self.limits = limits
         self.values: dict[str, Value] = {}
+        # Names are unique where they are seen; a region that is closed gives its own to the next.
+        self.meant: dict[str, str] = {}
         # What an offset, a mask or a loop is made of.
         self.roots: list[str] = []
         # The regions that are open, and what each yields for each of its results.
@@ -142,7 +150,7 @@ class Function:
             # A block of a reduction, or of a loop with a condition: it is given anything.
             given = [name for values in self.regions[-1] for name in values]
             for name in NAME.findall(line):
-                self.values[name] = Value(line.strip(), given)
+                self._define(name, Value(line.strip(), given))
             return None
         if line.lstrip().startswith("}"):
             reopened = line.rstrip().endswith("{")
@@ -154,6 +162,16 @@ class Function:
             self._operation(results or "", op, rest, line.strip())
         return None
 
+    def _define(self, name: str, value: Value) -> None:
+        key = name
+        while key in self.values:
+            key += "'"
+        self.values[key], self.meant[name] = value, key
+
+    def _used(self, text: str) -> list[str]:
+        """The values that a text names."""
+        return [self.meant.get(name, name) for name in NAME.findall(text)]
+
     def _arguments(self, line: str) -> None:
         """Sizes and strides, none of which is negative."""
         for name, kind in re.findall(r"(%[\w.$-]+): (\S+?)(?=[ ,)])", line):
@@ -161,14 +179,14 @@ class Function:
             if (bits := bits_of(kind)) > 1:
                 most = self.limits.get(name[1:], all_of(bits).high)
                 value.interval = Interval(0, min(most, all_of(bits).high))
-            self.values[name] = value
+            self._define(name, value)
         self.regions.append([[]])
 
     def _operation(self, results: str, op: str, rest: str, text: str) -> None:
         if op.startswith("cf.") or op == "tt.call":
             raise NotImplementedError(f"ranges are followed within one block: {text}")
         body, _, types = rest.rpartition(" : ")
-        operands = NAME.findall(body or rest)
+        operands = self._used(body or rest)
         if op in ("scf.yield", "scf.condition"):
             if op == "scf.condition":
                 self.roots.append(operands.pop(0))
@@ -181,12 +199,13 @@ class Function:
             return
         if op.startswith(MEMORY):
             # Of a pointer and an offset, the offset; of a store, not what is stored.
-            value = {"tt.store": 1, "tt.atomic_rmw": 1}.get(op)
-            self.roots += [name for k, name in enumerate(operands) if k != value]
-        for name in names:
-            self.values[name] = Value(text, [] if op in ENDS else operands)
+            stored = {"tt.store": 1, "tt.atomic_rmw": 1}.get(op)
+            self.roots += [name for k, name in enumerate(operands) if k != stored]
+        made = [Value(text, [] if op in ENDS else operands) for _ in names]
         if len(names) == 1 and (bits := bits_of(types.rpartition(" to ")[2])):
-            self._evaluate(self.values[names[0]], op, operands, body or rest, types, bits)
+            self._evaluate(made[0], op, operands, body or rest, types, bits)
+        for name, value in zip(names, made, strict=True):
+            self._define(name, value)
 
     def _names(self, results: str) -> list[str]:
         """%x:2 is %x#0 and %x#1."""
@@ -203,18 +222,18 @@ class Function:
         yielded: list[list[str]] = [[] for _ in range(max(len(names), len(carried), 1))]
         self.regions.append(yielded)
         if op in ("scf.for", "scf.while"):
+            bounds = self._used(body)[1:4] if op == "scf.for" else []
             for (name, start), values in zip(carried, yielded, strict=False):
-                values.append(start)
-                self.values[name] = Value(text, values)
-        if op == "scf.for":
-            index, *bounds = NAME.findall(body)[:4]
-            self._loop(index, bounds, text)
+                values += self._used(start)
+                self._define(name, Value(text, values))
+            if op == "scf.for":
+                self._loop(NAME.findall(body)[0], bounds, text)
         elif op == "scf.if":
-            self.roots += NAME.findall(body)
-        elif op != "scf.while":
-            yielded[0] += NAME.findall(body)
+            self.roots += self._used(body)
+        else:
+            yielded[0] += self._used(body)
         for name, values in zip(names, yielded, strict=False):
-            self.values[name] = Value(text, values)
+            self._define(name, Value(text, values))
 
     def _loop(self, index: str, bounds: list[str], text: str) -> None:
         """The index of a loop, which a step takes past the last."""
@@ -224,8 +243,8 @@ class Function:
         beyond = Interval(first.low, last.high - 1 + step.high)
         if bits < 64 and beyond.high > all_of(bits).high:
             value.wide = beyond
-        self.values[index] = value
-        self.roots.append(index)
+        self._define(index, value)
+        self.roots.append(self.meant[index])
 
     def interval(self, name: str, bits: int) -> Interval:
         value = self.values.get(name)
@@ -252,6 +271,8 @@ class Function:
             found = of[0] if of[0].low >= 0 else Interval(0, (1 << source) - 1)
         elif op == "arith.select":
             found = _hull(itertools.chain(self._chosen(*operands[:2], bits), of[2]))
+        elif op == "math.absi":
+            found = _size(of[0])
         elif op in ARITHMETIC:
             found = ARITHMETIC[op](*of)
         elif op == "arith.cmpi":
@@ -266,8 +287,8 @@ class Function:
         low, high = self.interval(name, bits)
         value = self.values.get(condition)
         compared = re.search(r"arith\.cmpi (\w+), (\S+), (\S+) : (.*)", value.text if value else "")
-        if compared and compared[2] == name:
-            bound = self.interval(compared[3], bits_of(compared[4]))
+        if compared and self.meant.get(compared[2]) == name:
+            bound = self.interval(*self._used(compared[3]), bits_of(compared[4]))
             if compared[1] in ("slt", "sle"):
                 high = min(high, bound.high - (compared[1] == "slt"))
             if compared[1] in ("sgt", "sge"):

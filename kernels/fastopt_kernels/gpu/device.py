@@ -27,9 +27,14 @@ def warp_size() -> int:
     return 32 if here is None else int(here.warp_size)
 
 
-def register_options(n_warps: int) -> dict[str, int]:
-    """What lets a kernel have as many registers as there are, where that must be said."""
+def register_options(n_warps: int, many: bool = False) -> dict[str, int]:
+    """What lets a kernel have as many registers as there are, where that must be said.
+
+    many: it needs so many that no target has room for many warps
+    """
     here = target()
-    if here is None or here.backend != "cuda" or here.arch // 10 not in CROWDED:
+    if here is None or here.backend != "cuda":
+        return {}
+    if not many and here.arch // 10 not in CROWDED:
         return {}
     return {"maxnreg": min(OF_A_THREAD, REGISTERS // (n_warps * warp_size()))}

@@ -33,7 +33,7 @@ from fastopt_kernels.chunks import (
 )
 from fastopt_kernels.gpu import memory, telemetry
 from fastopt_kernels.gpu import xp as gpu_xp
-from fastopt_kernels.gpu.device import warp_size
+from fastopt_kernels.gpu.device import register_options, warp_size
 from fastopt_kernels.gpu.scalars import scalars_kernel
 from fastopt_kernels.gpu.tables import Tables, copy_device_values, here, host_value
 from fastopt_kernels.gpu.update import update_kernel
@@ -141,6 +141,12 @@ class Launch:
             chunks = np.ascontiguousarray(chunks[active[chunks[:, 0]]])
         self._tables.replace(chunks)
         self._seen.forget()
+
+    @property
+    def _needs_many(self) -> bool:
+        """Registers: to decode and encode, to round with care, or for numbers of two."""
+        careful = self.extras.rounding or n_codes(self.kinds)
+        return bool(careful) or self.kinds[0] == "fp64"
 
     def keep_if_captured(self, tensors: Sequence[torch.Tensor]) -> None:
         """Of this launch, where it is being captured (`Tables`)."""
@@ -257,6 +263,7 @@ class Launch:
     ) -> None:
         shape, watched = shape_of(self.kinds), self.extras.watched
         scale = here(scale, self.device) if watched else None
+        n_warps = shape.threads // warp_size()
         launches.start(
             update_kernel,
             (len(chunks) * shape.parts,),
@@ -283,7 +290,8 @@ class Launch:
             LANES=shape.threads,
             WIDTH=shape.width,
             EXTRAS=tuple(map(int, self.extras)),
-            num_warps=shape.threads // warp_size(),
+            num_warps=n_warps,
+            **(register_options(n_warps, True) if self._needs_many else {}),
             enable_fp_fusion=True,
             name=self.name,
         )

@@ -26,7 +26,7 @@ import triton.language as tl
 from fastopt_kernels import launches
 from fastopt_kernels.gpu import engine, memory
 from fastopt_kernels.gpu import xp as gpu_xp
-from fastopt_kernels.gpu.device import warp_size
+from fastopt_kernels.gpu.device import register_options, warp_size
 from fastopt_kernels.gpu.tables import Tables, copy_device_values, here, host_value
 
 # Elements a load of all threads: 16 bytes each; UNROLL of them are under way at once.
@@ -346,6 +346,7 @@ class Look:
         sizes = [len(launch.chunks) for launch in self.launches] + self._n_spans
         tables = lasting.split([3 * size for size in sizes])
         chunks, spans = tables[: len(self.launches)], tables[len(self.launches) :]
+        n_warps = engine.THREADS // warp_size()
         for k, launch in enumerate(self.launches):
             if not self._n_spans[k]:
                 continue
@@ -368,7 +369,8 @@ class Look:
                 UNROLL=UNROLL[kind],
                 PARTS=PARTS,
                 GROUPS=GROUPS,
-                num_warps=engine.THREADS // warp_size(),
+                num_warps=n_warps,
+                **register_options(n_warps),
                 enable_fp_fusion=True,
                 name="measure",
             )
