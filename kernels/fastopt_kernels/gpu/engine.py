@@ -142,11 +142,14 @@ class Launch:
         self._tables.replace(chunks)
         self._seen.forget()
 
-    @property
-    def _needs_many(self) -> bool:
-        """Registers: to decode and encode, to round with care, or for numbers of two."""
-        careful = self.extras.rounding or n_codes(self.kinds)
-        return bool(careful) or self.kinds[0] == "fp64"
+    def _register_options(self, n_warps: int) -> dict[str, int]:
+        """A plain update leaves them to the compiler. Many take those that decode and encode, round
+        with care, or have numbers of two registers."""
+        extras = self.extras
+        many = n_codes(self.kinds) > 0 or extras.rounding != 0 or self.kinds[0] == "fp64"
+        if many or extras.clipped or extras.averaged:
+            return register_options(n_warps, many)
+        return {}
 
     def keep_if_captured(self, tensors: Sequence[torch.Tensor]) -> None:
         """Of this launch, where it is being captured (`Tables`)."""
@@ -291,7 +294,7 @@ class Launch:
             WIDTH=shape.width,
             EXTRAS=tuple(map(int, self.extras)),
             num_warps=n_warps,
-            **(register_options(n_warps, True) if self._needs_many else {}),
+            **self._register_options(n_warps),
             enable_fp_fusion=True,
             name=self.name,
         )
