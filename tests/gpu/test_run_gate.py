@@ -27,26 +27,26 @@ NOTHING_WRONG = Read(
 CASE = Case("sm_90", "softmax", "float32", "row")
 
 
-def functions() -> dict[str, Any]:
-    """Everything of fastopt_kernels.gpu that Triton compiles, by its name, but what rules call."""
+def functions() -> list[Any]:
+    """Everything of fastopt_kernels.gpu that Triton compiles, but what rules call."""
     modules = [
         importlib.import_module(f"fastopt_kernels.gpu.{info.name}")
         for info in pkgutil.iter_modules(fastopt_kernels.gpu.__path__)
         if info.name != "xp"
     ]
-    return {
-        name: value
+    return [
+        value.fn
         for module in modules
-        for name, value in vars(module).items()
+        for value in vars(module).values()
         if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__
-    }
+    ]
 
 
 def kernels() -> set[str]:
     """Those that no other calls: they are launched."""
     found = functions()
-    called = {name for value in found.values() for name in value.fn.__code__.co_names}
-    return found.keys() - called
+    called = {name for function in found for name in function.__code__.co_names}
+    return {function.__name__ for function in found} - called
 
 
 @pytest.fixture
