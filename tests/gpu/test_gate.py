@@ -136,10 +136,10 @@ def test_bad_arithmetic_fails(rule: Any, fault: str, target: str) -> None:
 def test_a_kernel_that_spills_fails(
     name: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 elements a thread instead of 4: four streams for 255 registers, five for 512."""
-    monkeypatch.setitem(engine.BLOCK, "fp32", 64 * engine.THREADS)
+    """128 elements a thread instead of 4: four streams for 255 registers, five for 512."""
+    monkeypatch.setitem(engine.BLOCK, "fp32", 128 * engine.THREADS)
     # Of one block the compiler would know that there is no next.
-    monkeypatch.setattr(engine, "CHUNK", 8 * 64 * engine.THREADS)
+    monkeypatch.setattr(engine, "CHUNK", 8 * 128 * engine.THREADS)
     faults = gate.check_update(UPDATES[name], FLOAT32, target).faults
     assert any("spills" in text for text in faults), faults
 
