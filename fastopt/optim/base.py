@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.optim import checkpoints, formats, odd, passes
+from fastopt.optim import averages, checkpoints, formats, odd, passes
 from fastopt.optim import plan as plans
 from fastopt.optim.bucket import Bucket
 from fastopt.optim.hooks import hooked
 from fastopt.optim.look import DeviceVerdict, Looking
-from fastopt.optim.passes import AVERAGED, Verdict
+from fastopt.optim.passes import Verdict
 from fastopt.optim.plan import GroupKey, Place, Plan, build
 from fastopt.optim.release import Released
 from fastopt.optim.scale import NO_SCALE, Scale
@@ -195,20 +195,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
 
         Raises ValueError for a state_dict of a later version.
         """
-        checkpoints.check_version(state_dict)
-        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
-        loaded: list[dict[str, Any]] = []
-        stored = [{k: g[k] for k in passes.STORAGE if k in g} for g in self.param_groups]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        for group, storage in zip(self.param_groups, stored, strict=True):
-            for name in passes.STORAGE:
-                group.pop(name, None)
-            group.update(storage)
-        self._forget(exposed=True)
-        checkpoints.restore(self, loaded[0])
+        checkpoints.load(self, state_dict, super().load_state_dict)
 
     def _all_params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -286,24 +273,10 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             self._released = None
         self._plan = None
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Parameters hold their running averages inside (ema_decay), and their own values again
         after; one that has not been stepped yet keeps its own."""
-        if not any(group.get("ema_decay") is not None for group in self.param_groups):
-            raise RuntimeError(f"construct {type(self).__name__} with ema_decay to keep averages")
-        held = self.state
-        pairs = [(p, held[p][AVERAGED]) for p in self._all_params() if AVERAGED in held[p]]
-        with torch.no_grad():
-            kept = [param.clone() for param, _ in pairs]
-            for param, average in pairs:
-                param.copy_(average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for (param, _), own in zip(pairs, kept, strict=True):
-                    param.copy_(own)
+        return averages.averaged(self)
 
     def _check_capturable(self) -> None:
         if not all(group.get("capturable") for group in self.param_groups):

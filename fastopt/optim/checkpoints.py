@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,29 @@ def check_version(state_dict: Mapping[str, Any]) -> None:
             f"{VERSION}. Install the fastopt that saved it, or one that is newer; or save "
             "torch_state_dict() there, which any reads."
         )
+
+
+def load(
+    optimizer: FusedOptimizer,
+    state_dict: dict[str, Any],
+    by_torch: Callable[[dict[str, Any]], None],
+) -> None:
+    """`FusedOptimizer.load_state_dict`; by_torch: torch.optim.Optimizer's own, which casts states
+    to their parameter's dtype."""
+    check_version(state_dict)
+    handle = optimizer.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
+    loaded: list[dict[str, Any]] = []
+    stored = [{k: g[k] for k in passes.STORAGE if k in g} for g in optimizer.param_groups]
+    try:
+        by_torch(state_dict)
+    finally:
+        handle.remove()
+    for group, storage in zip(optimizer.param_groups, stored, strict=True):
+        for name in passes.STORAGE:
+            group.pop(name, None)
+        group.update(storage)
+    optimizer._forget(exposed=True)
+    restore(optimizer, loaded[0])
 
 
 def restore(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
