@@ -64,12 +64,7 @@ def _check_scale(name: str, scale: Any, param: Tensor) -> None:
 
 def _readable(grad: Tensor, target: Tensor) -> bool:
     """Whether a kernel that walks the target may read this gradient's own memory."""
-    return (
-        layout.has_memory(grad)
-        and not grad.is_neg()
-        and not grad.is_conj()
-        and layout.same_layout(grad, target)
-    )
+    return layout.has_memory(grad) and not layout.is_lazy(grad) and layout.same_layout(grad, target)
 
 
 class Member:
@@ -119,7 +114,7 @@ class Member:
                 continue
             _check_state(name, state[name], param)
             tensor = layout.local(state[name])
-            if not layout.same_layout(tensor, member.target):
+            if layout.is_lazy(tensor) or not layout.same_layout(tensor, member.target):
                 buffer = torch.empty_like(member.target, dtype=tensor.dtype)
                 member.staged.append(Staged(tensor, buffer))
                 tensor = buffer
@@ -156,6 +151,10 @@ def _like(grad: Tensor, member: Member) -> bool:
     )
 
 
+# From so many elements on a step takes 150 us and more, and a look at a gradient's storage 1.
+LARGE = 1 << 20
+
+
 class Bucket:
     """The members of one launch and what is known of them since the last step."""
 
@@ -185,6 +184,7 @@ class Bucket:
         self.indirect = [
             k for k, m in enumerate(members) if m.grad_buffer is not None or m.param is not m.source
         ]
+        self._large = [k for k, m in enumerate(members) if m.target.numel() >= LARGE]
         self._walk = getattr(launch, "walk", None)
         self.source_metadata = Metadata(self.sources, self._walk)
         self.launch.tensors[:, 0] = [member.target.data_ptr() for member in members]
@@ -306,11 +306,16 @@ class Bucket:
             with torch.no_grad():
                 for k in self.indirect:
                     grad, member = grads[k], self.members[k]
+                    if grad is not None:
+                        layout.check_storage(grad, "a gradient")
                     if grad is not None and grad.shape != member.param.shape:
                         return False
                     grads[k] = member.grad(grad)
+        for k in self._large:
+            if (grad := grads[k]) is not None:
+                layout.check_storage(grad, "a gradient")
         if self.grad_metadata is None:
-            self.grad_metadata = Metadata(grads, self._walk)  # type: ignore[arg-type]
+            self.grad_metadata = Metadata(grads, self._walk, "a gradient")  # type: ignore[arg-type]
         if self.active is not None or not self.grad_metadata.take(grads):  # type: ignore[arg-type]
             if any(map(is_, grads, repeat(None))):
                 return self._take_some_grads(grads)
@@ -329,7 +334,8 @@ class Bucket:
             chosen = [self.members[k] for k in np.flatnonzero(active)]
             if not all(map(_like, present, chosen)):
                 return False
-            self.active, self.some_metadata = active, Metadata(present, self._walk)
+            self.active = active
+            self.some_metadata = Metadata(present, self._walk, "a gradient")
             self.launch.select(active)
         elif self.some_metadata is None or not self.some_metadata.take(present):
             return False

@@ -76,6 +76,30 @@ def has_memory(tensor: Tensor) -> bool:
     )
 
 
+def check_storage(tensor: Tensor, role: str) -> None:
+    """Refuse a tensor whose storage ends before its last element, as one that was freed does.
+
+    Raises RuntimeError. Tensors without memory of their own (meta, fake, functional) pass.
+    """
+    if is_dtensor(tensor):
+        tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    if tensor.layout is torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    else:
+        parts = [tensor] if tensor.layout is torch.strided else []
+    for part in parts:
+        if type(part) not in PLAIN or part.is_meta or part._is_zerotensor():
+            continue
+        needed = part.element_size() * (part.storage_offset() + _elements_spanned(part))
+        held = part.untyped_storage().nbytes()
+        if part.numel() and held < needed and not torch._is_functional_tensor(part):
+            raise RuntimeError(
+                f"{role} of shape {tuple(tensor.shape)} needs {needed} bytes of its storage, which "
+                f"has {held}: the storage was freed or shrunk (untyped_storage().resize_). Nothing "
+                "has been written. Restore the storage before step(), or clear the gradient."
+            )
+
+
 def local(tensor: Tensor) -> Tensor:
     """The plain tensor on this rank."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
@@ -91,6 +115,11 @@ def local_grad(grad: Tensor, param: Tensor) -> Tensor:
             param.placements,  # type: ignore[attr-defined]
         )
     return local(grad)
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """A negated or conjugated view: its memory holds the values of its base."""
+    return tensor.is_neg() or tensor.is_conj()
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -122,8 +151,12 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     first = tensor.data_ptr()
     if tensor.numel() == 0:
         return first, first
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (last + 1) * tensor.element_size()
+    return first, first + _elements_spanned(tensor) * tensor.element_size()
+
+
+def _elements_spanned(tensor: Tensor) -> int:
+    """Elements of the storage from the first to the last one of a tensor that is not empty."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class Staged(NamedTuple):
@@ -150,7 +183,8 @@ def check_overlap(param: Tensor) -> None:
 
 
 def reference(param: Tensor) -> Tensor:
-    """A tensor laid out as the launch walks this parameter: itself where it is dense."""
-    if is_dense(param):
+    """A tensor laid out as the launch walks this parameter: itself where it is dense and its memory
+    holds its values."""
+    if is_dense(param) and not is_lazy(param):
         return param
     return torch.empty_like(param, memory_format=torch.contiguous_format)

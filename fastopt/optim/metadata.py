@@ -18,12 +18,27 @@ from torch import Tensor
 
 from fastopt.optim import layout
 
-Walk: TypeAlias = Callable[[list[Tensor], int, int], bool]
+Walk: TypeAlias = Callable[[list[Tensor], int, int, int], int]
 
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 # A C function, void *(PyObject *): the data pointer of any tensor that has memory.
 _address_of: Any = getattr(_guards, "_torchinductor_pyobject_tensor_data_ptr", None)
 _data_ptr: Callable[[Tensor], int] = Tensor.data_ptr
+
+
+def _lowest_mapped() -> int:
+    """The lowest address of this process at which memory is mapped, where the system says so."""
+    try:
+        with open("/proc/self/maps") as maps:
+            return int(maps.readline().partition("-")[0], 16)
+    except (OSError, ValueError):
+        return _NEVER_MAPPED
+
+
+# Systems leave the first pages unmapped. A view into a storage that was freed has for its address
+# the view's offset in bytes: in host memory that is below all that is mapped.
+_NEVER_MAPPED = 1 << 16
+_LOWEST = _lowest_mapped()
 
 
 class _Facts(NamedTuple):
@@ -46,35 +61,51 @@ class Metadata:
 
     addresses: (n,) int64, of the tensors seen last; always the same array
     walk: the compiled walk over a list, where there is one
+    role: what the tensors are, in errors
     """
 
-    def __init__(self, tensors: list[Tensor], walk: Walk | None) -> None:
+    def __init__(self, tensors: list[Tensor], walk: Walk | None, role: str = "a tensor") -> None:
+        self._role = role
         self._facts = [_Facts.of(tensor) for tensor in tensors]
         self._strides = [tensor.stride() for tensor in tensors]
         self._walk = walk
         self._guards = _make_guards(tensors)
         self.addresses = np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
         self._where = self.addresses.ctypes.data
+        self._filled = np.array([tensor.numel() > 0 for tensor in tensors], dtype=bool)
+        on_host = all(tensor.device.type == "cpu" for tensor in tensors)
+        self._lowest = _LOWEST if on_host else _NEVER_MAPPED
+        self._low = False
 
     def unmoved(self, tensors: list[Tensor]) -> bool:
         """Whether these tensors are alike and lie where those lay."""
         return self._look(tensors) is False
 
     def take(self, tensors: list[Tensor]) -> bool:
-        """Whether these tensors may stand where those stood; their addresses are taken over."""
-        return self._look(tensors) is not None
+        """Whether these tensors may stand where those stood; their addresses are taken over.
+
+        Raises RuntimeError for a tensor whose storage was freed.
+        """
+        moved = self._look(tensors)
+        if moved is not None and self._low:
+            for k in np.flatnonzero(self._filled & (self.addresses < self._lowest)):
+                layout.check_storage(tensors[k], self._role)
+        return moved is not None
 
     def _look(self, tensors: list[Tensor]) -> bool | None:
         """None for tensors that are not alike, else whether any address is new."""
         guarded = self._guards is not None and self._guards.check(*tensors)
         # The walk asks for addresses without asking whether there are any: guards see to that.
         if guarded and self._walk is not None and _address_of is not None:
-            return self._walk(tensors, _address_of, self._where)
+            flags = self._walk(tensors, _address_of, self._where, self._lowest)
+            self._low = flags > 1
+            return bool(flags & 1)
         if not guarded and not self._alike(tensors):
             return None
         now = np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
         moved = not np.array_equal(now, self.addresses)
         self.addresses[:] = now
+        self._low = bool((now < self._lowest).any())
         return moved
 
     def _alike(self, tensors: list[Tensor]) -> bool:

@@ -124,6 +124,7 @@ def build(
             plan.idle.append(param)
         else:
             _check_grad(optimizer, param, grad, optimizer.param_groups[number])
+            _check_storages(optimizer, param, grad)
             found.append((param, grad, number, position))
 
     dense = []
@@ -224,6 +225,15 @@ def _check_grad(
             f"a parameter of dtype {param.dtype} has a gradient of dtype {grad.dtype}: both must "
             "be real or both complex. Clear the gradient (zero_grad) after casting the parameter."
         )
+
+
+def _check_storages(optimizer: FusedOptimizer, param: Tensor, grad: Tensor) -> None:
+    """Refuse what a step would read or write past the end of its storage."""
+    layout.check_storage(param, "a parameter")
+    layout.check_storage(grad, "a gradient")
+    for name, value in optimizer.__dict__["state"].get(param, {}).items():
+        if isinstance(value, Tensor):
+            layout.check_storage(value, f"the state {name!r} of a parameter")
 
 
 def _check_param(param: Tensor, key: GroupKey) -> None:

@@ -63,22 +63,29 @@ def _exchange(typingctx, address, value):
 
 @cache
 def _compiled() -> Any:
-    def walk(items, n, address_of, addresses):
-        changed = 0
+    def walk(items, n, address_of, addresses, lowest):
+        changed, low = 0, 0
         for i in range(n):
-            changed |= _exchange(addresses + 8 * i, _call(address_of, _item(items, i)))
-        return changed
+            address = _call(address_of, _item(items, i))
+            changed |= _exchange(addresses + 8 * i, address)
+            low |= address < lowest
+        return changed | (low << 1)
 
     def make(tag):
-        jitted = njit(types.int64(*[types.int64] * 4))(disk.named(walk, tag))
+        jitted = njit(types.int64(*[types.int64] * 5))(disk.named(walk, tag))
         return next(iter(jitted.overloads.values()))
 
     return disk.obtain(disk.key(walk), make).entry_point
 
 
-def take_addresses(items: list[Any], address_of: int, into: int) -> bool:
-    """Write address_of(item) of each item to the int64 array at `into`; whether any was new.
+# What `take_addresses` has found: an address that is new, and one below the lowest there may be.
+MOVED, LOW = 1, 2
+
+
+def take_addresses(items: list[Any], address_of: int, into: int, lowest: int = 0) -> int:
+    """Write address_of(item) of each item to the int64 array at `into`; returns MOVED | LOW where
+    any was another before, or is below `lowest`.
 
     address_of: a C function, void *(PyObject *), that must know what to do with each item
     """
-    return bool(_compiled()(id(items), len(items), address_of, into))
+    return int(_compiled()(id(items), len(items), address_of, into, lowest))
