@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.optim import averages, checkpoints, formats, odd, passes
+from fastopt.optim import averages, checkpoints, formats, interrupts, odd, passes
 from fastopt.optim import plan as plans
 from fastopt.optim.bucket import Bucket
 from fastopt.optim.hooks import hooked
@@ -65,6 +66,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
 
     _update: ClassVar[Update]
     _plan: Plan | None = None
+    # Held for a step: threads that step one optimizer take turns.
+    _lock: threading.RLock
     # Steps of parameters whose state has none (SGD): {param: {"step": tensor}}.
     hidden: dict[Tensor, dict[str, Any]]
     # Whether anybody else could have reached the states. Until somebody reads `state`, nobody can
@@ -101,6 +104,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
 
     def _forget(self, exposed: bool) -> None:
         self._plan, self.hidden, self._exposed = None, {}, exposed
+        self.__dict__.setdefault("_lock", threading.RLock())
 
     # What a subclass may say of itself.
 
@@ -209,6 +213,11 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
                 loss = closure()
         if _cuda_in_use() and torch.cuda.is_current_stream_capturing():
             self._check_capturable()
+        with self._lock:
+            self._step_once()
+        return loss
+
+    def _step_once(self) -> None:
         scale = NO_SCALE
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
@@ -218,23 +227,27 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
                 self._verdict = None
             else:
                 self._verdict = seen[1].given(scale.inverse(), skip=True)
-            return loss
+            return
         told = scale.found_inf is not None or self._finds
         plan = self._current_plan(told) if seen is None else seen[0]
         self.run_plan(plan, scale, seen and seen[1])
-        return loss
 
     def run_plan(self, plan: Plan, scale: Scale = NO_SCALE, seen: Verdict | None = None) -> None:
-        """One step of what a plan holds; seen: what was seen of its gradients, if it was."""
-        verdict = None
-        if plan.looks:
-            verdict = self._judge(plan, seen, scale)
-            if verdict.skip:
+        """One step of what a plan holds, whole even where the user interrupts it.
+
+        seen: what was seen of its gradients, if it was
+        """
+        handler = interrupts.hold()
+        try:
+            verdict = self._judge(plan, seen, scale) if plan.looks else None
+            if verdict is not None and verdict.skip:
                 return
-        for bucket in plan.buckets:
-            self._run(bucket, scale, verdict)
-        for each in plan.odd:
-            odd.step(self, each, plan.keys[each.group].update, scale)
+            for bucket in plan.buckets:
+                self._run(bucket, scale, verdict)
+            for each in plan.odd:
+                odd.step(self, each, plan.keys[each.group].update, scale)
+        finally:
+            interrupts.release(handler)
 
     def telemetry(self, named: Iterable[tuple[str, Tensor]] | None = None) -> Telemetry:
         """What the last step saw of each parameter (telemetry=True), by name.
@@ -295,14 +308,16 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         keys, plan = self._keys(told, params[:1]), self._plan
+        # Whatever interrupts the check of a plan leaves it half updated: it is then built anew.
+        self._plan = None
         if (
             plan is not None
             and plan.keys == keys
             and not (self._exposed and not plan.holds(self.__dict__["state"]))
             and plan.fits(params, grads, self._exposed)
         ):
+            self._plan = plan
             return plan
-        self._plan = None
         numbers = (k for k, group in enumerate(self.param_groups) for _ in group["params"])
         places = list(map(Place, params, numbers, range(len(params))))
         plan = self._make_plan(places, grads, keys)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -134,3 +137,44 @@ def test_backward_and_step_in_another_thread_than_the_one_that_made_the_optimize
         thread.join(timeout=60)
         sides.append(params)
     assert_params_close(sides[1], sides[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
+def test_threads_that_step_one_optimizer_take_turns(options: dict[str, Any]) -> None:
+    def make() -> tuple[list[torch.nn.Parameter], Any]:
+        params = make_params([(5,)] * 40)
+        give_grads(params, 0)
+        return params, fastopt.optim.AdamW(params, lr=0.01, **options)
+
+    alone, together = make(), make()
+    for _ in range(800):
+        alone[1].step()
+
+    def work() -> None:
+        for _ in range(200):
+            together[1].step()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert {state["step"].item() for state in together[1].state.values()} == {800.0}
+    assert all(torch.equal(a, b) for a, b in zip(together[0], alone[0], strict=True))
+
+
+def test_an_optimizer_is_copied_and_pickled_with_a_lock_of_its_own() -> None:
+    params = make_params([(5,)])
+    optimizer = fastopt.optim.AdamW(params)
+    for made in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        give_grads(made.param_groups[0]["params"], 0)
+        with optimizer._lock:
+            thread = threading.Thread(target=made.step)
+            thread.start()
+            thread.join(timeout=60)
+            assert not thread.is_alive()
