@@ -218,6 +218,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         return loss
 
     def _step_once(self) -> None:
+        """The step of the gradients that are there now."""
         scale = NO_SCALE
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # The C functions: signal.signal turns numbers into enums, which takes ten times as long (12 us).
 import _signal  # type: ignore[import-not-found]
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,17 @@ Handler: TypeAlias = Callable[[int, FrameType | None], Any]
 
 _SIGINT = int(_signal.SIGINT)
 _noted: list[FrameType | None] = []
+_main_thread = threading.main_thread().ident
+
+
+def _after_fork() -> None:
+    """The thread that forks is the main one of the child."""
+    global _main_thread
+    _main_thread = threading.get_ident()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _note(signum: int, frame: FrameType | None) -> None:
@@ -31,7 +43,7 @@ def hold() -> Handler | None:
     None where there is nothing to defer: outside the main thread, where another `hold` is in force,
     and where no Python function handles the signal.
     """
-    if threading.get_ident() != threading.main_thread().ident:
+    if threading.get_ident() != _main_thread:
         return None
     handler: Handler | None = _signal.getsignal(_SIGINT)
     if handler is _note or not callable(handler):
