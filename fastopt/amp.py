@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastopt.optim import sharding
 from fastopt.optim.base import FusedOptimizer
 
 
@@ -21,7 +22,13 @@ class GradScaler(torch.amp.GradScaler):
     _stepped: FusedOptimizer | None = None
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """optimizer.step(*args, **kwargs), unless a gradient is infinite or NaN."""
+        """optimizer.step(*args, **kwargs), unless a gradient is infinite or NaN.
+
+        Raises RuntimeError, before anything is stepped, where a rank would decide by its own part
+        of the gradients (FullyShardedDataParallel, what is inside a ZeroRedundancyOptimizer).
+        """
+        if self._enabled:
+            sharding.check_scaler(optimizer)
         if not self._enabled or not isinstance(optimizer, FusedOptimizer) or not optimizer.looks():
             return super().step(optimizer, *args, **kwargs)
         before = optimizer.__dict__.get("_step_supports_amp_scaling")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.optim import averages, checkpoints, formats, interrupts, odd, passes
+from fastopt.optim import averages, checkpoints, formats, interrupts, odd, passes, sharding
 from fastopt.optim import plan as plans
 from fastopt.optim.bucket import Bucket
 from fastopt.optim.hooks import hooked
@@ -74,6 +74,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     # have replaced or saved one of them, and a step need not look.
     _exposed: bool = True
     _released: Released | None = None
+    # Set where a ZeroRedundancyOptimizer has given this one its rank's part of the parameters.
+    _in_zero: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -138,6 +140,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
+            sharding.check(self)
         except Exception:
             del self.param_groups[-1]
             raise
@@ -165,6 +168,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
                 self._add_option(name, value)
         for group in self.param_groups:
             self._check_group(group)
+        sharding.check(self)
         self._note_amp()
 
     def _note_amp(self) -> None:
@@ -254,7 +258,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         """What the last step saw of each parameter (telemetry=True), by name.
 
         named: as model.named_parameters(); otherwise the names the optimizer was given, or
-        "group.index". Raises RuntimeError where no step has looked.
+        "group.index". Of a sharded parameter it is about this rank's part, and says so (`shard`):
+        no rank waits for another here. Raises RuntimeError where no step has looked.
         """
         plans = [self._plan] if self._plan is not None else []
         if self._released is not None:

@@ -52,14 +52,6 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_shard(tensor: Tensor) -> bool:
-    """Whether this rank has only a part of a tensor, or of the sum that it is."""
-    return is_dtensor(tensor) and any(
-        tensor.device_mesh.size(dim) > 1 and not placement.is_replicate()  # type: ignore[attr-defined]
-        for dim, placement in enumerate(tensor.placements)  # type: ignore[attr-defined]
-    )
-
-
 def has_memory(tensor: Tensor) -> bool:
     """Whether a kernel can be given this tensor's address (through its local part for a DTensor).
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import passes
+from fastopt.optim import passes, sharding
 from fastopt.optim.hooks import pre_hooks
 from fastopt.optim.passes import LastStep, Verdict
 from fastopt.optim.scale import Scale
@@ -18,6 +18,8 @@ from fastopt.optim.scale import Scale
 if TYPE_CHECKING:
     from fastopt.optim.bucket import Bucket
     from fastopt.optim.plan import Plan
+
+_AMP = "_step_supports_amp_scaling"
 
 
 class DeviceVerdict:
@@ -96,6 +98,22 @@ class Looking:
 
     def _current_plan(self, told: bool) -> Plan:
         raise NotImplementedError
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """The mark by which a GradScaler leaves unscaling to the step. There is none where it must
+        ask other ranks what they found, which it does only where it unscales."""
+        if not self.__dict__.get(_AMP) or sharding.finds_inf_alone(self):  # type: ignore[arg-type]
+            raise AttributeError(_AMP)
+        return True
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__[_AMP] = value
+
+    @_step_supports_amp_scaling.deleter
+    def _step_supports_amp_scaling(self) -> None:
+        del self.__dict__[_AMP]
 
     def looks(self) -> bool:
         """Whether a step looks at all gradients before any parameter is written."""

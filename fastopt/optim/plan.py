@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import formats, layout, passes, states
+from fastopt.optim import formats, layout, passes, sharding, states
 from fastopt.optim.bucket import Bucket, Member
 from fastopt.optim.look import DeviceLook
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
@@ -181,18 +181,13 @@ def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -
 def _check_passes(optimizer: FusedOptimizer, members: list[Member], keys: list[GroupKey]) -> None:
     """Refuse what the options around the update cannot do with a parameter."""
     looks = any(key.looks for key in keys)
+    sharding.check(optimizer)
     if looks and len({looks_on_device(member.target.device) for member in members}) > 1:
         devices = sorted({str(member.target.device) for member in members})
         raise RuntimeError(
             "max_grad_norm and skip_nonfinite are about all parameters at once, but these are on "
             f"{', '.join(devices)}: what is on the CPU would wait for the others. Give the "
             "parameters on the CPU an optimizer of their own."
-        )
-    if looks and any(layout.is_shard(member.param) for member in members):
-        raise RuntimeError(
-            "max_grad_norm and skip_nonfinite are about whole gradients, but some parameters are "
-            "DTensors of which this rank has a shard: each rank would clip, or skip, by its own "
-            "part. Call torch.nn.utils.clip_grad_norm_ before step() and leave these options unset."
         )
     largest = looks and optimizer.param_groups[0].get("norm_type", 2.0) != 2.0
     for member in members:

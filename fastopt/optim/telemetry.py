@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from fastopt.optim import sharding
 from fastopt.optim.bucket import Bucket
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 # A layer's gradient is flagged where its root mean square is this many times from the median
 # layer's: float32 holds seven digits, so beyond three it begins to matter which of two are added.
 FAR = 1e3
+# Beside the name of a parameter that is sharded.
+PART = " (this rank's part)"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class ParameterTelemetry:
     grad_norm: of the gradient, unscaled, before it was clipped; param_norm: after the step;
     update_norm: of what the rule changed, before it was rounded; nonfinite: elements of the
     gradient that are infinite or NaN; lost: the share of elements that are stored as they were
-    though the rule changed them or their gradient was not 0; numel: elements
+    though the rule changed them or their gradient was not 0; numel: elements; shard: whether this
+    rank has only a part of the parameter, of which all this is then
     """
 
     grad_norm: float
@@ -38,6 +42,7 @@ class ParameterTelemetry:
     nonfinite: int
     lost: float
     numel: int
+    shard: bool = False
 
     @property
     def ratio(self) -> float:
@@ -72,7 +77,8 @@ class Telemetry(Mapping[str, ParameterTelemetry]):
             squares[layer] += row.grad_norm**2
             counts[layer] += row.numel
             nonfinite[layer] += row.nonfinite
-        rms = {layer: math.sqrt(squares[layer] / counts[layer]) for layer in counts}
+        # A rank may have no element of a small layer that is sharded.
+        rms = {layer: math.sqrt(squares[layer] / n) for layer, n in counts.items() if n}
         finite = [x for x in rms.values() if 0.0 < x < math.inf]
         middle = float(np.median(finite)) if finite else 0.0
         flags = {}
@@ -89,7 +95,8 @@ class Telemetry(Mapping[str, ParameterTelemetry]):
         for name, row in self._rows.items():
             norms = (row.grad_norm, row.param_norm, row.update_norm, row.ratio)
             numbers = (*(f"{x:.3g}" for x in norms), str(row.nonfinite), f"{row.lost:.1%}")
-            lines.append((name, *numbers, flags.get(name.rpartition(".")[0] or name, "")))
+            flag = flags.get(name.rpartition(".")[0] or name, "")
+            lines.append((name + PART * row.shard, *numbers, flag))
         widths = [max(map(len, column)) for column in zip((*head, ""), *lines, strict=True)]
         return "\n".join(
             "  ".join(
@@ -118,7 +125,13 @@ def collect(
                 continue
             n, (g, p, d) = member.target.numel(), map(math.sqrt, seen[:3])
             rows[names[member.param]] = ParameterTelemetry(
-                unscale * g, p, d, int(seen[3]), float(seen[4]) / max(n, 1), n
+                unscale * g,
+                p,
+                d,
+                int(seen[3]),
+                float(seen[4]) / max(n, 1),
+                n,
+                sharding.is_part(member.param),
             )
     order = [name for name in names.values() if name in rows]
     return Telemetry({name: rows[name] for name in order})

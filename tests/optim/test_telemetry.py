@@ -140,6 +140,18 @@ def test_scaled_gradients_are_told_of_unscaled() -> None:
     assert optimizer.telemetry()["0.0"].grad_norm == pytest.approx(norm, rel=1e-5)
 
 
+def test_a_layer_of_no_elements_is_not_flagged() -> None:
+    """As of a small parameter that is sharded over many ranks."""
+    params = make_params(((300,), (0,)))
+    optimizer = fastopt.optim.AdamW([("a.w", params[0]), ("b.w", params[1])], telemetry=True)
+    give_grads(params, 0)
+    optimizer.step()
+    seen = optimizer.telemetry()
+    assert seen["b.w"].numel == 0
+    assert seen.flags == {}
+    assert len(str(seen).splitlines()) == 3
+
+
 def test_without_the_option_there_is_nothing_to_tell() -> None:
     params = make_params(SHAPES)
     optimizer = fastopt.optim.AdamW(params)
