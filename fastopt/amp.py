@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastopt.optim import sharding
+from fastopt.optim import scaled, sharding
 from fastopt.optim.base import FusedOptimizer
 
 
@@ -25,10 +25,13 @@ class GradScaler(torch.amp.GradScaler):
         """optimizer.step(*args, **kwargs), unless a gradient is infinite or NaN.
 
         Raises RuntimeError, before anything is stepped, where a rank would decide by its own part
-        of the gradients (FullyShardedDataParallel, what is inside a ZeroRedundancyOptimizer).
+        of the gradients (FullyShardedDataParallel, what is inside a ZeroRedundancyOptimizer), and
+        where the optimizer steps in backward (release_gradients).
         """
         if self._enabled:
             sharding.check_scaler(optimizer)
+            if getattr(optimizer, "_released", None) is not None:
+                raise scaled.refusal()
         if not self._enabled or not isinstance(optimizer, FusedOptimizer) or not optimizer.looks():
             return super().step(optimizer, *args, **kwargs)
         before = optimizer.__dict__.get("_step_supports_amp_scaling")

@@ -141,6 +141,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         try:
             self._check_group(self.param_groups[-1])
             sharding.check(self)
+            if self._released is not None:
+                self._released.follow()
         except Exception:
             del self.param_groups[-1]
             raise
@@ -215,6 +217,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._released is not None:
+            self._released.check_step()
         if _cuda_in_use() and torch.cuda.is_current_stream_capturing():
             self._check_capturable()
         with self._lock:
@@ -272,19 +276,31 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             )
         return collect(self, buckets, named)
 
-    def release_gradients(self, per_tensor: bool = False) -> Released:
+    def release_gradients(
+        self,
+        per_tensor: bool = False,
+        *,
+        model: torch.nn.Module | None = None,
+        local: bool = False,
+    ) -> Released:
         """From now on step each parameter in backward, as soon as its gradient is there, and free
         the gradient; step() finds nothing left to do. Returns an object whose `remove()` ends it.
 
-        A backward is then a step: accumulation over several backwards and GradScaler, which learn
+        A backward is then a step: accumulation over several backwards and GradScaler, which learns
         too late, do not go with it. per_tensor: clip (max_grad_norm) or skip (skip_nonfinite) each
         tensor by its own norm; without it both are refused with RuntimeError, since the norm of
         all gradients is not known before the last one is there. Lv et al. 2023 (arXiv:2306.09782).
+
+        model: with several ranks, the model that reduces the gradients, or a module around it. A
+        DistributedDataParallel steps at the end of a backward that reduces (not in no_sync()), a
+        fully_shard model shard by shard. local: a parameter of no such model is stepped by each
+        rank's own gradient; without it that is refused with RuntimeError.
         """
+        released = Released(self, per_tensor, model, local)
         if self._released is not None:
             self._released.remove()
-        self._released = Released(self, per_tensor)
-        return self._released
+        self._released = released
+        return released
 
     def end_release(self, released: Released) -> None:
         """What `Released.remove` calls."""

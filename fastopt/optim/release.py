@@ -1,15 +1,29 @@
-"""Steps in the backward pass: a parameter as soon as its gradient is there, which is then freed."""
+"""Steps in the backward pass: a parameter as soon as its gradient is there, which is then freed.
+
+A gradient must be that of all ranks. Those of a DistributedDataParallel are so at the end of a
+backward (`reduction`): its parameters are stepped there.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from fastopt.optim import passes
+from fastopt.optim import passes, scaled, sharding
 from fastopt.optim.plan import Place, Plan
+from fastopt.optim.reduction import (
+    Reduction,
+    Watch,
+    fsdp_modules,
+    fsdp_params,
+    gathered,
+    reductions,
+)
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
@@ -18,8 +32,61 @@ if TYPE_CHECKING:
 class Released:
     """The hooks of an optimizer that steps in backward; `remove()` ends it."""
 
-    def __init__(self, optimizer: FusedOptimizer, per_tensor: bool) -> None:
-        if not per_tensor and passes.measures(optimizer.param_groups):
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        per_tensor: bool,
+        model: torch.nn.Module | None = None,
+        local: bool = False,
+    ) -> None:
+        self._optimizer, self._per_tensor, self._local = optimizer, per_tensor, local
+        self._reductions = reductions(model)
+        self._reduction_of = {param: each for each in self._reductions for param in each.params}
+        self._sharded = fsdp_modules(model)
+        self._by_fsdp = fsdp_params(self._sharded)
+        self.plans: dict[Tensor, Plan] = {}
+        self._places: dict[Tensor, Place] = {}
+        self._handles: dict[Tensor, RemovableHandle] = {}
+        # Backwards that have a `Watch`, by autograd's numbers for them.
+        self._watched: set[int] = set()
+        # Reductions that gradients in `.grad` still wait for.
+        self._awaited: set[Reduction] = set()
+        # Parameters this backward has stepped, where DistributedDataParallel may refill `.grad`.
+        self._stepped: list[Tensor] = []
+        self.follow()
+        scaled.refuse_for(self)
+
+    def leaves(self) -> Iterator[Tensor]:
+        """The leaves of a graph whose backward steps: the parameters, or what FSDP2 gathers."""
+        yield from self._places
+        for param, whole in gathered(self._sharded):
+            if param in self._places and whole is not None:
+                yield whole
+
+    def follow(self) -> None:
+        """Hook every parameter that has no hook yet, as those of a group that was added; frozen
+        ones too, which may be unfrozen later.
+
+        Raises RuntimeError, before any is hooked, for a norm of all gradients and for a parameter
+        whose gradient in backward is not that of all ranks.
+        """
+        self._check_norms(passes.measures(self._optimizer.param_groups))
+        places: dict[Tensor, Place] = {}
+        position = 0
+        for number, group in enumerate(self._optimizer.param_groups):
+            for param in group["params"]:
+                places[param] = Place(param, number, position)
+                position += 1
+        for param in places:
+            if param not in self._handles and (param.requires_grad or sharding.is_flattened(param)):
+                self._check_reduced(param)
+        self._places = places
+        for param in (*places, *self._reduction_of):
+            if param not in self._handles and _can_require_grad(param):
+                self._handles[param] = _hook(param, self._receive)
+
+    def _check_norms(self, measures: bool) -> None:
+        if measures and not self._per_tensor:
             raise RuntimeError(
                 "max_grad_norm and skip_nonfinite look at all gradients before any parameter is "
                 "written, but with release_gradients() the first ones are stepped and freed before "
@@ -27,28 +94,108 @@ class Released:
                 "release_gradients(per_tensor=True): each tensor is then clipped, or skipped, by "
                 "its own norm."
             )
-        self._optimizer = optimizer
-        self.plans: dict[Tensor, Plan] = {}
-        self._places: dict[Tensor, Place] = {}
-        self._handles: list[RemovableHandle] = []
-        position = 0
-        for number, group in enumerate(optimizer.param_groups):
-            for param in group["params"]:
-                self._places[param] = Place(param, number, position)
-                position += 1
-                if param.requires_grad:
-                    hook = param.register_post_accumulate_grad_hook(self._step)
-                    self._handles.append(hook)
+
+    def _check_reduced(self, param: Tensor) -> None:
+        """Refuse a parameter whose gradient is not that of all ranks when its hook runs."""
+        if sharding.is_flattened(param):
+            raise RuntimeError(
+                "release_gradients() does not go with FullyShardedDataParallel: hooks run before "
+                "it reduces a gradient. Use torch.distributed.fsdp.fully_shard, or call step() "
+                "after backward."
+            )
+        reduced = param in self._by_fsdp or param in self._reduction_of
+        if not reduced and not self._local and sharding.many_processes():
+            raise RuntimeError(
+                f"release_gradients() steps in backward, where the gradient of a {param.dtype} "
+                f"parameter of shape {tuple(param.shape)} is that of this rank alone: replicas "
+                "would drift apart. Pass the DistributedDataParallel or fully_shard model that "
+                "reduces it: release_gradients(model=model). (DistributedDataParallel does not "
+                "reduce a parameter that was frozen when it was constructed.) If each rank is to "
+                "train by itself, pass local=True."
+            )
+
+    def _receive(self, param: Tensor) -> None:
+        """The hook: a gradient is there, this rank's own under DistributedDataParallel."""
+        reduction = self._reduction_of.get(param)
+        if reduction is not None:
+            self._awaited.add(reduction)
+            self._watch()
+            return
+        if dist.is_available() and dist.is_initialized() and param not in self._by_fsdp:
+            self._check_reduced(param)
+            # A DistributedDataParallel of one rank need not be named; it puts zeros in what is
+            # freed, and step() would take them.
+            self._stepped.append(param)
+            self._watch()
+        self._step(param)
+
+    def _watch(self) -> None:
+        backward = torch._C._current_graph_task_id()
+        if backward not in self._watched:
+            self._watched.add(backward)
+            Watch(self._reductions, lambda made: self._end(backward, made))
+
+    def _end(self, backward: int, made: list[Reduction]) -> None:
+        """Step all parameters this backward has reduced; their hooks may have run on other ranks
+        only (find_unused_parameters)."""
+        self._watched.discard(backward)
+        if self._optimizer._released is not self:
+            return
+        self._awaited.difference_update(made)
+        for param in self._places:
+            if self._reduction_of.get(param) in made and param.grad is not None:
+                self._step(param)
+        for param in self._stepped:
+            param.grad = None
+        self._stepped.clear()
 
     def _step(self, param: Tensor) -> None:
         with torch.no_grad():
             plan = self._optimizer.plan_of(self._places[param], self.plans.get(param))
+            self._check_norms(plan.looks)
             self.plans[param] = plan
             self._optimizer.run_plan(plan)
         param.grad = None
 
+    def check_step(self) -> None:
+        """Raises RuntimeError where step() must not step the gradients that are left: a GradScaler
+        calls it, or they are not reduced yet."""
+        if {"grad_scale", "found_inf"} & self._optimizer.__dict__.keys():
+            raise scaled.refusal()
+        left = {self._reduction_of.get(p) for p in self._places if p.grad is not None}
+        for reduction in self._awaited & left:
+            reduction.check()
+            raise RuntimeError(
+                "gradients of a backward in no_sync() are those of this rank alone, and are "
+                "stepped by the next backward outside of it. Call step() after that one, or "
+                "zero_grad() to drop them."
+            )
+
     def remove(self) -> None:
         """Gradients stay again, for step()."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
+        scaled.allow_for(self)
         self._optimizer.end_release(self)
+
+
+def _can_require_grad(param: Tensor) -> bool:
+    return param.requires_grad or (
+        param.is_leaf
+        and not param.is_inference()
+        and (param.is_floating_point() or param.is_complex())
+    )
+
+
+def _hook(param: Tensor, receive: Callable[[Tensor], None]) -> RemovableHandle:
+    """A hook that runs when a gradient was accumulated; torch takes none for a frozen parameter,
+    but keeps one while it is frozen."""
+    frozen = not param.requires_grad
+    if frozen:
+        param.requires_grad_(True)
+    try:
+        handle = param.register_post_accumulate_grad_hook(receive)  # type: ignore[no-untyped-call]
+        return cast(RemovableHandle, handle)
+    finally:
+        if frozen:
+            param.requires_grad_(False)

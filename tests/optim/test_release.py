@@ -132,3 +132,151 @@ def test_a_scheduler_and_telemetry_go_with_it() -> None:
     scheduler.step()
     loss_of(model, 1).backward()
     assert all(torch.equal(a, b) for a, b in zip(after, model.parameters(), strict=True))
+
+
+def test_what_is_unfrozen_later_is_stepped_in_backward() -> None:
+    models = [make_model(), make_model()]
+    for model in models:
+        model[0].requires_grad_(False)
+    released, plain = (fastopt.optim.AdamW(m.parameters(), lr=1e-2) for m in models)
+    released.release_gradients()
+    for step in range(4):
+        if step == 2:
+            for model in models:
+                model[0].requires_grad_(True)
+                model[2].requires_grad_(False)
+        loss_of(models[0], step).backward()
+        assert all(p.grad is None for p in models[0].parameters())
+        loss_of(models[1], step).backward()
+        plain.step()
+        plain.zero_grad()
+    assert not torch.equal(models[0][0].weight, make_model()[0].weight)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+
+
+def test_a_backward_of_nothing_but_frozen_parameters_is_followed_once_they_are_not() -> None:
+    param = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer = fastopt.optim.SGD([param], lr=0.5)
+    handle = optimizer.release_gradients()
+    assert not param.requires_grad
+    param.requires_grad_(True)
+    param.sum().backward()
+    assert param.grad is None
+    torch.testing.assert_close(param.detach(), torch.full((3,), 0.5))
+    handle.remove()
+    param.sum().backward()
+    assert param.grad is not None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_group_that_is_added_later_is_stepped_in_backward(frozen: bool) -> None:
+    models = [make_model(), make_model()]
+    optimizers = [fastopt.optim.AdamW(m[4].parameters(), lr=1e-2) for m in models]
+    optimizers[0].release_gradients()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model[0].requires_grad_(not frozen)
+        optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 1e-3})
+        model[0].requires_grad_(True)
+    for step in range(3):
+        loss_of(models[0], step).backward()
+        assert all(p.grad is None for layer in (0, 4) for p in models[0][layer].parameters())
+        loss_of(models[1], step).backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+
+
+def test_step_takes_the_gradients_that_came_without_a_backward() -> None:
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = fastopt.optim.SGD(params, lr=0.5)
+    optimizer.release_gradients()
+    params[0].sum().backward()
+    params[1].grad = torch.full((2,), 2.0)
+    optimizer.step()
+    torch.testing.assert_close(params[0].detach(), torch.full((2,), 0.5))
+    torch.testing.assert_close(params[1].detach(), torch.zeros(2))
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 0.1}, {"skip_nonfinite": True}])
+def test_the_norm_of_all_gradients_is_refused_once_it_is_asked_for(options: dict[str, Any]) -> None:
+    """In a group that is there, and in one that is added."""
+    model = make_model()
+    optimizer = fastopt.optim.SGD(model[4].parameters(), lr=0.1)
+    optimizer.release_gradients()
+    with pytest.raises(RuntimeError, match="per_tensor=True"):
+        optimizer.add_param_group({"params": list(model[0].parameters()), **options})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0].update(options)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="per_tensor=True"):
+        loss_of(model, 0).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class OwnScaler(torch.amp.GradScaler):
+    """A scaler whose `scale` does not call torch's."""
+
+    def scale(self, outputs: Any) -> Any:
+        return outputs * self._init_scale
+
+
+def make_scaler(kind: str, enabled: bool = True) -> torch.amp.GradScaler:
+    classes = {"torch": torch.amp.GradScaler, "fastopt": fastopt.GradScaler, "own": OwnScaler}
+    return classes[kind]("cpu", init_scale=1024.0, enabled=enabled)
+
+
+@pytest.mark.parametrize("kind", ["torch", "fastopt", "own"])
+@pytest.mark.parametrize("made_first", [False, True])
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"clip_value": 1.0}])
+def test_a_scaler_is_refused_before_anything_is_stepped(
+    kind: str, made_first: bool, options: dict[str, Any]
+) -> None:
+    model = make_model()
+    optimizer = fastopt.optim.AdamW(model.parameters(), lr=1e-2, **options)
+    scaler = make_scaler(kind)
+    if made_first:
+        scaler.scale(loss_of(model, 0)).backward()
+        optimizer.zero_grad()
+    optimizer.release_gradients()
+    if not made_first:
+        scaler = make_scaler(kind)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = loss_of(model, 0)
+    for outputs in (loss, [loss.detach(), loss], (loss * 2, [loss])):
+        with pytest.raises(RuntimeError, match="GradScaler does not go with release_gradients"):
+            scaler.scale(outputs)
+    if kind == "fastopt":
+        with pytest.raises(RuntimeError, match="GradScaler does not go with release_gradients"):
+            scaler.step(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not optimizer.state
+
+
+def test_a_scaler_is_refused_behind_a_checkpoint() -> None:
+    """One that computes its part of the graph anew, and shows none of its parameters."""
+    layer = torch.nn.Linear(4, 1)
+    optimizer = fastopt.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer.release_gradients()
+    x = torch.ones(2, 4, requires_grad=True)
+    loss = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True).sum()
+    with pytest.raises(RuntimeError, match="GradScaler does not go with release_gradients"):
+        torch.amp.GradScaler("cpu").scale(loss)
+
+
+@pytest.mark.parametrize("kind", ["torch", "fastopt"])
+def test_a_scaler_of_other_losses_goes_on(kind: str) -> None:
+    """Another model's, a loss without a graph, a scaler that is switched off, and any scaler once
+    gradients stay again."""
+    model, other = make_model(), make_model()
+    handle = fastopt.optim.SGD(model.parameters(), lr=0.1).release_gradients()
+    optimizer = fastopt.optim.SGD(other.parameters(), lr=0.1)
+    scaler = make_scaler(kind)
+    scaler.scale(loss_of(other, 0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(other[4].weight, make_model()[4].weight)
+    loss = loss_of(model, 0)
+    assert scaler.scale(loss.detach()) == 1024.0 * loss
+    assert make_scaler(kind, enabled=False).scale(loss) is loss
+    handle.remove()
+    assert scaler.scale(loss) == 1024.0 * loss
