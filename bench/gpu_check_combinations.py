@@ -169,7 +169,7 @@ def _right(maker: _Maker, optimizer: str, dtype: torch.dtype, option: str) -> tu
             p.grad = g
         torchs.step()
         way.go([p.detach() for p in params])
-        weight = 1.0 - extras.get("ema_decay", 0.0)
+        weight = 1.0 - extras.get("ema_decay", 0.0) if step else 1.0
         averages.go([a.lerp(p, weight) for a, p in zip(averages.end, way.end, strict=True)])
     return way, averages
 

@@ -274,7 +274,7 @@ def _scaler(maker: _Maker, case: Case) -> None:
 
 
 def _averages(maker: _Maker, case: Case) -> None:
-    """a + (1 - d) (p - a), with a decay that is warmed up, on either count."""
+    """The first p, then a + (1 - d) (p - a), with a decay that is warmed up, on either count."""
     for dtype in (torch.float32, torch.bfloat16):
         for options in WAYS.values():
             params = maker.parameters(dtype)
@@ -285,6 +285,7 @@ def _averages(maker: _Maker, case: Case) -> None:
                     p.grad = grad
                 ours.step()
                 decay = min(0.9, (1 + step) / (10 + step)) if step <= 2 else 0.9
+                decay = 0.0 if step == 1 else decay
                 for a, p in zip(averages, params, strict=True):
                     a.lerp_(p.detach().cpu().double(), 1.0 - decay)
             # An average is of what was computed; a bfloat16 parameter was rounded after.

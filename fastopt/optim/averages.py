@@ -1,17 +1,229 @@
-"""Running averages of parameters (ema_decay), and a model that holds them for a while."""
+"""Running averages of parameters (ema_decay): of those that a step has no gradient for, and a model
+that holds them for a while.
+
+A parameter's average moves in the launch that steps it. What is not stepped has an average too,
+which goes on towards the parameter, as that of torch.optim.swa_utils.AveragedModel does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from fastopt.optim.passes import AVERAGED
+from fastopt.optim import layout, passes, states
+from fastopt.optim.look import DeviceVerdict
+from fastopt.optim.passes import AVERAGED, N_AVERAGED
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.passes import Verdict
+    from fastopt.optim.plan import Plan
+    from fastopt.optim.scale import Scale
+
+
+class Idle(NamedTuple):
+    """A parameter without gradient that has an average, and the number of its group.
+
+    on_device: whether the steps in the average are counted there, since one may be skipped
+    state: where its average is, and what a rounding has kept of it
+    """
+
+    param: Tensor
+    group: int
+    on_device: bool
+    state: dict[str, Any]
+    average: Tensor
+
+    def fits(self, exposed: bool) -> bool:
+        """Whether the average still is that of the parameter; exposed: it may be another one."""
+        return (
+            self.param.shape == self.average.shape
+            and self.param.device == self.average.device
+            and not (exposed and self.state.get(AVERAGED) is not self.average)
+        )
+
+
+def can_follow(param: Tensor) -> bool:
+    """Whether there is anything to average in a parameter that is never stepped."""
+    return param.dtype in layout.KINDS and layout.has_memory(param)
+
+
+def moves_of(
+    optimizer: FusedOptimizer, plan: Plan, scale: Scale, verdict: Verdict | DeviceVerdict | None
+) -> Moves | None:
+    """What a step of this plan does to the averages of parameters that it has no gradient for."""
+    idle = plan.averages
+    for bucket in plan.buckets:
+        if bucket.active is not None and bucket.launch.extras.averaged:
+            idle = idle + [
+                Idle(m.param, m.group, bucket.on_device, m.state, m.state[AVERAGED])
+                for m, here in zip(bucket.members, bucket.active, strict=True)
+                if not here
+            ]
+    # Under release_gradients a step has been taken already: by a backward, when that ended.
+    if not idle or (optimizer._released is not None and not plan.ends_backward):
+        return None
+    return Moves(optimizer, idle, scale, verdict)
+
+
+class Moves:
+    """The averages that move without a gradient in a step, each by its weight. All that may fail is
+    done when this is constructed, before the step writes anything."""
+
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        idle: Sequence[Idle],
+        scale: Scale,
+        verdict: Verdict | DeviceVerdict | None,
+    ) -> None:
+        self._counts: list[Tensor] = []
+        self._alike: dict[float, list[Idle]] = defaultdict(list)
+        on_device: dict[tuple[torch.device, int], list[Idle]] = defaultdict(list)
+        for each in idle:
+            if not layout.has_memory(each.param):
+                continue
+            if each.on_device:
+                on_device[layout.local(each.param).device, each.group].append(each)
+            elif isinstance(verdict, DeviceVerdict) or not scale.skip():
+                count = optimizer.hidden[each.param][N_AVERAGED]
+                group = optimizer.param_groups[each.group]
+                self._counts.append(count)
+                self._alike[passes.average_weight(group, count.item() + 1.0)].append(each)
+        found = verdict.found_inf if isinstance(verdict, DeviceVerdict) else scale.found_inf
+        self._on_device = [
+            DeviceMoves(optimizer, optimizer.param_groups[number], here, found)
+            for (_, number), here in on_device.items()
+        ]
+
+    def run(self) -> None:
+        """Count the step, and move them."""
+        # No gradients either; and what was made in inference mode is written only there.
+        with torch.inference_mode():
+            if self._counts:
+                torch._foreach_add_(self._counts, 1.0)
+            for weight, alike in self._alike.items():
+                averages, values = zip(*map(_ends, alike), strict=True)
+                if weight == 1.0:  # as a difference, infinity would be NaN
+                    torch._foreach_copy_(averages, values)
+                else:
+                    torch._foreach_lerp_(averages, values, weight)
+            for each in self._on_device:
+                each.run()
+
+
+class DeviceMoves:
+    """The same for parameters of one group and device, where only that knows whether the step is
+    taken and which it is. Nothing is read or sent: a graph may be captured.
+
+    found_inf: not 0 where the step is skipped
+    """
+
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        group: dict[str, Any],
+        idle: Sequence[Idle],
+        found_inf: Tensor | None,
+    ) -> None:
+        self._idle = idle
+        self._counts = [optimizer.hidden[each.param][N_AVERAGED] for each in idle]
+        self._count = torch.stack(self._counts)
+        self._taken = torch.ones_like(self._count[0])
+        if found_inf is not None:
+            self._taken = (found_inf.to(self._count.device).reshape(()) == 0).float()
+        self._count += self._taken
+        self._weights = _weights_on_device(group, self._count.double())
+
+    def run(self) -> None:
+        torch._foreach_copy_(self._counts, list(self._count.unbind()))
+        for each, weight in zip(self._idle, self._weights.unbind(), strict=True):
+            average, value = _ends(each)
+            moved = torch.lerp(average, value, weight.to(average.dtype))
+            moved = torch.where(weight == 1.0, value, moved)
+            average.copy_(torch.where(self._taken != 0, moved, average))
+
+
+def _weights_on_device(group: dict[str, Any], count: Tensor) -> Tensor:
+    """`passes.average_weight` of each count."""
+
+    def filled(x: Any) -> Tensor:
+        return x.to(count).expand_as(count) if isinstance(x, Tensor) else torch.full_like(count, x)
+
+    decay, warmup = filled(group["ema_decay"]), filled(group.get("ema_warmup") or 0)
+    warm = torch.minimum(decay, (1.0 + count) / (10.0 + count))
+    decay = torch.where(count <= warmup, warm, decay)
+    return 1.0 - torch.where(count == 1.0, torch.zeros_like(decay), decay)
+
+
+def _whole(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """A parameter on this rank, with what a rounding has kept of it."""
+    for name, _ in passes.KEPT.values():
+        if isinstance(kept := state.get(name), Tensor):
+            return passes.joined(layout.local(param), layout.local(kept))
+    return layout.local(param)
+
+
+def _ends(each: Idle) -> tuple[Tensor, Tensor]:
+    """An average, and what it moves towards, of one dtype."""
+    average = layout.local(each.average)
+    return average, _whole(each.param, each.state).to(average.dtype)
+
+
+def end_backward(optimizer: FusedOptimizer) -> None:
+    """Let no average wait for the end of a backward that is over."""
+    if optimizer._released is not None:
+        optimizer._released.averages.end()
+
+
+def refuse_inside(optimizer: FusedOptimizer, what: str, param: Tensor | None = None) -> None:
+    """Raises RuntimeError where parameters hold their averages, and lose what they are given.
+
+    param: what a backward was to step, and to free the gradient of
+    """
+    if optimizer._averaging is not None:
+        if param is not None:
+            param.grad = None
+        raise RuntimeError(
+            f"{what} inside averaged() would be thrown away: the parameters hold their averages, "
+            "and get their own values back when the with block ends. Call it after the block."
+        )
+
+
+class Averaging:
+    """A model that holds its averages, and the values it gets back when the last block ends."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.own: list[tuple[Tensor, Tensor]] = []
+
+    def take(self, optimizer: FusedOptimizer) -> None:
+        """Put the averages into the parameters."""
+        held = optimizer.__dict__["state"]
+        chosen = [p for p in optimizer._all_params() if states.has_average(optimizer, p)]
+        self.own = [(param, param.detach().clone()) for param in chosen]
+        for param in chosen:
+            _write(param, held[param][AVERAGED])
+
+    def give_back(self) -> None:
+        """Put their own values into the parameters; from the start again if it is interrupted."""
+        try:
+            for param, own in self.own:
+                _write(param, own)
+        except BaseException:
+            for param, own in self.own:
+                _write(param, own)
+            raise
+
+
+def _write(param: Tensor, value: Tensor) -> None:
+    with torch.inference_mode() if param.is_inference() else torch.no_grad():
+        param.copy_(value)
 
 
 @contextmanager
@@ -19,15 +231,19 @@ def averaged(optimizer: FusedOptimizer) -> Iterator[None]:
     """`FusedOptimizer.averaged`."""
     if not any(group.get("ema_decay") is not None for group in optimizer.param_groups):
         raise RuntimeError(f"construct {type(optimizer).__name__} with ema_decay to keep averages")
-    held = optimizer.state
-    pairs = [(p, held[p][AVERAGED]) for p in optimizer._all_params() if AVERAGED in held[p]]
-    with torch.no_grad():
-        kept = [param.clone() for param, _ in pairs]
-        for param, average in pairs:
-            param.copy_(average)
+    end_backward(optimizer)
+    averaging = optimizer._averaging
+    if averaging is None:
+        averaging = optimizer._averaging = Averaging()
+    averaging.depth += 1
     try:
+        if averaging.depth == 1:
+            averaging.take(optimizer)
         yield
     finally:
-        with torch.no_grad():
-            for (param, _), own in zip(pairs, kept, strict=True):
-                param.copy_(own)
+        averaging.depth -= 1
+        if averaging.depth == 0:
+            try:
+                averaging.give_back()
+            finally:
+                optimizer._averaging = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -76,6 +77,9 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     _released: Released | None = None
     # Set where a ZeroRedundancyOptimizer has given this one its rank's part of the parameters.
     _in_zero: bool = False
+    _averaging: averages.Averaging | None = None
+    # Options by keyword, while constructors run: each group begins with them.
+    _given: Mapping[str, Any] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -137,6 +141,9 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         own = isinstance(param_group, dict) and param_group.get("max_grad_norm") is not None
+        if isinstance(param_group, dict):
+            for name, value in passes.chosen(self._given, self.defaults).items():
+                param_group.setdefault(name, value)
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -156,18 +163,16 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         formats.check(self.update_of(group), group, type(self).__name__)
 
     def _add_option(self, name: str, value: Any) -> None:
-        """An option torch's class does not have; groups show it only where it is set."""
-        if value:
-            self.defaults[name] = value
-            for group in self.param_groups:
-                group.setdefault(name, value)
+        """An option torch's class does not have; groups show it only where it is given."""
+        self.defaults[name] = value
+        for group in self.param_groups:
+            group.setdefault(name, value)
 
-    def _set_options(self, options: dict[str, Any]) -> None:
-        """What stands around the update; groups show only what is set."""
+    def _set_options(self, options: Mapping[str, Any]) -> None:
+        """What stands around the update, for the groups that have none of their own."""
         passes.check({**self.defaults, **options})
-        for name, value in options.items():
-            if value != passes.DEFAULTS[name]:
-                self._add_option(name, value)
+        for name, value in passes.chosen(options, self.defaults).items():
+            self._add_option(name, value)
         for group in self.param_groups:
             self._check_group(group)
         sharding.check(self)
@@ -188,6 +193,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; states as they are stored, and a version where that is not torch's way."""
+        averages.end_backward(self)
         return checkpoints.stamped(super().state_dict())
 
     def torch_state_dict(self) -> dict[str, Any]:
@@ -203,8 +209,9 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         parameter's dtype and device; averages, numbers that are one a parameter and, with
         state_dtype, all states keep the dtype they were saved in until then.
 
-        Raises ValueError for a state_dict of a later version.
+        Raises ValueError for a state_dict of a later version, RuntimeError inside averaged().
         """
+        averages.refuse_inside(self, "load_state_dict()")
         checkpoints.load(self, state_dict, super().load_state_dict)
 
     def _all_params(self) -> Iterator[Tensor]:
@@ -213,10 +220,12 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     @hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's loss, if any."""
+        averages.refuse_inside(self, "step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        averages.end_backward(self)
         if self._released is not None:
             self._released.check_step()
         if _cuda_in_use() and torch.cuda.is_current_stream_capturing():
@@ -251,12 +260,20 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             verdict = self._judge(plan, seen, scale) if plan.looks else None
             if verdict is not None and verdict.skip:
                 return
+            moves = averages.moves_of(self, plan, scale, verdict) if plan.averaged else None
             for bucket in plan.buckets:
                 self._run(bucket, scale, verdict)
             for each in plan.odd:
                 odd.step(self, each, plan.keys[each.group].update, scale)
+            if moves is not None:
+                moves.run()
         finally:
             interrupts.release(handler)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's."""
+        averages.end_backward(self)
+        super().zero_grad(set_to_none)
 
     def telemetry(self, named: Iterable[tuple[str, Tensor]] | None = None) -> Telemetry:
         """What the last step saw of each parameter (telemetry=True), by name.
@@ -305,12 +322,14 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     def end_release(self, released: Released) -> None:
         """What `Released.remove` calls."""
         if self._released is released:
+            averages.end_backward(self)
             self._released = None
         self._plan = None
 
     def averaged(self) -> AbstractContextManager[None]:
         """Parameters hold their running averages inside (ema_decay), and their own values again
-        after; one that has not been stepped yet keeps its own."""
+        after, also where that is by an error; before the first step they keep their own. step()
+        and load_state_dict() raise RuntimeError inside."""
         return averages.averaged(self)
 
     def _check_capturable(self) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor
 from fastopt.optim import formats, layout
 from fastopt.optim.layout import Staged
 from fastopt.optim.metadata import Metadata
-from fastopt.optim.passes import LOW_BITS, Verdict, bases_of, extra_hypers, keys_of
+from fastopt.optim.passes import LOW_BITS, Verdict, bases_of, extra_hypers, keys_of, seeds_of
 from fastopt.optim.scale import Scale
 from fastopt.optim.steps import DeviceSteps, Steps
 from fastopt.optim.update import Update, sign
 
 
-def _check_state(name: str, state: Any, param: Tensor) -> None:
+def check_state(name: str, state: Any, param: Tensor) -> None:
     """A state is written at its address: one that is not of this parameter would be torn memory."""
     came = type(state).__name__
     if isinstance(state, Tensor):
@@ -112,7 +112,7 @@ class Member:
                 _check_scale(name, state[name], param)
                 member.states.append(state[name])
                 continue
-            _check_state(name, state[name], param)
+            check_state(name, state[name], param)
             tensor = layout.local(state[name])
             if layout.is_lazy(tensor) or not layout.same_layout(tensor, member.target):
                 buffer = torch.empty_like(member.target, dtype=tensor.dtype)
@@ -234,8 +234,8 @@ class Bucket:
         self._stage(Staged.read)
         self.steps.advance(groups, factors, self.launch, self.active, exposed)
         if self.launch.draws:
-            seed = int(groups[0].get("rounding_seed", 0))
-            self.launch.keys[:] = keys_of(seed, self.steps.counts(), self._numbers)
+            seeds = seeds_of(groups, self.group_of)
+            self.launch.keys[:] = keys_of(seeds, self.steps.counts(), self._numbers)
         self.launch.run(torch.get_num_threads(), *on_device)
         self._stage(Staged.write)
 
@@ -248,7 +248,7 @@ class Bucket:
         extras = self.launch.extras
         bases = None
         if self.launch.draws:
-            bases = bases_of(int(groups[0].get("rounding_seed", 0)), self._numbers)
+            bases = bases_of(seeds_of(groups, self.group_of), self._numbers)
         chosen = [groups[number] for number in self.groups]
         self.launch.run_on_device(
             self.update.scalars,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastopt.optim import formats, passes
-from fastopt.optim.update import number_dtype
+from fastopt.optim.update import number, number_dtype
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
@@ -80,11 +80,12 @@ def restore(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
 
 
 def _own_names(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """Entries of a state that are not of their parameter's dtype: averages, what a rounding keeps,
-    codes and their scales."""
+    """Entries of a state that are not of their parameter's dtype: averages and the number of steps
+    in them, what a rounding keeps, codes and their scales."""
     eight = [name for name, value in state.items() if formats.is_eight_bit(value)]
     scales = [formats.scale_name(name) for name in eight]
-    return (*(name for name in passes.OWN_DTYPE if name in state), *eight, *scales)
+    own = (*passes.OWN_DTYPE, passes.N_AVERAGED)
+    return (*(name for name in own if name in state), *eight, *scales)
 
 
 def plain(optimizer: FusedOptimizer) -> dict[str, Any]:
@@ -95,7 +96,10 @@ def plain(optimizer: FusedOptimizer) -> dict[str, Any]:
         {name: value for name, value in group.items() if name not in _OWN_GROUP_KEYS}
         for group in state_dict["param_groups"]
     ]
-    return {"state": {k: v for k, v in states.items() if v}, "param_groups": groups}
+    # torch keeps nothing of a parameter that has an average, but was never stepped.
+    numbers = {"step", *optimizer.carried_names}
+    stepped = {k: v for k, v in states.items() if v.keys() - numbers or number(v.get("step", 0.0))}
+    return {"state": stepped, "param_groups": groups}
 
 
 def _plain_state(state: Mapping[str, Any]) -> dict[str, Any]:

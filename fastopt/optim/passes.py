@@ -5,8 +5,9 @@
     norm_type       2 or inf
     clip_value      g <- min(max(g, -clip_value), clip_value)
     skip_nonfinite  no step where an element of a gradient is infinite or NaN
-    ema_decay       a <- a + (1 - d) (p' - a), d = min(ema_decay, (1 + t) / (10 + t)) in the first
-                    ema_warmup steps
+    ema_decay       a <- p' in step t = 1 of an average, then a <- a + (1 - d) (p' - a), in every
+                    step of the optimizer, also without a gradient for p;
+                    d = min(ema_decay, (1 + t) / (10 + t)) up to t = ema_warmup
     param_rounding  of bf16 parameters: "nearest", "stochastic" (by rounding_seed), "kahan" (what is
                     rounded away is kept in bf16) or "master" (the 16 low bits are kept). Chance
                     follows from seed, step, parameter and element; of SGD, which saves no count of
@@ -37,6 +38,8 @@ from fastopt_kernels.chunks import KAHAN, MASTER, NEAREST, NO_EXTRAS, STOCHASTIC
 # What marks a group whose limit is its own.
 ALONE = "clip_alone"
 AVERAGED = "averaged"
+# How many steps are in an average. Saved where it says how far the warm-up is.
+N_AVERAGED = "n_averaged"
 DEFAULTS: dict[str, Any] = {
     "max_grad_norm": None,
     "norm_type": 2.0,
@@ -67,9 +70,15 @@ def with_options(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         given = {name: kwargs.pop(name) for name in DEFAULTS if name in kwargs}
-        init(self, *args, **kwargs)
-        if given:
-            self._set_options(given)
+        # A subclass's constructor was given its options by its user: they come first.
+        outer = self._given
+        self._given = {**given, **outer}
+        try:
+            init(self, *args, **kwargs)
+            if given:
+                self._set_options(self._given)
+        finally:
+            self._given = outer
 
     signature = inspect.signature(init)
     parameters = list(signature.parameters.values())
@@ -84,6 +93,11 @@ def with_options(init: Callable[..., None]) -> Callable[..., None]:
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapper.takes_options = True  # type: ignore[attr-defined]
     return wrapper
+
+
+def chosen(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that count: all that are given. None is no option, but in place of a default."""
+    return {name: x for name, x in given.items() if x is not None or name in defaults}
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -113,8 +127,12 @@ def check(group: Mapping[str, Any]) -> None:
     decay = group.get("ema_decay")
     if decay is not None and not 0.0 <= decay < 1.0:
         raise ValueError(f"Invalid ema_decay: {decay} (it must be at least 0 and below 1)")
-    if group.get("differentiable") and any(
-        group.get(name) for name in ("max_grad_norm", "clip_value", "skip_nonfinite", "ema_decay")
+    warmup = group.get("ema_warmup", 0)
+    if not (isinstance(warmup, (int, float, Tensor)) and number(warmup) >= 0):
+        raise ValueError(f"Invalid ema_warmup: {warmup!r} (a number of steps, at least 0)")
+    if group.get("differentiable") and (
+        group.get("skip_nonfinite")
+        or any(group.get(name) is not None for name in ("max_grad_norm", "clip_value", "ema_decay"))
     ):
         raise ValueError(
             "differentiable=True cannot clip, skip or average inside the step: do so with torch's "
@@ -157,23 +175,38 @@ def convert_kept(state: dict[str, Any], param: Tensor, extras: Extras) -> None:
         del state[other]
         if not name or name in state:
             continue
-        high = param.detach().float()
+        high, whole = param.detach().float(), joined(param, kept)
         if dtype == torch.int16:
-            bits = (high + kept.float()).view(torch.int32) - high.view(torch.int32)
+            bits = whole.view(torch.int32) - high.view(torch.int32)
             state[name] = bits.clamp(-(2**15), 2**15 - 1).to(dtype)
         else:
-            joined = (high.view(torch.int32) + kept.to(torch.int32)).view(torch.float32)
-            state[name] = (joined - high).to(dtype)
+            state[name] = (whole - high).to(dtype)
 
 
-def bases_of(seed: int, positions: np.ndarray[Any, Any]) -> Any:
+def joined(param: Tensor, kept: Tensor) -> Tensor:
+    """float32: a bf16 parameter with what a rounding has kept of it, its low bits or the rest."""
+    high = param.detach().float()
+    if kept.dtype == torch.int16:
+        return (high.view(torch.int32) + kept.to(torch.int32)).view(torch.float32)
+    return high + kept.float()
+
+
+def seeds_of(groups: Sequence[Mapping[str, Any]], owners: np.ndarray[Any, Any]) -> Any:
+    """(n,) uint64, or one number: what chance begins with, of each parameter's group."""
+    seeds = [int(group.get("rounding_seed") or 0) for group in groups]
+    return seeds[0] if len(set(seeds)) == 1 else np.array(seeds, dtype=np.uint64)[owners]
+
+
+def bases_of(seed: Any, positions: np.ndarray[Any, Any]) -> Any:
     """(n,) int64: 64 bits of a seed and a parameter's position."""
     with np.errstate(over="ignore"):
-        x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)
+        x = np.asarray(seed, np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(
+            np.uint64
+        )
         return x.view(np.int64)
 
 
-def keys_of(seed: int, steps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> Any:
+def keys_of(seed: Any, steps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> Any:
     """(n,) int64: 32 bits of a seed, a step and a parameter's position, by splitmix64."""
     with np.errstate(over="ignore"):
         x = bases_of(seed, positions).view(np.uint64)
@@ -183,21 +216,28 @@ def keys_of(seed: int, steps: np.ndarray[Any, Any], positions: np.ndarray[Any, A
         return ((x ^ (x >> np.uint64(31))) & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def extra_scalars(group: Mapping[str, Any], extras: Extras, step: float) -> list[float]:
-    """The scalars of the extras, in their order."""
+def average_weight(group: Mapping[str, Any], count: float) -> float:
+    """What the parameter weighs in step `count` of its average, which begins with the first."""
+    if count == 1.0:
+        return 1.0
+    decay = number(group["ema_decay"])
+    if count <= (group.get("ema_warmup") or 0):
+        decay = min(decay, (1.0 + count) / (10.0 + count))
+    return 1.0 - decay
+
+
+def extra_scalars(group: Mapping[str, Any], extras: Extras, count: float) -> list[float]:
+    """The scalars of the extras, in their order; count: steps in the average, with this one."""
     scalars = [number(group["clip_value"])] if extras.clipped else []
-    if extras.averaged:
-        decay = group["ema_decay"]
-        if step <= group.get("ema_warmup", 0):
-            decay = min(decay, (1.0 + step) / (10.0 + step))
-        scalars.append(1.0 - decay)
-    return scalars
+    return [*scalars, average_weight(group, count)] if extras.averaged else scalars
 
 
 def extra_hypers(group: Mapping[str, Any], extras: Extras) -> list[Any]:
     """What those scalars are computed from, where the step is counted on a device."""
     hypers = [group["clip_value"]] if extras.clipped else []
-    return [*hypers, group["ema_decay"], group.get("ema_warmup", 0)] if extras.averaged else hypers
+    if extras.averaged:
+        hypers += [group["ema_decay"], group.get("ema_warmup") or 0]
+    return hypers
 
 
 def measures(groups: Sequence[Mapping[str, Any]]) -> bool:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import formats, layout, passes, sharding, states
+from fastopt.optim import averages, formats, layout, passes, sharding, states
+from fastopt.optim.averages import Idle
 from fastopt.optim.bucket import Bucket, Member
 from fastopt.optim.look import DeviceLook
+from fastopt.optim.passes import AVERAGED
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import NO_EXTRAS, Extras
@@ -79,6 +81,10 @@ class Plan:
         self.look: DeviceLook | None = None
         self.odd: list[Odd] = []
         self.idle: list[Tensor] = []
+        self.averages: list[Idle] = []
+        self.averaged = any(key.extras.averaged for key in keys)
+        # Whether only averages move, those that a backward has not moved (release_gradients).
+        self.ends_backward = False
         self.state_owners: list[Any] = []
         self.states: list[Any] = []
 
@@ -101,6 +107,9 @@ class Plan:
         for param in self.idle:
             if param.grad is not None:
                 return False
+        for each in self.averages:
+            if not each.fits(exposed):
+                return False
         for bucket in self.buckets:  # noqa: SIM110 (a generator costs more than the loop)
             if not bucket.refresh(grads, exposed):
                 return False
@@ -119,9 +128,12 @@ def build(
     """
     plan = Plan([place.param for place in places], keys)
     found: list[tuple[Tensor, Tensor, int, int]] = []
+    with_average: list[tuple[Tensor, int]] = []
     for (param, number, position), grad in zip(places, grads, strict=True):
         if grad is None:
             plan.idle.append(param)
+            if keys[number].extras.averaged and averages.can_follow(param):
+                with_average.append((param, number))
         else:
             _check_grad(optimizer, param, grad, optimizer.param_groups[number])
             _check_storages(optimizer, param, grad)
@@ -137,12 +149,19 @@ def build(
             _check_param(param, keys[number])
             dense.append((param, grad, number, position))
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    n_states = len(optimizer.__dict__["state"])
     try:
         for param, grad, number, _ in found:
             group = optimizer.param_groups[number]
             # A sparse buffer begins as a sparse gradient (SGD), not as zeros.
             if grad.layout is torch.strided or keys[number].update.counted:
                 states.prepare(optimizer, param, group, keys[number], before)
+        for param, number in with_average:
+            group, key = optimizer.param_groups[number], keys[number]
+            on_device = counts_on_device(param.device, key)
+            state = states.prepare_idle(optimizer, param, group, key, on_device, before)
+            idle = Idle(param, number, on_device, state, state[AVERAGED])
+            plan.averages.append(idle)
         members = [
             Member.make(
                 states.state_of(
@@ -163,6 +182,9 @@ def build(
         for state, was in reversed(before):
             state.clear()
             state.update(was)
+        # An entry without anything in it would pass for one that has been stepped.
+        while len(optimizer.__dict__["state"]) > n_states:
+            optimizer.__dict__["state"].popitem()
         raise
     return plan
 
@@ -302,6 +324,11 @@ class _Kind(NamedTuple):
     on_device: bool
     extras: Extras
 
+    @property
+    def numbers(self) -> tuple[tuple[str, ...], bool]:
+        """What is counted of each parameter beside its steps; launches that agree share it."""
+        return self.update.carried, self.extras.averaged
+
 
 def _make_steps(
     optimizer: FusedOptimizer, launches: list[tuple[_Kind, list[Member]]]
@@ -318,24 +345,30 @@ def _make_steps(
         seen.update(map(id, mine))
         owners.append(mine)
     twice = len(seen) < sum(map(len, owners))
-    shared: dict[tuple[str, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for (kind, _), mine in zip(launches, owners, strict=True):
+    counts = [
+        [optimizer.hidden[member.param] for member in members] if kind.extras.averaged else []
+        for kind, members in launches
+    ]
+    shared: dict[tuple[Any, ...], dict[int, tuple[Any, Any]]] = defaultdict(dict)
+    for (kind, _), mine, held in zip(launches, owners, counts, strict=True):
         if not kind.on_device:
-            shared[kind.update.carried].update((id(owner), owner) for owner in mine)
-    numbers = {
-        carried: Numbers(list(distinct.values()), ("step", *carried))
-        for carried, distinct in shared.items()
-    }
+            both = zip(mine, held or mine, strict=True)
+            shared[kind.numbers].update((id(pair[0]), pair) for pair in both)
+    numbers = {}
+    for (carried, averaged), pairs in shared.items():
+        mine, held = map(list, zip(*pairs.values(), strict=True))
+        numbers[carried, averaged] = Numbers(mine, ("step", *carried), held if averaged else ())
     steps: list[Steps | DeviceSteps] = []
-    for (kind, members), mine in zip(launches, owners, strict=True):
+    for (kind, members), mine, held in zip(launches, owners, counts, strict=True):
         groups = [member.group for member in members]
         if kind.on_device:
-            steps.append(DeviceSteps(kind.update, mine, groups, kind.device))
+            steps.append(DeviceSteps(kind.update, mine, held, groups, kind.device))
         else:
-            places = list(shared[kind.update.carried])
-            row_of = {place: row for row, place in enumerate(places)}
+            row_of = {place: row for row, place in enumerate(shared[kind.numbers])}
             rows = [row_of[id(owner)] for owner in mine]
-            steps.append(Steps(kind.update, numbers[kind.update.carried], rows, groups, twice))
+            steps.append(Steps(kind.update, numbers[kind.numbers], rows, groups, twice))
+        for member, count in zip(members, held, strict=False):
+            states.show_count(member.state, count)
     return steps
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from fastopt.optim import passes, scaled, sharding
+from fastopt.optim import interrupts, passes, scaled, sharding
+from fastopt.optim.backward_steps import BackwardSteps
 from fastopt.optim.plan import Place, Plan
 from fastopt.optim.reduction import (
     Reduction,
@@ -44,6 +45,7 @@ class Released:
         self._reduction_of = {param: each for each in self._reductions for param in each.params}
         self._sharded = fsdp_modules(model)
         self._by_fsdp = fsdp_params(self._sharded)
+        self.averages = BackwardSteps(optimizer)
         self.plans: dict[Tensor, Plan] = {}
         self._places: dict[Tensor, Place] = {}
         self._handles: dict[Tensor, RemovableHandle] = {}
@@ -150,12 +152,16 @@ class Released:
         self._stepped.clear()
 
     def _step(self, param: Tensor) -> None:
-        with torch.no_grad():
-            plan = self._optimizer.plan_of(self._places[param], self.plans.get(param))
+        optimizer = self._optimizer
+        self.averages.add(param)
+        with optimizer._lock, torch.no_grad():
+            plan = optimizer.plan_of(self._places[param], self.plans.get(param))
             self._check_norms(plan.looks)
             self.plans[param] = plan
-            self._optimizer.run_plan(plan)
-        param.grad = None
+            # A gradient that was stepped and stays would be stepped again.
+            with interrupts.deferred():
+                optimizer.run_plan(plan)
+                param.grad = None
 
     def check_step(self) -> None:
         """Raises RuntimeError where step() must not step the gradients that are left: a GradScaler

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastopt.optim import formats, passes
-from fastopt.optim.update import Update
+from fastopt.optim import formats, layout, passes
+from fastopt.optim.bucket import check_state
+from fastopt.optim.passes import AVERAGED, N_AVERAGED
+from fastopt.optim.steps import move_number
+from fastopt.optim.update import Update, number
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
@@ -58,17 +61,94 @@ def prepare(
     passes.convert_kept(state, param, key.extras)
     scales = formats.names_of(update, key.stored)
     for name in (*update.carried, *(name for name in names if name not in scales)):
-        if state.get(name) is None:
+        if name == AVERAGED:
+            prepare_average(optimizer, param, group, state, before)
+        elif state.get(name) is None:
             state[name] = _first(optimizer, name, param, group)
         if name in update.state_names:
             formats.conform(state, name, key.format_of(name), update, param)
 
 
-def _first(optimizer: FusedOptimizer, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-    if name == passes.AVERAGED:
+def prepare_average(
+    optimizer: FusedOptimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    state: State,
+    before: list[tuple[State, State]],
+) -> None:
+    """Make the average a parameter lacks, and the number of steps in it.
+
+    before: takes what each dict held, to be put back on an error
+    """
+    numbers = optimizer.hidden.setdefault(param, {})
+    before += [(numbers, dict(numbers)), (state, dict(state))]
+    count: Any = None
+    if state.get(AVERAGED) is None:
         # In 16 bits an average stands still: a step of 1e-3 of it is rounded away.
         low = param.dtype in (torch.bfloat16, torch.float16)
-        return param.detach().to(torch.float32) if low else param.detach().clone()
+        state[AVERAGED] = param.detach().float() if low else param.detach().clone()
+        count = optimizer.initial_number(0.0, param, group)
+    elif (count := state.get(N_AVERAGED)) is None and (count := numbers.get(N_AVERAGED)) is None:
+        count = _count_of_loaded(optimizer, param, group, state)
+    numbers[N_AVERAGED] = count
+    state.pop(N_AVERAGED, None)
+    if group.get("ema_warmup"):
+        state[N_AVERAGED] = count
+
+
+def prepare_idle(
+    optimizer: FusedOptimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    key: GroupKey,
+    on_device: bool,
+    before: list[tuple[State, State]],
+) -> State:
+    """The same for a parameter that has an average, but no gradient; gives its state.
+
+    on_device: whether the steps in the average are counted there
+    """
+    state: State = optimizer.__dict__["state"][param]
+    before.append((state, dict(state)))
+    # torch's classes expect a step and what is carried in a state that has anything.
+    if key.update.counted and "step" not in state:
+        state["step"] = optimizer.initial_number(0.0, param, group)
+        state.update((name, _first(optimizer, name, param, group)) for name in key.update.carried)
+    prepare_average(optimizer, param, group, state, before)
+    check_state(AVERAGED, state[AVERAGED], param)
+    numbers = optimizer.hidden[param]
+    device = layout.local(param).device if on_device else torch.device("cpu")
+    move_number(numbers, N_AVERAGED, device)
+    show_count(state, numbers)
+    return state
+
+
+def show_count(state: State, numbers: State) -> None:
+    """Let a state that shows how many steps are in its average show what is counted now."""
+    if N_AVERAGED in state:
+        state[N_AVERAGED] = numbers[N_AVERAGED]
+
+
+def _count_of_loaded(
+    optimizer: FusedOptimizer, param: Tensor, group: dict[str, Any], state: State
+) -> Any:
+    """Steps in an average that was saved without their number, as if it moved in every step of its
+    parameter; where these are not counted either, its warm-up is over."""
+    if (step := state.get("step")) is not None:
+        return torch.as_tensor(step).detach().clamp(min=1.0)
+    return optimizer.initial_number(max(1.0, group.get("ema_warmup") or 0), param, group)
+
+
+def has_average(optimizer: FusedOptimizer, param: Tensor) -> bool:
+    """Whether any step is in the average of a parameter."""
+    held = optimizer.__dict__["state"].get(param, {})
+    if held.get(AVERAGED) is None:
+        return False
+    numbers = optimizer.hidden.get(param, {})
+    return number(numbers.get(N_AVERAGED, held.get(N_AVERAGED, 1.0))) > 0.0
+
+
+def _first(optimizer: FusedOptimizer, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
     if name in passes.OWN_DTYPE:
         return torch.zeros_like(param, dtype=passes.OWN_DTYPE[name])
     return optimizer.initial_state(name, param, group)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim.passes import extra_scalars
+from fastopt.optim.passes import N_AVERAGED, extra_scalars
 from fastopt.optim.update import Update, sign
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -25,9 +25,15 @@ class Numbers:
 
     owners: the dicts that hold them; what they hold is copied and replaced by views, but for
     tensors in shared memory, which are written after each step.
+    averages: the dicts that hold the number of steps in an average; none for no averages
     """
 
-    def __init__(self, owners: Sequence[dict[str, Any]], names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        owners: Sequence[dict[str, Any]],
+        names: tuple[str, ...],
+        averages: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.owners, self.names = owners, names
         given = owners[0]["step"]
         dtype = given.dtype if isinstance(given, Tensor) else torch.float32
@@ -36,16 +42,24 @@ class Numbers:
         # Numbers in shared memory are other processes' too: they stay where they are.
         self.shared: list[tuple[Tensor, Tensor]] = []
         for name in names:
-            values = [_number(owner[name], dtype, torch.device("cpu")) for owner in owners]
-            self.flat.append(torch.stack(values))
-            held = list(self.flat[-1].unbind())
-            for row, owner in enumerate(owners):
-                given = owner[name]
-                if isinstance(given, Tensor) and _in_shared_memory(given):
-                    self.shared.append((given, held[row]))
-                    held[row] = given
-                owner[name] = held[row]
-            self.views.append(tuple(held))
+            flat, views = self._join(owners, name, dtype)
+            self.flat.append(flat)
+            self.views.append(views)
+        self.averaged = self._join(averages, N_AVERAGED, dtype)[0] if averages else None
+
+    def _join(
+        self, owners: Sequence[dict[str, Any]], name: str, dtype: torch.dtype
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A flat tensor of one number of every owner, and what each owner then holds of it."""
+        flat = torch.stack([_number(owner[name], dtype, torch.device("cpu")) for owner in owners])
+        held = list(flat.unbind())
+        for row, owner in enumerate(owners):
+            given = owner[name]
+            if isinstance(given, Tensor) and _in_shared_memory(given):
+                self.shared.append((given, held[row]))
+                held[row] = given
+            owner[name] = held[row]
+        return flat, tuple(held)
 
     def pull(self) -> None:
         """Take over what other processes have counted."""
@@ -66,6 +80,15 @@ class Numbers:
         )
 
 
+def move_number(owner: dict[str, Any], name: str, device: torch.device) -> None:
+    """Have a number where a device counts it, as it is there where it is already."""
+    value = owner[name]
+    if not isinstance(value, Tensor) or value.dtype is not torch.float32:
+        owner[name] = _number(value, torch.float32, device)
+    elif value.device != device:
+        owner[name] = value.to(device)
+
+
 def _in_shared_memory(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and bool(tensor.untyped_storage().is_shared())
 
@@ -78,13 +101,15 @@ class DeviceSteps:
     """The numbers of one launch where the device counts them: they stay where they are, since a
     captured graph may hold their addresses.
 
-    owners: the dicts that hold them; groups: (n,) the parameter group of each.
+    owners: the dicts that hold them; averages: those that hold the number of steps in an average,
+    none for no averages; groups: (n,) the parameter group of each.
     """
 
     def __init__(
         self,
         update: Update,
         owners: Sequence[dict[str, Any]],
+        averages: Sequence[dict[str, Any]],
         groups: Sequence[int],
         device: torch.device,
     ) -> None:
@@ -92,13 +117,16 @@ class DeviceSteps:
         self._names, self._owners = ("step", *update.carried), owners
         for owner in owners:
             for name in self._names:
-                value = owner[name]
-                if not isinstance(value, Tensor) or value.dtype is not torch.float32:
-                    owner[name] = _number(value, torch.float32, device)
-                elif value.device != device:
-                    owner[name] = value.to(device)
+                move_number(owner, name, device)
+        for owner in averages:
+            move_number(owner, N_AVERAGED, device)
         self._tensors = self._held()
         self._addresses = self._read_addresses()
+        self._averaged = [owner[N_AVERAGED] for owner in averages]
+        columns = [tensor.data_ptr() for tensor in self._averaged]
+        self._table = self._addresses
+        if averages:
+            self._table = np.column_stack([self._addresses, columns])
 
     def _held(self) -> list[Tensor]:
         return [owner[name] for owner in self._owners for name in self._names]
@@ -116,8 +144,8 @@ class DeviceSteps:
     def addresses(self, active: Array | None) -> Array:
         """(n, numbers) int64; 0 for a parameter that is not stepped this time."""
         if active is None:
-            return self._addresses
-        return np.where(active[:, None], self._addresses, 0)
+            return self._table
+        return np.where(active[:, None], self._table, 0)
 
 
 class Steps:
@@ -142,6 +170,8 @@ class Steps:
         if np.array_equal(self.rows, np.arange(rows[0], rows[0] + len(rows))):
             self._all = slice(rows[0], rows[0] + len(rows))
         self._arrays = [tensor.numpy() for tensor in numbers.flat]
+        # Steps in the averages, which move without a gradient too.
+        self._averaged = None if numbers.averaged is None else numbers.averaged.numpy()
         counts = self._arrays[0][self._all]
         self._view = counts if isinstance(self._all, slice) else None
         self._classes: list[tuple[int, int, Array]] | None = None
@@ -177,7 +207,8 @@ class Steps:
         for row, (group, first, kin) in enumerate(self._classes):
             numbers = [array.item(first) for array in self._arrays]
             values = self.update.scalars(*numbers, *self.update.floats(groups[group]))
-            extra = extra_scalars(groups[group], launch.extras, numbers[0])
+            count = 0.0 if self._averaged is None else self._averaged.item(first)
+            extra = extra_scalars(groups[group], launch.extras, count)
             launch.scalars[row] = (sign(groups[group]) * factors[group], *values[:n], *extra)
             for array, value in zip(self._arrays[1:], values[n:], strict=True):
                 array[kin] = value
@@ -189,6 +220,8 @@ class Steps:
     def _count(self, active: Array | None, exposed: bool) -> None:
         """Add one to the active steps; forget who is alike where that may have changed."""
         steps = self._arrays[0]
+        if self._averaged is not None:
+            self._averaged[self._all if active is None else self.rows[active]] += 1
         if active is not None:
             self._classes, self._expected = None, None
             steps[self.rows[active]] += 1
@@ -208,7 +241,8 @@ class Steps:
         """Parameters alike in group, step and carried numbers share a row of scalars: for each row
         its group, and where the numbers of the first and of all of its parameters lie."""
         here = np.arange(len(self.rows)) if active is None else np.flatnonzero(active)
-        table = np.stack([self.groups[here], *(n[self.rows[here]] for n in self._arrays)], axis=1)
+        numbers = [n for n in (*self._arrays, self._averaged) if n is not None]
+        table = np.stack([self.groups[here], *(n[self.rows[here]] for n in numbers)], axis=1)
         if (table == table[0]).all():
             launch.index[here] = 0
             return [(int(table[0, 0]), int(self.rows[here[0]]), self.rows[here])]

@@ -15,6 +15,7 @@ import torch
 from bench.gpu_interpret import is_interpreted, route_cpu_to_triton
 
 INTERPRETED = [
+    "test_averages.py",
     "test_documented.py",
     "test_engine.py",
     "test_formats.py",

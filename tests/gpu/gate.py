@@ -161,7 +161,8 @@ def run_on_device(
     launch: engine.Launch, update: Update, scaled: bool, verdict: measure.Verdict | None = None
 ) -> None:
     one = torch.ones(1) if scaled else None
-    numbers = np.zeros((1, 1 + len(update.carried)), dtype=np.int64)
+    n_numbers = 1 + len(update.carried) + launch.extras.averaged
+    numbers = np.zeros((1, n_numbers), dtype=np.int64)
     groups = np.zeros(1, dtype=np.int64)
     row = [1.0] * (1 + len(update.hyper_names) + launch.extras.n_hypers)
     bases = groups if launch.draws else None

@@ -14,6 +14,7 @@ import fastopt
 from bench.gpu_oracle import CASES, Case, Checked
 from fastopt.optim import FusedOptimizer, xp
 from fastopt_kernels.gpu import engine, tables
+from tests.optim.test_averages import Oracle
 
 # The last has a full block, and a tail.
 SHAPES = ((17, 5), (3,), (), (0,), (517,))
@@ -284,7 +285,7 @@ def test_clipping_by_value_and_averages(name: str, dtype: torch.dtype) -> None:
     params, plain = parameters(dtype), parameters(dtype)
     ours = cls(params, lr=0.01, clip_value=limit, ema_decay=decay)
     theirs = cls(plain, lr=0.01)
-    averages = [p.detach().float().clone() for p in params]
+    oracle = Oracle(plain, decay)
     for step in range(1, 6):
         for owned in (params, plain):
             for param, grad in zip(owned, gradients(owned, step), strict=True):
@@ -292,14 +293,12 @@ def test_clipping_by_value_and_averages(name: str, dtype: torch.dtype) -> None:
         torch.nn.utils.clip_grad_value_(plain, limit)
         ours.step()
         theirs.step()
-        for average, param in zip(averages, plain, strict=True):
-            if param.grad is not None:
-                average.lerp_(param.detach().float(), 1.0 - decay)
+        oracle.update()
     room = 4 * torch.finfo(dtype).eps
-    for mine, other, average in zip(params, plain, averages, strict=True):
+    for mine, other, average in zip(params, plain, oracle.averages, strict=True):
         assert torch.equal(mine.detach(), other.detach())
         torch.testing.assert_close(
-            ours.state[mine]["averaged"].float(), average, rtol=room, atol=room
+            ours.state[mine]["averaged"].double(), average, rtol=room, atol=room
         )
 
 

@@ -202,7 +202,8 @@ class Launch:
     ) -> None:
         """Count the steps and compute the scalars on the device, then update.
 
-        numbers: (n, 1 + carried) int64 addresses of float32 step and carried numbers, 0 for none
+        numbers: (n, 1 + carried) int64 addresses of float32 step and carried numbers, 0 for none,
+                 and with an average one more, of the steps in it
         groups:  (n,) int64 row of `hypers`
         hypers:  for each group the gradient's sign, the hyper-parameters and those of the extras
                  (a limit; a decay, and how long it is warmed up), tensors or floats
@@ -236,7 +237,7 @@ class Launch:
                 keys,
                 len(groups),
                 SCALARS=compiled_rule(scalars),
-                N_CARRIED=numbers.shape[1] - 1,
+                N_CARRIED=numbers.shape[1] - 1 - int(self.extras.averaged),
                 N_HYPERS=known.shape[1] - 1 - self.extras.n_hypers,
                 N_SCALARS=self.n_scalars,
                 HAS_SCALE=verdict is None and grad_scale is not None,

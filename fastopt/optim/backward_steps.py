@@ -1,0 +1,80 @@
+"""The averages of an optimizer that steps in backward (release_gradients)."""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from fastopt.optim import averages
+from fastopt.optim.plan import Place, Plan
+from fastopt.optim.scale import NO_SCALE
+
+if TYPE_CHECKING:
+    from fastopt.optim.base import FusedOptimizer
+
+
+class BackwardSteps:
+    """The parameters that a backward has stepped. A backward is a step: when it ends, the averages
+    of those it had no gradient for move."""
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self._optimizer = optimizer
+        self._stepped: set[Tensor] = set()
+        self._task: int | None = None
+
+    def add(self, param: Tensor) -> None:
+        """Note that the backward that runs is about to step a parameter.
+
+        Raises RuntimeError inside averaged(), and frees the gradient.
+        """
+        optimizer = self._optimizer
+        averages.refuse_inside(optimizer, "a backward that steps", param)
+        if not any(group.get("ema_decay") is not None for group in optimizer.param_groups):
+            return
+        if param in self._stepped and self._task is None:
+            self.end(param)
+        # Reentrant checkpointing runs backwards within the backward: theirs is not the end.
+        if not _is_nested() and (task := torch._C._current_graph_task_id()) != self._task:
+            if self._task is not None:  # one that failed
+                self.end(param)
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+        self._stepped.add(param)
+
+    def end(self, begun: Tensor | None = None) -> None:
+        """Move the averages of what has not been stepped, if anything has.
+
+        begun: a parameter whose gradient is of the next backward
+        """
+        stepped, self._stepped, self._task = self._stepped, set(), None
+        if stepped:
+            plan = self._plan(stepped, begun)
+            if moves := averages.moves_of(self._optimizer, plan, NO_SCALE, None):
+                moves.run()
+
+    def _plan(self, stepped: set[Tensor], begun: Tensor | None) -> Plan:
+        optimizer = self._optimizer
+        numbers = (k for k, group in enumerate(optimizer.param_groups) for _ in group["params"])
+        places = [
+            place
+            for place in map(Place, optimizer._all_params(), numbers, count())
+            # One with a gradient has its step before it.
+            if place.param not in stepped and (place.param.grad is None or place.param is begun)
+        ]
+        keys = optimizer._keys(False, [place.param for place in places])
+        plan = optimizer._make_plan(places, [None] * len(places), keys)
+        plan.ends_backward = True
+        return plan
+
+
+def _is_nested() -> bool:
+    """Whether the backward that runs was begun by a function of another one."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not BackwardCFunction.apply.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
