@@ -50,7 +50,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
-        self._add_option("capturable", capturable)
+        if capturable:
+            self._add_option("capturable", True)
         self._exposed = False
 
     def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:

@@ -64,7 +64,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._add_option("capturable", capturable)
+        if capturable:
+            self._add_option("capturable", True)
 
     def update_of(self, group: dict[str, Any]) -> Update:
         if group["momentum"] == 0:
