@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
 
-from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, autocast, by_torch, route_of, widen
+from fastopt.functional.routing import (
+    AS_NODE,
+    AS_OP,
+    BY_TORCH,
+    DTYPES,
+    autocast,
+    by_torch,
+    route_of,
+    widen,
+)
+from fastopt.functional.tracing import as_node
 from fastopt.ops import channel_norms
 
 
@@ -32,6 +42,8 @@ def batch_norm(
     """
     per_channel = (running_mean, running_var, weight, bias)
     route = route_of(input, *per_channel)
+    if route == AS_NODE:
+        return as_node(batch_norm, input, *per_channel, training, momentum, eps)
     fits = route != BY_TORCH and _fits(input, per_channel) and _are_numbers(momentum, eps)
     running = (running_mean, running_var)
     if fits and training:
@@ -67,6 +79,8 @@ def instance_norm(
     """
     per_channel = (running_mean, running_var, weight, bias)
     route = route_of(input, *per_channel)
+    if route == AS_NODE:
+        return as_node(instance_norm, input, *per_channel, use_input_stats, momentum, eps)
     fits = route != BY_TORCH and _fits(input, per_channel) and _are_numbers(momentum, eps)
     running = (running_mean, running_var)
     if fits and use_input_stats:
@@ -96,6 +110,8 @@ def group_norm(
     torch.nn.functional.group_norm; channels_last stays channels_last. Wu & He 2018, equation 7.
     """
     route = route_of(input, weight, bias)
+    if route == AS_NODE:
+        return as_node(group_norm, input, num_groups, weight, bias, eps)
     fits = (
         route != BY_TORCH
         and _fits(input, (weight, bias))
@@ -186,8 +202,7 @@ def _move(
     moments of their own."""
     mean, var = moments
     n = x.numel() // mean.numel()
-    with torch.no_grad():
-        for before, own in zip(running, (mean, var * (n / (n - 1))), strict=True):
-            if before is not None:
-                after = momentum * own.view(-1, x.shape[1]) + (1 - momentum) * before.to(own.dtype)
-                before.copy_(after.mean(0))
+    for before, own in zip(running, (mean, var * (n / (n - 1))), strict=True):
+        if before is not None:
+            after = momentum * own.view(-1, x.shape[1]) + (1 - momentum) * before.to(own.dtype)
+            before.copy_(after.mean(0))

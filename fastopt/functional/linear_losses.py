@@ -10,7 +10,17 @@ import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentat
 from torch import Tensor
 
 from fastopt.functional.losses import cross_entropy, terms_of
-from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, autocast, by_torch, route_of, widen
+from fastopt.functional.routing import (
+    AS_NODE,
+    AS_OP,
+    BY_TORCH,
+    DTYPES,
+    autocast,
+    by_torch,
+    route_of,
+    widen,
+)
+from fastopt.functional.tracing import as_node, unrecorded
 from fastopt.ops import linear_losses, losses
 
 
@@ -44,15 +54,12 @@ def linear_cross_entropy(
     """
     terms = terms_of(z_loss, softcap) if z_loss or softcap is not None else (0.0, 0.0)
     route = route_of(input, linear_weight, target, linear_bias, weight)
-    shape = _shape_of_logits(input, linear_weight, linear_bias)
-    probabilities = target.shape == shape
-    if probabilities and ignore_index is not None:
-        raise RuntimeError(
-            "ignore_index cannot be specified when target contains probabilities (got "
-            f"ignore_index={ignore_index} and a target {tuple(shape)}): leave it None."
-        )
-    ignored = -100 if ignore_index is None else ignore_index
     layer = linear_losses.Layer(input, linear_weight, target, linear_bias, weight)
+    if route == AS_NODE:
+        return _as_node(layer, reduction, ignore_index, label_smoothing, options, z_loss, softcap)
+    _check(layer, ignore_index)
+    shape = (*input.shape[:-1], *linear_weight.shape[:-1])  # of the logits
+    ignored = -100 if ignore_index is None else ignore_index
     given = (reduction, ignored, label_smoothing, *terms)
     if route == BY_TORCH:
         return by_torch("linear_cross_entropy", _composed, *layer, shape, *given)
@@ -77,25 +84,31 @@ def linear_cross_entropy(
     return loss.squeeze(0) if len(shape) == 1 and reduction == "none" else loss
 
 
-def _shape_of_logits(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
-) -> tuple[int, ...]:
-    """(N, C, d1, ...) without N where input has none; what torch refuses is refused."""
-    came = f"got input {tuple(input.shape)} and linear_weight {tuple(linear_weight.shape)}"
+def _as_node(layer: linear_losses.Layer, *given: Any) -> Tensor:
+    names = ("reduction", "ignore_index", "label_smoothing", "options", "z_loss", "softcap")
+    x, linear_weight, target, linear_bias, weight = layer
+    named = dict(zip(names, given, strict=True), linear_bias=linear_bias, weight=weight)
+    return as_node(linear_cross_entropy, x, linear_weight, target, **named)
+
+
+@unrecorded
+def _check(layer: linear_losses.Layer, ignore_index: int | None) -> None:
+    """Raise for what torch refuses, before anything is computed."""
+    input, linear_weight, target, linear_bias, _ = layer
     if not 1 <= input.dim() <= 2:
         raise RuntimeError(
-            f"expected input with dimensionality 1 or 2, got {input.dim()} ({came}): flatten the "
-            "batch, input.flatten(0, -2), and the target likewise."
+            f"expected input with dimensionality 1 or 2, got {input.dim()} ({_came(layer)}): "
+            "flatten the batch, input.flatten(0, -2), and the target likewise."
         )
     if linear_weight.dim() < 2:
         raise RuntimeError(
             "expected linear_weight with dimensionality at least 2, got "
-            f"{linear_weight.dim()} ({came}): it is (classes, features)."
+            f"{linear_weight.dim()} ({_came(layer)}): it is (classes, features)."
         )
     if input.shape[-1] != linear_weight.shape[-1]:
         raise RuntimeError(
             "expected equal input and linear_weight last dimensions (in_features), "
-            f"{came}: linear_weight is (classes, features)."
+            f"{_came(layer)}: linear_weight is (classes, features)."
         )
     out = linear_weight.shape[:-1]
     if linear_bias is not None and linear_bias.shape != out:
@@ -105,10 +118,19 @@ def _shape_of_logits(
         )
     if len(out) > 1 and input.dim() == 1:
         raise RuntimeError(
-            f"K-dimensional loss requires batched input, (N, {input.shape[-1]}); {came}: use "
-            "input[None], and the target likewise."
+            f"K-dimensional loss requires batched input, (N, {input.shape[-1]}); {_came(layer)}: "
+            "use input[None], and the target likewise."
         )
-    return (*input.shape[:-1], *out)
+    if ignore_index is not None and target.shape == (*input.shape[:-1], *out):
+        raise RuntimeError(
+            "ignore_index cannot be specified when target contains probabilities (got "
+            f"ignore_index={ignore_index} and a target {tuple(target.shape)}): leave it None."
+        )
+
+
+def _came(layer: linear_losses.Layer) -> str:
+    x, linear_weight = layer[:2]
+    return f"got input {tuple(x.shape)} and linear_weight {tuple(linear_weight.shape)}"
 
 
 def _cast(layer: linear_losses.Layer) -> tuple[linear_losses.Layer, torch.dtype]:

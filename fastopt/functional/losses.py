@@ -10,7 +10,17 @@ import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentat
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
-from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, autocast, by_torch, route_of, widen
+from fastopt.functional.routing import (
+    AS_NODE,
+    AS_OP,
+    BY_TORCH,
+    DTYPES,
+    autocast,
+    by_torch,
+    route_of,
+    widen,
+)
+from fastopt.functional.tracing import as_node
 from fastopt.ops import losses
 
 
@@ -47,6 +57,8 @@ def cross_entropy(
     if z_loss or softcap is not None:
         extra = terms_of(z_loss, softcap)
     route = route_of(input, target, weight)
+    if route == AS_NODE:
+        return as_node(cross_entropy, *args, z_loss=z_loss, softcap=softcap)
     if route == BY_TORCH:
         return by_torch("cross_entropy", _torchs(*extra), *args)
     x = input

@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, _describe, autocast, route_of, widen
+from fastopt.functional.routing import (
+    AS_NODE,
+    AS_OP,
+    BY_TORCH,
+    DTYPES,
+    _describe,
+    autocast,
+    route_of,
+    widen,
+)
+from fastopt.functional.tracing import as_node, unrecorded
 from fastopt.ops import masked_softmax as ops
 
 
@@ -28,8 +38,10 @@ def scaled_masked_softmax(
     Raises RuntimeError for dtypes and devices that do not fit, for a mask that does not broadcast
     to x, and for is_causal with fewer than two dimensions; TypeError for what is no tensor.
     """
-    _check(x, mask, is_causal)
     route = route_of(x, mask)
+    if route == AS_NODE:
+        return as_node(scaled_masked_softmax, x, mask, scale, is_causal)
+    _check(x, mask, is_causal)
     if autocast("softmax", x):
         x = widen(x)
     if route == BY_TORCH:
@@ -42,6 +54,7 @@ def scaled_masked_softmax(
     return ops.run_masked_softmax(x, mask, scale, is_causal)
 
 
+@unrecorded
 def _check(x: Tensor, mask: Tensor | None, is_causal: bool) -> None:
     """Raise for what kernels do not take, before anything is computed."""
     name = "fastopt.functional.scaled_masked_softmax"

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
 
-from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, autocast, by_torch, route_of, widen
+from fastopt.functional.routing import (
+    AS_NODE,
+    AS_OP,
+    BY_TORCH,
+    DTYPES,
+    autocast,
+    by_torch,
+    route_of,
+    widen,
+)
+from fastopt.functional.tracing import as_node
 from fastopt.ops import norms
 from fastopt.ops.registry import compute_dtype
 
@@ -28,6 +38,8 @@ def layer_norm(
     Ba, Kiros & Hinton 2016, equation 4.
     """
     route, x, shape = route_of(input, weight, bias), input, _as_shape(normalized_shape)
+    if route == AS_NODE:
+        return as_node(layer_norm, input, normalized_shape, weight, bias, eps)
     if (
         route == BY_TORCH
         or not isinstance(eps, (float, int))
@@ -66,6 +78,9 @@ def rms_norm(
     Zhang & Sennrich 2019, equation 4.
     """
     route, x, shape = route_of(input, weight), input, _as_shape(normalized_shape)
+    if route == AS_NODE:
+        args = (input, normalized_shape, weight, eps)
+        return as_node(rms_norm, *args, weight_offset=weight_offset)
     if (
         route == BY_TORCH
         or not isinstance(eps, (float, int, type(None)))

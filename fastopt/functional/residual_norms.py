@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from fastopt.functional.norms import _as_shape
-from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, _describe, autocast, route_of, widen
+from fastopt.functional.routing import (
+    AS_NODE,
+    AS_OP,
+    BY_TORCH,
+    DTYPES,
+    _describe,
+    autocast,
+    route_of,
+    widen,
+)
+from fastopt.functional.tracing import as_node, unrecorded
 from fastopt.ops import residual_norms
 from fastopt.ops.dropout import draw_seed
 from fastopt.ops.registry import compute_dtype
@@ -42,9 +52,13 @@ def add_layer_norm(
     """
     name, shape = "add_layer_norm", _as_shape(normalized_shape)
     tensors = (x, residual, weight, bias)
+    route = route_of(*tensors)
+    if route == AS_NODE:
+        args = (x, residual, normalized_shape, weight, bias, eps, dropout_p, training, seed)
+        return as_node(add_layer_norm, *args)
     _check(name, x, residual, shape, {"weight": weight, "bias": bias})
     seed = _seed(name, dropout_p, training, seed, x)
-    return _add_norm(name, *tensors, seed, len(shape), eps, 0.0, dropout_p, True)
+    return _add_norm(name, route, *tensors, seed, len(shape), eps, 0.0, dropout_p, True)
 
 
 def add_rms_norm(
@@ -64,16 +78,21 @@ def add_rms_norm(
     All as `add_layer_norm` has it; eps and weight_offset as `rms_norm`.
     """
     name, shape = "add_rms_norm", _as_shape(normalized_shape)
+    route = route_of(x, residual, weight)
+    if route == AS_NODE:
+        args = (x, residual, normalized_shape, weight, eps, dropout_p, training, seed)
+        return as_node(add_rms_norm, *args, weight_offset=weight_offset)
     _check(name, x, residual, shape, {"weight": weight})
     seed = _seed(name, dropout_p, training, seed, x)
     if eps is None:
         eps = torch.finfo(compute_dtype(residual_norms.sum_dtype(x, residual))).eps
     options = (len(shape), eps, weight_offset, dropout_p, False)
-    return _add_norm(name, x, residual, weight, None, seed, *options)
+    return _add_norm(name, route, x, residual, weight, None, seed, *options)
 
 
 def _add_norm(
     name: str,
+    route: int,
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -85,7 +104,7 @@ def _add_norm(
     p: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor]:
-    route, options = route_of(x, residual, weight, bias), (n_dims, eps, offset, p, centered)
+    options = (n_dims, eps, offset, p, centered)
     if autocast(name.removeprefix("add_"), x):
         # The sum is then of float32, as the norm of it is; x is read as it lies.
         residual = widen(residual)
@@ -126,6 +145,7 @@ def _seed(
     return draw_seed(seed, x.device) if training and p > 0.0 else None
 
 
+@unrecorded
 def _check(
     name: str,
     x: Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 from fastopt import backend
 
@@ -23,18 +24,21 @@ _AUTOCAST = {
     },
     "cpu": {"cross_entropy"},
 }
+_jit_tracing: Callable[[], bool] = torch._C._is_tracing  # a kernel's writes are not in the trace
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _n_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _overridden: Callable[..., bool] = torch.overrides.has_torch_function_variadic
+_NOT_OVERRIDDEN = torch._C._disabled_torch_function_impl
 
-# How a call runs: the kernels at once, as ops of the dispatcher, or torch's own function.
-DIRECT, AS_OP, BY_TORCH = range(3)
+# How a call runs: the kernels at once, as ops of the dispatcher, torch's own function, or as a node
+# that torch.fx records (`tracing.as_node`).
+DIRECT, AS_OP, BY_TORCH, AS_NODE = range(4)
 
 
 def route_of(*tensors: Tensor | None) -> int:
     if torch.compiler.is_compiling():
-        return BY_TORCH if _handed_over(tensors) else AS_OP
-    if _transforms_active() or forward_ad._current_level >= 0:
+        return BY_TORCH if _handed_over(tensors) or torch.onnx.is_in_onnx_export() else AS_OP
+    if _jit_tracing() or _transforms_active() or forward_ad._current_level >= 0:
         return BY_TORCH
     for tensor in tensors:
         if tensor is None:
@@ -47,7 +51,7 @@ def route_of(*tensors: Tensor | None) -> int:
 def _route_others(tensors: Sequence[Any]) -> int:
     """Where subclasses, or tensors of other devices, are among them."""
     if _handed_over(tensors):
-        return BY_TORCH
+        return AS_NODE if any(isinstance(x, Proxy) for x in tensors) else BY_TORCH
     for tensor in tensors:
         if type(tensor) in _PLAIN and not (tensor.is_cpu or tensor.is_cuda or tensor.is_meta):
             backend.kernels(tensor.device.type, "softmax")  # refuses
@@ -59,7 +63,10 @@ def _handed_over(tensors: Sequence[Any]) -> bool:
     for tensor in tensors:
         if tensor is None or type(tensor) in _PLAIN:
             continue
-        if not isinstance(tensor, Tensor) or _overridden(tensor):
+        if not isinstance(tensor, Tensor):
+            return True
+        # A mode overrides functions for all tensors: torch.export's, where fake ones go to the ops.
+        if _overridden(tensor) and type(tensor).__torch_function__ is not _NOT_OVERRIDDEN:
             return True
     return False
 

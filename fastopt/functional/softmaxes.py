@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
 
-from fastopt.functional.routing import AS_OP, BY_TORCH, DTYPES, autocast, by_torch, route_of, widen
+from fastopt.functional.routing import (
+    AS_NODE,
+    AS_OP,
+    BY_TORCH,
+    DTYPES,
+    autocast,
+    by_torch,
+    route_of,
+    widen,
+)
+from fastopt.functional.tracing import as_node
 from fastopt.ops import softmax as ops
 
 
@@ -21,7 +31,7 @@ def softmax(
     dtype: cast the input first. As torch.nn.functional.softmax, implicit `dim` and its warning
     included. Milakov & Gimelshein 2018, algorithm 2.
     """
-    return _softmax("softmax", F.softmax, False, input, dim, _stacklevel, dtype)
+    return _softmax(softmax, F.softmax, False, input, dim, _stacklevel, dtype)
 
 
 def log_softmax(
@@ -31,11 +41,11 @@ def log_softmax(
 
     dtype: cast the input first. As torch.nn.functional.log_softmax.
     """
-    return _softmax("log_softmax", F.log_softmax, True, input, dim, _stacklevel, dtype)
+    return _softmax(log_softmax, F.log_softmax, True, input, dim, _stacklevel, dtype)
 
 
 def _softmax(
-    name: str,
+    ours: Callable[..., Tensor],
     theirs: Callable[..., Tensor],
     log: bool,
     input: Tensor,
@@ -43,8 +53,10 @@ def _softmax(
     stacklevel: int,
     dtype: torch.dtype | None,
 ) -> Tensor:
+    name, route = ours.__name__, route_of(input)
+    if route == AS_NODE:
+        return as_node(ours, input, dim, stacklevel, dtype)
     stacklevel += 3  # the functions between the caller and torch's, which warns of dim=None
-    route = route_of(input)
     if route == BY_TORCH:
         return by_torch(name, theirs, input, dim, stacklevel, dtype)
     x = input
@@ -73,6 +85,8 @@ def logsumexp(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) ->
     """log sum exp(x) over the dimensions `dim`, without overflow. As torch.logsumexp."""
     args = (input, dim, keepdim)
     route = route_of(input)
+    if route == AS_NODE:
+        return as_node(logsumexp, *args)
     if route == BY_TORCH:
         return by_torch("logsumexp", torch.logsumexp, *args)
     x = widen(input) if autocast("logsumexp", input) else input
