@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from fastopt import functional
 from fastopt import parametrizations as parametrizations
+from fastopt.tracers import scriptable, traceable
 
 __all__ = [
     "AddLayerNorm",
@@ -29,24 +31,39 @@ __all__ = [
 ]
 
 
+@traceable
 class Softmax(torch.nn.Softmax):
     """fastopt.functional.softmax over `dim`."""
 
+    _scripted = scriptable(torch.nn.Softmax.forward)
+
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return self._scripted(input)
         return functional.softmax(input, self.dim, _stacklevel=6)
 
 
+@traceable
 class LogSoftmax(torch.nn.LogSoftmax):
     """fastopt.functional.log_softmax over `dim`."""
 
+    _scripted = scriptable(torch.nn.LogSoftmax.forward)
+
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return self._scripted(input)
         return functional.log_softmax(input, self.dim, _stacklevel=6)
 
 
+@traceable
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """fastopt.functional.cross_entropy."""
 
+    _scripted = scriptable(torch.nn.CrossEntropyLoss.forward)
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if is_scripting():
+            return self._scripted(input, target)
         return functional.cross_entropy(
             input,
             target,
@@ -57,30 +74,48 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
+@traceable
 class LayerNorm(torch.nn.LayerNorm):
     """fastopt.functional.layer_norm with this module's weight and bias."""
 
+    _scripted = scriptable(torch.nn.LayerNorm.forward)
+
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return self._scripted(input)
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+@traceable
 class RMSNorm(torch.nn.RMSNorm):
     """fastopt.functional.rms_norm with this module's weight."""
 
+    _scripted = scriptable(torch.nn.RMSNorm.forward)
+
     def forward(self, x: Tensor) -> Tensor:
+        if is_scripting():
+            return self._scripted(x)
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
+@traceable
 class GroupNorm(torch.nn.GroupNorm):
     """fastopt.functional.group_norm with this module's weight and bias."""
 
+    _scripted = scriptable(torch.nn.GroupNorm.forward)
+
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return self._scripted(input)
         return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def _batch_norm(module: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
     """What torch's class does, with fastopt.functional.batch_norm: batches are counted, and without
     a momentum running statistics are the mean over all of them."""
+    if is_scripting():
+        scripted: Tensor = module._scripted(input)  # type: ignore[operator]
+        return scripted
     module._check_input_dim(input)  # type: ignore[no-untyped-call]
     mean, var, counted = module.running_mean, module.running_var, module.num_batches_tracked
     momentum = 0.0 if module.momentum is None else module.momentum
@@ -96,25 +131,34 @@ def _batch_norm(module: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) ->
     )
 
 
+@traceable
 class BatchNorm1d(torch.nn.BatchNorm1d):
     """fastopt.functional.batch_norm with this module's weights and running statistics."""
 
+    _scripted = scriptable(torch.nn.BatchNorm1d.forward)
     forward = _batch_norm
 
 
+@traceable
 class BatchNorm2d(torch.nn.BatchNorm2d):
     """fastopt.functional.batch_norm with this module's weights and running statistics."""
 
+    _scripted = scriptable(torch.nn.BatchNorm2d.forward)
     forward = _batch_norm
 
 
+@traceable
 class BatchNorm3d(torch.nn.BatchNorm3d):
     """fastopt.functional.batch_norm with this module's weights and running statistics."""
 
+    _scripted = scriptable(torch.nn.BatchNorm3d.forward)
     forward = _batch_norm
 
 
 def _apply_instance_norm(module: torch.nn.modules.instancenorm._InstanceNorm, x: Tensor) -> Tensor:
+    if is_scripting():
+        scripted: Tensor = module._scripted(x)  # type: ignore[operator]
+        return scripted
     return functional.instance_norm(
         x,
         module.running_mean,
@@ -127,24 +171,31 @@ def _apply_instance_norm(module: torch.nn.modules.instancenorm._InstanceNorm, x:
     )
 
 
+@traceable
 class InstanceNorm1d(torch.nn.InstanceNorm1d):
     """fastopt.functional.instance_norm with this module's weights and running statistics."""
 
+    _scripted = scriptable(torch.nn.InstanceNorm1d._apply_instance_norm)
     _apply_instance_norm = _apply_instance_norm
 
 
+@traceable
 class InstanceNorm2d(torch.nn.InstanceNorm2d):
     """fastopt.functional.instance_norm with this module's weights and running statistics."""
 
+    _scripted = scriptable(torch.nn.InstanceNorm2d._apply_instance_norm)
     _apply_instance_norm = _apply_instance_norm
 
 
+@traceable
 class InstanceNorm3d(torch.nn.InstanceNorm3d):
     """fastopt.functional.instance_norm with this module's weights and running statistics."""
 
+    _scripted = scriptable(torch.nn.InstanceNorm3d._apply_instance_norm)
     _apply_instance_norm = _apply_instance_norm
 
 
+@traceable
 class AddLayerNorm(torch.nn.LayerNorm):
     """fastopt.functional.add_layer_norm with this module's weight and bias: where a residual branch
     joins, (branch, residual) to (the norm of the sum, the sum).
@@ -174,6 +225,7 @@ class AddLayerNorm(torch.nn.LayerNorm):
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
 
 
+@traceable
 class AddRMSNorm(torch.nn.RMSNorm):
     """fastopt.functional.add_rms_norm with this module's weight: where a residual branch joins,
     (branch, residual) to (the norm of the sum, the sum).

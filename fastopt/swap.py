@@ -12,6 +12,7 @@ import torch
 from fastopt import backend, nn
 from fastopt.adopt import OPTIMIZERS, adopt
 from fastopt.optim import FusedOptimizer
+from fastopt.tracers import register_quantization
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ _NEAR = (
 )
 _NEAR_NAMES = frozenset({"Softmin", "Softmax2d", "MultiheadAttention"})
 
+register_quantization(_MODULES)
 _logger = logging.getLogger("fastopt")
 
 
