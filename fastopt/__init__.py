@@ -12,6 +12,17 @@ on its device.
 from fastopt import functional, nn, optim
 from fastopt.amp import GradScaler
 from fastopt.swap import SwapReport, swap, swap_report, unswap
+from fastopt.wrappers import of
 
-__all__ = ["GradScaler", "SwapReport", "functional", "nn", "optim", "swap", "swap_report", "unswap"]
+__all__ = [
+    "GradScaler",
+    "SwapReport",
+    "functional",
+    "nn",
+    "of",
+    "optim",
+    "swap",
+    "swap_report",
+    "unswap",
+]
 __version__ = "0.1.0"

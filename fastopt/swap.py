@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from fastopt import backend, nn
+from fastopt import backend, nn, wrappers
 from fastopt.adopt import OPTIMIZERS, adopt
 from fastopt.optim import FusedOptimizer
 from fastopt.tracers import register_quantization
@@ -56,13 +56,15 @@ def swap(x: T) -> T:
     """Turn an optimizer or the modules of a model into fastopt's of those names, in place.
 
     An optimizer of torch.optim keeps its parameter groups, states and hooks, and so does what holds
-    it: a learning rate scheduler, a GradScaler. In a model, every torch.nn.Softmax, LogSoftmax,
-    CrossEntropyLoss, LayerNorm, RMSNorm, GroupNorm, BatchNorm and InstanceNorm takes fastopt.nn's
-    class: parameters, buffers, hooks and state_dict keys stay what they are, and
-    `swap_report(model)` says what was replaced, and what not and why (it is logged as "fastopt",
-    INFO). torch.nn.SyncBatchNorm.convert_sync_batchnorm takes ours as it takes torch's. Calls of
-    torch's functions are not modules: use fastopt.functional. What is ours already stays as it is.
-    Returns x.
+    it: a learning rate scheduler, a GradScaler. In a wrapper (accelerate's, Lightning's, timm's,
+    torch.distributed.optim's) the optimizer inside becomes ours, which `fastopt.of` gives.
+
+    In a model, every torch.nn.Softmax, LogSoftmax, CrossEntropyLoss, LayerNorm, RMSNorm, GroupNorm,
+    BatchNorm and InstanceNorm takes fastopt.nn's class: parameters, buffers, hooks and state_dict
+    keys stay what they are, and `swap_report(model)` says what was replaced, and what not and why
+    (it is logged as "fastopt", INFO). torch.nn.SyncBatchNorm.convert_sync_batchnorm takes ours as
+    it takes torch's. Calls of torch's functions are not modules: use fastopt.functional. What is
+    ours already stays as it is. Returns x.
 
     Raises TypeError for an object fastopt has no match for, RuntimeError where something fastopt
     does not know has wrapped the step of the optimizer.
@@ -71,16 +73,23 @@ def swap(x: T) -> T:
         for _, module, ours in _replaceable(x):
             module.__class__ = ours
         _logger.info("swap: %s", swap_report(x))
-    elif type(x) in OPTIMIZERS:
-        adopt(x)  # type: ignore[arg-type]
-    elif not isinstance(x, FusedOptimizer):
+        return x
+    path = wrappers.path_to(x, lambda each: type(each) in OPTIMIZERS or _is_ours(each))
+    if not path:
         known = ", ".join(sorted(f"torch.optim.{theirs.__name__}" for theirs in OPTIMIZERS))
         raise TypeError(
-            f"fastopt.swap has no match for {type(x).__module__}.{type(x).__qualname__}; it takes "
-            f"any torch.nn.Module, and exactly {known}. For a subclass, derive yours from "
+            f"fastopt.swap has no match for {wrappers.name_of(x)}; it takes any torch.nn.Module, "
+            f"exactly {known}, and what wraps one of these: the attributes "
+            f"{', '.join(wrappers.NAMES)} are looked in. For a subclass, derive yours from "
             "fastopt.optim's class instead."
         )
+    if not _is_ours(path[-1]):
+        adopt(path[-1], path[:-1])
     return x
+
+
+def _is_ours(x: object) -> bool:
+    return isinstance(x, FusedOptimizer)
 
 
 def unswap(model: T) -> T:
