@@ -124,6 +124,8 @@ def interrupt(run: Run, chance: random.Random) -> bool:
 
 def main(name: str, cls: type = fastopt.optim.AdamW) -> str:
     """What went wrong, or nothing."""
+    # A process that was started in the background ignores the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     chance = random.Random(name)
     run, twin = Run(name, cls), Run(name, cls)
