@@ -8,7 +8,7 @@ which goes on towards the parameter, as that of torch.optim.swa_utils.AveragedMo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from fastopt.optim.passes import AVERAGED, N_AVERAGED
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.bucket import Bucket
     from fastopt.optim.passes import Verdict
     from fastopt.optim.plan import Plan
     from fastopt.optim.scale import Scale
@@ -60,15 +61,18 @@ def moves_of(
     idle = plan.averages
     for bucket in plan.buckets:
         if bucket.active is not None and bucket.launch.extras.averaged:
-            idle = idle + [
-                Idle(m.param, m.group, bucket.on_device, m.state, m.state[AVERAGED])
-                for m, here in zip(bucket.members, bucket.active, strict=True)
-                if not here
-            ]
+            idle = [*idle, *_missing(bucket, bucket.active)]
     # Under release_gradients a step has been taken already: by a backward, when that ended.
     if not idle or (optimizer._released is not None and not plan.ends_backward):
         return None
     return Moves(optimizer, idle, scale, verdict)
+
+
+def _missing(bucket: Bucket, active: Iterable[bool]) -> Iterator[Idle]:
+    for member, here in zip(bucket.members, active, strict=True):
+        if not here:
+            average = member.state[AVERAGED]
+            yield Idle(member.param, member.group, bucket.on_device, member.state, average)
 
 
 class Moves:

@@ -220,13 +220,14 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     @hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's loss, if any."""
-        averages.refuse_inside(self, "step()")
+        if self._averaging is not None:
+            averages.refuse_inside(self, "step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        averages.end_backward(self)
         if self._released is not None:
+            self._released.averages.end()
             self._released.check_step()
         if _cuda_in_use() and torch.cuda.is_current_stream_capturing():
             self._check_capturable()

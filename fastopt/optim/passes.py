@@ -218,10 +218,12 @@ def keys_of(seed: Any, steps: np.ndarray[Any, Any], positions: np.ndarray[Any, A
 
 def average_weight(group: Mapping[str, Any], count: float) -> float:
     """What the parameter weighs in step `count` of its average, which begins with the first."""
+    decay = group["ema_decay"]
+    if type(decay) is not float:
+        decay = number(decay)
     if count == 1.0:
-        return 1.0
-    decay = number(group["ema_decay"])
-    if count <= (group.get("ema_warmup") or 0):
+        decay = 0.0
+    elif (warmup := group.get("ema_warmup")) and count <= warmup:
         decay = min(decay, (1.0 + count) / (10.0 + count))
     return 1.0 - decay
 
@@ -229,7 +231,9 @@ def average_weight(group: Mapping[str, Any], count: float) -> float:
 def extra_scalars(group: Mapping[str, Any], extras: Extras, count: float) -> list[float]:
     """The scalars of the extras, in their order; count: steps in the average, with this one."""
     scalars = [number(group["clip_value"])] if extras.clipped else []
-    return [*scalars, average_weight(group, count)] if extras.averaged else scalars
+    if extras.averaged:
+        scalars.append(average_weight(group, count))
+    return scalars
 
 
 def extra_hypers(group: Mapping[str, Any], extras: Extras) -> list[Any]:

@@ -174,6 +174,9 @@ class Steps:
         self._averaged = None if numbers.averaged is None else numbers.averaged.numpy()
         counts = self._arrays[0][self._all]
         self._view = counts if isinstance(self._all, slice) else None
+        self._averaged_view = None
+        if self._view is not None and self._averaged is not None:
+            self._averaged_view = self._averaged[self._all]
         self._classes: list[tuple[int, int, Array]] | None = None
         self._expected: Array | None = None
 
@@ -220,7 +223,9 @@ class Steps:
     def _count(self, active: Array | None, exposed: bool) -> None:
         """Add one to the active steps; forget who is alike where that may have changed."""
         steps = self._arrays[0]
-        if self._averaged is not None:
+        if active is None and self._averaged_view is not None:
+            np.add(self._averaged_view, 1, out=self._averaged_view)
+        elif self._averaged is not None:
             self._averaged[self._all if active is None else self.rows[active]] += 1
         if active is not None:
             self._classes, self._expected = None, None
