@@ -74,10 +74,7 @@ def _give(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 
 def _values(state: dict[str, Any], name: str) -> Tensor:
-    value: Tensor = state[name]
-    if formats.is_eight_bit(value):
-        return formats.decode(value.cpu(), state[formats.scale_name(name)].cpu())
-    return value.cpu()
+    return formats.value_in({key: value.cpu() for key, value in state.items()}, name)
 
 
 def _room(right: Tensor, codes: torch.dtype) -> Tensor:
@@ -104,7 +101,8 @@ def _follow(maker: _Maker, name: str, dtype: torch.dtype, factor: float = 1.0) -
                 if key == "step" or not p.numel():
                     continue
                 got, right = _values(ours.state[p], key), value.cpu()
-                if ((got - right).abs() > 1.01 * _room(right, ours.state[p][key].dtype)).any():
+                codes = ours.state[p][formats.codes_name(key)].dtype
+                if ((got - right).abs() > 1.01 * _room(right, codes)).any():
                     raise AssertionError(f"{name} {dtype}: {key} is off by more than a code")
                 value.copy_(factor * got)
 

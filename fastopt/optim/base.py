@@ -12,16 +12,26 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.optim import averages, checkpoints, formats, interrupts, odd, passes, sharding
+from fastopt.optim import (
+    averages,
+    checkpoints,
+    formats,
+    interrupts,
+    odd,
+    passes,
+    saving,
+    sharding,
+)
 from fastopt.optim import plan as plans
 from fastopt.optim.bucket import Bucket
+from fastopt.optim.counting import count
 from fastopt.optim.hooks import hooked
-from fastopt.optim.look import DeviceVerdict, Looking
+from fastopt.optim.look import DeviceVerdict, Looking, Reported
 from fastopt.optim.passes import Verdict
 from fastopt.optim.plan import GroupKey, Place, Plan, build
 from fastopt.optim.release import Released
 from fastopt.optim.scale import NO_SCALE, Scale
-from fastopt.optim.telemetry import Telemetry, collect
+from fastopt.optim.telemetry import ParameterTelemetry, Telemetry, collect, rows_of
 from fastopt.optim.update import Update, number_dtype
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
@@ -80,6 +90,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     _averaging: averages.Averaging | None = None
     # Options by keyword, while constructors run: each group begins with them.
     _given: Mapping[str, Any] = MappingProxyType({})
+    # Telemetry of the last step before this optimizer was copied or unpickled.
+    _watched: dict[Tensor, ParameterTelemetry] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -161,6 +173,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         passes.check(group)
         formats.check(self.update_of(group), group, type(self).__name__)
+        if group.get("state_dtype") is not None:
+            group["state_dtype"] = formats.named(group["state_dtype"])
 
     def _add_option(self, name: str, value: Any) -> None:
         """An option torch's class does not have; groups show it only where it is given."""
@@ -170,6 +184,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
 
     def _set_options(self, options: Mapping[str, Any]) -> None:
         """What stands around the update, for the groups that have none of their own."""
+        if options.get("state_dtype") is not None:
+            options = {**options, "state_dtype": formats.named(options["state_dtype"])}
         passes.check({**self.defaults, **options})
         for name, value in passes.chosen(options, self.defaults).items():
             self._add_option(name, value)
@@ -183,33 +199,52 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         if any(group.get(name) for group in self.param_groups for name in clips):
             self._step_supports_amp_scaling = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last step saw is in a plan, which is about addresses and stays behind.
+        kept: dict[str, Any] = {"_watched": rows_of(self)}
+        if self._verdict is not None:
+            kept["_verdict"] = Reported(self._verdict.report())
+        return {**super().__getstate__(), **{k: v for k, v in kept.items() if v is not None}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            if "state_dtype" in group:
+                group["state_dtype"] = formats.named(group["state_dtype"])
+        for key, held in self.__dict__["state"].items():
+            if isinstance(held, dict) and (new := formats.renamed(held)).keys() != held.keys():
+                self.__dict__["state"][key] = new
         self._forget(exposed=True)
         self._note_amp()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; states as they are stored, and a version where that is not torch's way."""
+        """As torch's; states as they are stored, and a version where that is not torch's way.
+
+        States of 8 bits have names of their own, and a last group without parameters: torch's class
+        refuses them. `torch_state_dict` is what it takes.
+        """
         averages.end_backward(self)
-        return checkpoints.stamped(super().state_dict())
+        return saving.stamped(super().state_dict())
 
     def torch_state_dict(self) -> dict[str, Any]:
         """What torch.optim's class of this name would save: its states in floating point, its
         options, and nothing else. Parameters are saved by the model, rounded as they are."""
-        return checkpoints.plain(self)
+        return saving.plain(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim's class of that name, of any format.
 
-        How this optimizer stores stays as it was constructed (state_dtype, param_rounding): states
-        of another format are converted at the next step. torch casts every state but "step" to the
-        parameter's dtype and device; averages, numbers that are one a parameter and, with
-        state_dtype, all states keep the dtype they were saved in until then.
+        How this optimizer steps and stores stays as it was constructed, group by group: clipping,
+        skipping, averages, rounding, state_dtype, telemetry. Hyper-parameters of torch's class are
+        the state_dict's. States of another format are converted at the next step. torch casts every
+        state but "step" to the parameter's dtype and device; averages, numbers that are one a
+        parameter and, with state_dtype, all states keep the dtype they were saved in until then.
 
-        Raises ValueError for a state_dict of a later version, RuntimeError inside averaged().
+        Raises ValueError for a state_dict of a later version, for states that do not fit their
+        parameter, and what the constructor would for the options and hyper-parameters of a group;
+        RuntimeError inside averaged(). Nothing is loaded then.
         """
         averages.refuse_inside(self, "load_state_dict()")
         checkpoints.load(self, state_dict, super().load_state_dict)
@@ -261,11 +296,13 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             verdict = self._judge(plan, seen, scale) if plan.looks else None
             if verdict is not None and verdict.skip:
                 return
+            for each in plan.odd:
+                odd.check(self, each, plan.keys[each.group], scale)
             moves = averages.moves_of(self, plan, scale, verdict) if plan.averaged else None
-            for bucket in plan.buckets:
+            for bucket in count(plan, self.param_groups, scale, verdict, self._exposed):
                 self._run(bucket, scale, verdict)
             for each in plan.odd:
-                odd.step(self, each, plan.keys[each.group].update, scale)
+                odd.step(self, each, plan.keys[each.group], scale)
             if moves is not None:
                 moves.run()
         finally:
@@ -283,16 +320,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         "group.index". Of a sharded parameter it is about this rank's part, and says so (`shard`):
         no rank waits for another here. Raises RuntimeError where no step has looked.
         """
-        plans = [self._plan] if self._plan is not None else []
-        if self._released is not None:
-            plans += self._released.plans.values()
-        buckets = [bucket for plan in plans for bucket in plan.buckets]
-        if not any(bucket.launch.extras.watched for bucket in buckets):
-            raise RuntimeError(
-                f"no step of this {type(self).__name__} has been watched: construct it with "
-                "telemetry=True, and call step()."
-            )
-        return collect(self, buckets, named)
+        return collect(self, named)
 
     def release_gradients(
         self,
@@ -408,23 +436,17 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             for bucket in plan.buckets:
                 if not bucket.refresh(grads, exposed=False):
                     raise AssertionError("a plan must fit the gradients it was just built for")
+        self._watched = None
         return plan
 
     def _run(self, bucket: Bucket, scale: Scale, verdict: Verdict | DeviceVerdict | None) -> None:
-        """One launch: stage, count, update, and tell autograd what was written."""
-        if bucket.empty:
-            return
-        factors = [1.0] * len(self.param_groups)
+        """One launch that was counted: stage, update, and tell autograd what was written."""
         seen = verdict.on(bucket.launch.device) if isinstance(verdict, DeviceVerdict) else None
         if bucket.on_device:
-            bucket.run_on_device(self.param_groups, scale, seen)
+            bucket.run_on_device(scale, seen)
         elif seen is not None:
-            bucket.run(self.param_groups, factors, self._exposed, (seen, scale.grad_scale))
-        elif not scale.skip():
-            bucket.inverse_scale = inverse = scale.inverse()
-            if isinstance(verdict, Verdict):
-                factors = verdict.coefficients
-            bucket.run(self.param_groups, [inverse * c for c in factors], self._exposed)
+            bucket.run((seen, scale.grad_scale))
         else:
-            return
+            bucket.inverse_scale = scale.inverse()
+            bucket.run()
         increment_version(bucket.touched(states=self._exposed))

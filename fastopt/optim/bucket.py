@@ -105,11 +105,12 @@ class Member:
         if member.target is not member.source or not _readable(own, member.target):
             member.grad_buffer = torch.empty_like(member.target, dtype=own.dtype)
         member.state_names = state_names
-        coded = [name for name in state_names if formats.scale_name(name) in state_names]
-        whole, scales = {LOW_BITS, *coded}, set(map(formats.scale_name, coded))
+        coded = formats.coded_names(state_names)
+        whole = {LOW_BITS, *map(formats.codes_name, coded)}
+        scales = set(map(formats.scale_name, coded))
         for name in state_names:
             if name in scales:
-                _check_scale(name, state[name], param)
+                _check_scale(name, state.get(name), param)
                 member.states.append(state[name])
                 continue
             check_state(name, state[name], param)
@@ -166,6 +167,10 @@ class Bucket:
         steps: Steps | DeviceSteps,
     ) -> None:
         self.members, self.update, self.launch, self.steps = members, update, launch, steps
+        self._draws = bool(launch.draws)
+        # Of the step that was prepared: what chance follows from, and what a device computes with.
+        self._seeds: Any = np.uint64(0)
+        self._hypers: list[list[Any]] = []
         # What the gradients of the last step were multiplied by to unscale them, where the host
         # knows: telemetry of a device is without its scale.
         self.inverse_scale = 1.0
@@ -220,45 +225,50 @@ class Bucket:
         measured = self.launch.measure(verdict.maximum)
         verdict.add(self.group_of, measured.parts, measured.nonfinite)
 
-    def run(
-        self,
-        groups: list[dict[str, Any]],
-        factors: list[float],
-        exposed: bool,
-        on_device: tuple[Any, ...] = (),
-    ) -> None:
-        """Count a step on the host and launch; groups are the optimizer's, factors what the
-        gradients of each are multiplied by, and on_device a verdict with those that only the device
-        knows, and the scale it takes out."""
-        assert isinstance(self.steps, Steps)
+    def prepare(self, groups: list[dict[str, Any]], factors: list[float], exposed: bool) -> None:
+        """Take from the groups the scalars of the next step, or what a device computes them from.
+
+        groups: the optimizer's; factors: what the gradients of each are multiplied by. Where it is
+        nothing to compute with, this raises, and no step has been counted.
+        """
+        if self._draws:
+            self._seeds = seeds_of(groups, self.group_of)
+        if isinstance(self.steps, Steps):
+            self.steps.prepare(groups, factors, self.launch, self.active, exposed)
+        else:
+            extras, chosen = self.launch.extras, [groups[number] for number in self.groups]
+            hypers = self.update.device_hypers
+            self._hypers = [[sign(g), *hypers(g), *extra_hypers(g, extras)] for g in chosen]
+
+    def count(self) -> None:
+        """Count the step that was prepared, where the host counts."""
+        if isinstance(self.steps, Steps):
+            self.steps.count()
+            if self._draws:
+                self.launch.keys[:] = keys_of(self._seeds, self.steps.counts(), self._numbers)
+
+    def run(self, on_device: tuple[Any, ...] = ()) -> None:
+        """Launch the step that was counted; on_device: a verdict with the factors that only the
+        device knows, and the scale it takes out."""
         self._stage(Staged.read)
-        self.steps.advance(groups, factors, self.launch, self.active, exposed)
-        if self.launch.draws:
-            seeds = seeds_of(groups, self.group_of)
-            self.launch.keys[:] = keys_of(seeds, self.steps.counts(), self._numbers)
         self.launch.run(torch.get_num_threads(), *on_device)
         self._stage(Staged.write)
 
-    def run_on_device(self, groups: list[dict[str, Any]], scale: Scale, verdict: Any) -> None:
-        """Launch without the host knowing the steps: they are counted on the device. A verdict
-        takes the scaler's word with it."""
+    def run_on_device(self, scale: Scale, verdict: Any) -> None:
+        """Launch the step that was prepared without the host knowing its number: it is counted on
+        the device. A verdict takes the scaler's word with it."""
         assert isinstance(self.steps, DeviceSteps)
         self.launch.keep_if_captured(self.buffers)
         self._stage(Staged.read)
-        extras = self.launch.extras
-        bases = None
-        if self.launch.draws:
-            bases = bases_of(seeds_of(groups, self.group_of), self._numbers)
-        chosen = [groups[number] for number in self.groups]
         self.launch.run_on_device(
             self.update.scalars,
             self.steps.addresses(self.active),
             np.searchsorted(self.groups, self.steps.groups),
-            [[sign(g), *self.update.hypers(g), *extra_hypers(g, extras)] for g in chosen],
+            self._hypers,
             scale.grad_scale,
             scale.found_inf if verdict is None else None,
             verdict,
-            bases,
+            bases_of(self._seeds, self._numbers) if self._draws else None,
         )
         self._stage(Staged.write)
 

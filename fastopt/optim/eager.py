@@ -73,30 +73,36 @@ def step_param(
 ) -> None:
     """One step of one parameter by torch's operators; autograd follows it where grad is enabled.
 
-    numbers: holds "step" and the carried numbers as tensors, counted on here.
+    numbers: holds the step count and the carried numbers as tensors, counted on here.
     """
-    numbers["step"] += 1
-    hypers = update.hypers(group)
-    counted = [numbers[name] for name in ("step", *update.carried)]
-    scalars = update.scalars
+    values = scalars_of(update, param, numbers, group)
+    tensors = [param, grad, *(state[name] for name in update.state_names)]
+    p, g, *states = (_computed(tensor) for tensor in tensors)
+    new = rebind(update.rule, _THIS)(p, g * g_scale, *states, *values[: update.n_scalars])
+
+    numbers[update.step_name] += 1
+    for name, value in zip(update.carried, values[update.n_scalars :], strict=True):
+        numbers[name].copy_(torch.as_tensor(value))
+    written = [param, *tensors[2:]]
+    for tensor, result in zip(written, new, strict=True):
+        tensor.copy_(torch.view_as_complex(result) if tensor.is_complex() else result)
+
+
+def scalars_of(
+    update: Update, param: Tensor, numbers: Mapping[str, Any], group: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """The scalars of the next step of a parameter and its carried numbers after it."""
+    hypers, scalars = update.hypers(group), update.scalars
+    counted = [numbers[update.step_name] + 1, *(numbers[name] for name in update.carried)]
     tensors = [x for x in (*hypers, *counted) if isinstance(x, Tensor)]
     if any(x.requires_grad or not layout.has_memory(x) for x in tensors):
         scalars = rebind(scalars, _THIS)
         hypers = [x.reshape(()).to(param.device) if isinstance(x, Tensor) else x for x in hypers]
         counted = [x.to(param.device, torch.float64) for x in counted]
     else:
-        hypers = [number(x) for x in hypers]
+        hypers = update.floats(group)
         counted = [number(x) for x in counted]
-    values = scalars(*counted, *hypers)
-    for name, value in zip(update.carried, values[update.n_scalars :], strict=True):
-        numbers[name].copy_(torch.as_tensor(value))
-
-    tensors = [param, grad, *(state[name] for name in update.state_names)]
-    p, g, *states = (_computed(tensor) for tensor in tensors)
-    new = rebind(update.rule, _THIS)(p, g * g_scale, *states, *values[: update.n_scalars])
-    written = [param, *tensors[2:]]
-    for tensor, result in zip(written, new, strict=True):
-        tensor.copy_(torch.view_as_complex(result) if tensor.is_complex() else result)
+    return tuple(scalars(*counted, *hypers))
 
 
 def _computed(tensor: Tensor) -> Tensor:

@@ -7,13 +7,15 @@
                  "8bit": blocks of 256 elements with a float32 scale each
                  or a dict of these by the names of states: {"exp_avg": torch.bfloat16}
 
-A state of 8 bits is an int8 tensor (of either sign) or a uint8 one (never below zero) of the
-parameter's shape, beside it `<name>_scale`, one float32 for 256 elements as they lie in memory.
+A state of 8 bits is `<name>_codes`, an int8 tensor (of either sign) or a uint8 one (never below
+zero) of the parameter's shape, and `<name>_scale`, one float32 for 256 elements as they lie in
+memory. torch's name of the state is not used: torch would take codes for the state itself.
 Dettmers et al. 2022 (arXiv:2110.02861); the codes are described in fastopt_kernels/cpu/eightbit.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -27,17 +29,30 @@ from fastopt_kernels.chunks import BASE, BLOCK_8BIT, LAST, LEAST_SCALE, ORIGIN, 
 EIGHT = "8bit"
 Format: TypeAlias = torch.dtype | str | None
 _CODES = {torch.int8: "int8", torch.uint8: "uint8"}
-_WIDE = (torch.float32, torch.bfloat16)
+_WIDE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _WIDE.items()}
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def codes_name(name: str) -> str:
+    """The entry of an 8-bit state's codes: not the one torch would take for the state."""
+    return f"{name}_codes"
+
+
 def scale_name(name: str) -> str:
-    """Where the scales of an 8-bit state are."""
+    """The entry of an 8-bit state's scales."""
     return f"{name}_scale"
 
 
 def n_blocks(param: Tensor) -> int:
     return -(-layout.local(param).numel() // BLOCK_8BIT)
+
+
+def named(wanted: Any) -> Any:
+    """A state_dtype by names alone, as groups hold it: checkpoints are of plain values."""
+    if isinstance(wanted, Mapping):
+        return {name: named(given) for name, given in wanted.items()}
+    return _NAMES.get(wanted, wanted) if isinstance(wanted, torch.dtype) else wanted
 
 
 def formats_of(update: Update, group: Mapping[str, Any]) -> tuple[Format, ...]:
@@ -46,11 +61,26 @@ def formats_of(update: Update, group: Mapping[str, Any]) -> tuple[Format, ...]:
     if wanted is None:
         return ()
     if isinstance(wanted, Mapping):
-        return tuple(wanted.get(name) for name in update.state_names)
+        return tuple(_format(wanted.get(name)) for name in update.state_names)
+    wide = _format(wanted)
     return tuple(
-        torch.float32 if wanted is torch.bfloat16 and name in update.nonnegative else wanted
+        torch.float32 if wide is torch.bfloat16 and name in update.nonnegative else wide
         for name in update.state_names
     )
+
+
+def _format(given: Any) -> Format:
+    return _WIDE.get(given, given) if isinstance(given, str) else given
+
+
+def check_given(wanted: Any) -> None:
+    """Refuse a state_dtype that there is not."""
+    for given in wanted.values() if isinstance(wanted, Mapping) else [wanted]:
+        if given is not None and _format(given) not in (*_WIDE.values(), EIGHT):
+            raise ValueError(
+                f"Invalid state_dtype: {given!r} (supported: torch.float32, torch.bfloat16, "
+                "'8bit', None for the parameter's dtype, or a dict of these by state)"
+            )
 
 
 def check(update: Update, group: Mapping[str, Any], owner: str) -> None:
@@ -58,13 +88,9 @@ def check(update: Update, group: Mapping[str, Any], owner: str) -> None:
     wanted = group.get("state_dtype")
     if wanted is None:
         return
-    for name, given in wanted.items() if isinstance(wanted, Mapping) else [("", wanted)]:
-        if given is not None and given not in (*_WIDE, EIGHT):
-            raise ValueError(
-                f"Invalid state_dtype: {given!r} (supported: torch.float32, torch.bfloat16, "
-                "'8bit', None for the parameter's dtype, or a dict of these by state)"
-            )
-        if name and name not in update.state_names:
+    check_given(wanted)
+    for name in wanted if isinstance(wanted, Mapping) else ():
+        if name not in update.state_names:
             raise ValueError(
                 f"state_dtype names the state {name!r}, but {owner} keeps {update.state_names}"
             )
@@ -90,17 +116,60 @@ def check(update: Update, group: Mapping[str, Any], owner: str) -> None:
             )
 
 
+def _eight_bit_names(update: Update, formats: tuple[Format, ...]) -> list[str]:
+    pairs = zip(update.state_names, formats, strict=False)
+    return [name for name, each in pairs if each == EIGHT]
+
+
 def names_of(update: Update, formats: tuple[Format, ...]) -> tuple[str, ...]:
-    """The scales that are kept beside the states of an update."""
-    return tuple(
-        scale_name(name)
-        for name, each in zip(update.state_names, formats, strict=False)
-        if each == EIGHT
-    )
+    """The entries of an update's states: under their own names, or as codes."""
+    eight = _eight_bit_names(update, formats)
+    return tuple(codes_name(name) if name in eight else name for name in update.state_names)
+
+
+def scales_of(update: Update, formats: tuple[Format, ...]) -> tuple[str, ...]:
+    """The scales that are kept beside the states of an update, in the order of their codes."""
+    return tuple(map(scale_name, _eight_bit_names(update, formats)))
+
+
+def coded_names(stored: tuple[str, ...]) -> list[str]:
+    """The states among `names_of` and `scales_of` that are kept as codes."""
+    names = [name.removesuffix("_codes") for name in stored if name.endswith("_codes")]
+    return [name for name in names if scale_name(name) in stored]
+
+
+def coded_in(state: Mapping[str, Any]) -> list[str]:
+    """The states that are there as codes with scales."""
+    names = coded_names(tuple(key for key in state if isinstance(key, str)))
+    return [
+        name
+        for name in names
+        if is_eight_bit(state[codes_name(name)]) and isinstance(state[scale_name(name)], Tensor)
+    ]
+
+
+def renamed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of version 1, where codes had the state's own name, as one of version 2."""
+    old = {k: codes_name(k) for k, v in state.items() if is_eight_bit(v) and scale_name(k) in state}
+    new = set(old.values())
+    return {old.get(key, key): value for key, value in state.items() if key not in new}
 
 
 def is_eight_bit(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in _CODES
+
+
+def holds(state: Mapping[str, Any], name: str) -> bool:
+    """True for a state that is there, in whatever format."""
+    return state.get(name) is not None or state.get(codes_name(name)) is not None
+
+
+def value_in(state: Mapping[str, Any], name: str) -> Tensor:
+    """A state in floating point."""
+    if state.get(name) is not None:
+        value: Tensor = state[name]
+        return value
+    return decode(state[codes_name(name)], state[scale_name(name)])
 
 
 def conform(
@@ -110,53 +179,71 @@ def conform(
 
     None: whatever floating dtype it has.
     """
-    value, scale = state[name], scale_name(name)
+    value, codes = state.get(name), state.get(codes_name(name))
     fits = layout.reference(layout.local(param))
-    if is_eight_bit(value):
-        if wanted == EIGHT and layout.same_layout(value, fits):
+    if value is None:
+        if wanted == EIGHT and layout.same_layout(state[codes_name(name)], fits):
             return
-        value = decode(value, state.pop(scale))
-        if wanted is None:
-            value = value.to(param.dtype)
+        value = value_in(state, name)
+        value = value.to(param.dtype) if wanted is None else value
+    if codes is not None:
+        del state[codes_name(name)], state[scale_name(name)]
     if wanted == EIGHT:
-        codes = torch.empty_like(fits, dtype=_code_dtype(update, name))
-        state[scale] = encode(value.detach(), codes)
-        value = codes
-    elif wanted is not None:
-        value = value.to(wanted)
-    state[name] = value
+        state.pop(name, None)
+        state[codes_name(name)] = torch.empty_like(fits, dtype=code_dtype(update, name))
+        state[scale_name(name)] = encode(value.detach(), state[codes_name(name)])
+    else:
+        state[name] = value if wanted is None else value.to(wanted)
 
 
-def _code_dtype(update: Update, name: str) -> torch.dtype:
+def code_dtype(update: Update, name: str) -> torch.dtype:
+    """The dtype of a state's codes."""
     return torch.uint8 if name in update.nonnegative else torch.int8
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The float32 values of an 8-bit state, laid out alike."""
-    flat = _flat(codes)
+    order = _memory_order(codes)
+    flat = codes.permute(order).reshape(-1)
     size = flat.to(torch.int32).abs()
     x = ((size << SHIFT) + ORIGIN).view(torch.float32) - BASE
     x *= scale.repeat_interleave(BLOCK_8BIT)[: len(x)]
     values = torch.empty_like(codes, dtype=torch.float32)
-    _flat(values).copy_(torch.where(flat < 0, -x, x) if codes.dtype == torch.int8 else x)
+    signed = torch.where(flat < 0, -x, x) if codes.dtype == torch.int8 else x
+    values.permute(order).copy_(_shaped(signed, codes, order))
     return values
 
 
 def encode(values: Tensor, codes: Tensor) -> Tensor:
     """Write the nearest codes of values into `codes`, which says how they lie; gives the scales."""
-    laid = torch.empty_like(codes, dtype=torch.float32)
-    laid.copy_(values)
-    x = _flat(laid)
+    order = _memory_order(codes)
+    x = values.to(torch.float32).permute(order).reshape(-1)
     last = LAST[_CODES[codes.dtype]]
     padded = torch.nn.functional.pad(x.abs(), (0, -len(x) % BLOCK_8BIT)).view(-1, BLOCK_8BIT)
     finite = torch.where(padded.isfinite(), padded, 0.0)
     scale = finite.amax(1).clamp(min=LEAST_SCALE) / value_of(last)
     bits = (finite / scale[:, None] + BASE).view(torch.int32) - ORIGIN + (1 << (SHIFT - 1))
     q = (bits >> SHIFT).clamp(0, last).view(-1)[: len(x)]
-    _flat(codes).copy_(torch.where(x < 0, -q, q) if codes.dtype == torch.int8 else q)
+    signed = torch.where(x < 0, -q, q) if codes.dtype == torch.int8 else q
+    codes.permute(order).copy_(_shaped(signed, codes, order))
     return scale
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor as they lie in memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+def packed(codes: Tensor, device: torch.device) -> Tensor:
+    """A copy of codes without gaps, in the same order: the one their scales are of."""
+    order = _memory_order(codes)
+    flat = codes.detach().permute(order).contiguous().to(device, copy=True)
+    return flat.permute([order.index(k) for k in range(len(order))])
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions from the slowest in memory to the fastest: blocks are of elements in that
+    order, whatever gaps there are between them."""
+    sizes, strides = tensor.shape, tensor.stride()
+    if any(n > 1 and stride == 0 for n, stride in zip(sizes, strides, strict=True)):
+        return list(range(tensor.dim()))
+    return sorted(range(tensor.dim()), key=lambda k: -strides[k] if sizes[k] > 1 else -math.inf)
+
+
+def _shaped(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
+    return flat.view([like.shape[k] for k in order])

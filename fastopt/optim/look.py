@@ -54,6 +54,17 @@ class DeviceVerdict:
         )
 
 
+class Reported:
+    """The findings of the last step of an optimizer that was copied or unpickled since."""
+
+    def __init__(self, last: LastStep) -> None:
+        self._last = last
+
+    def report(self) -> LastStep:
+        """As the original's."""
+        return self._last
+
+
 class DeviceLook:
     """The launches of a plan whose gradients are on devices, each measured where it is."""
 
@@ -90,7 +101,7 @@ class Looking:
     """The part of an optimizer that looks at gradients, and tells what it saw."""
 
     param_groups: list[dict[str, Any]]
-    _verdict: Verdict | DeviceVerdict | None = None
+    _verdict: Verdict | DeviceVerdict | Reported | None = None
     # A plan for the gradients that are there, and what the host has seen of them ahead of the step.
     _seen: tuple[Plan, Verdict | None] | None = None
     # Whether a scaler of ours leaves it to the step to find what is not finite.

@@ -6,32 +6,47 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastopt.optim import eager, states
-from fastopt.optim.plan import Odd
+from fastopt.optim import eager, formats, states
+from fastopt.optim.plan import GroupKey, Odd
 from fastopt.optim.scale import Scale
-from fastopt.optim.update import Update, sign
+from fastopt.optim.update import sign
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
 
 
-def step(optimizer: FusedOptimizer, odd: Odd, update: Update, scale: Scale) -> None:
+def check(optimizer: FusedOptimizer, odd: Odd, key: GroupKey, scale: Scale) -> None:
+    """Raise what its step would, before any other parameter has been counted or written."""
+    if scale.skip():
+        return
+    if not odd.sparse:
+        numbers = states.numbers_of(optimizer, odd.param, key)
+        with torch.no_grad():
+            eager.scalars_of(key.update, odd.param, numbers, optimizer.param_groups[odd.group])
+    elif scale.grad_scale is not None:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} with fused=True cannot unscale sparse gradients: got one "
+            "with a grad_scale. Leave fused unset, and GradScaler unscales before."
+        )
+
+
+def step(optimizer: FusedOptimizer, odd: Odd, key: GroupKey, scale: Scale) -> None:
     """One step of a parameter that no kernel takes."""
     group, param = optimizer.param_groups[odd.group], odd.param
     grad = param.grad
     if grad is None or scale.skip():
         return
     if odd.sparse:
-        if scale.grad_scale is not None:
-            raise RuntimeError(
-                f"{type(optimizer).__name__} with fused=True cannot unscale sparse gradients: got "
-                "one with a grad_scale. Leave fused unset, and GradScaler unscales before."
-            )
+        # torch's own update of it knows no codes.
+        state = optimizer.__dict__["state"].get(param, {})
+        for name in key.update.state_names:
+            if formats.holds(state, name):
+                formats.conform(state, name, None, key.update, param)
         with torch.no_grad():
             optimizer.step_sparse(param, grad, group)
         return
-    state = states.state_of(optimizer, param, update)
-    numbers = states.numbers_of(optimizer, param, update)
+    state = states.state_of(optimizer, param, key)
+    numbers = states.numbers_of(optimizer, param, key)
     factor = sign(group) * scale.inverse()
     with torch.set_grad_enabled(bool(group.get("differentiable"))):
-        eager.step_param(update, param, grad, state, numbers, group, factor)
+        eager.step_param(key.update, param, grad, state, numbers, group, factor)

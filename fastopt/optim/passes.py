@@ -10,8 +10,7 @@
                     d = min(ema_decay, (1 + t) / (10 + t)) up to t = ema_warmup
     param_rounding  of bf16 parameters: "nearest", "stochastic" (by rounding_seed), "kahan" (what is
                     rounded away is kept in bf16) or "master" (the 16 low bits are kept). Chance
-                    follows from seed, step, parameter and element; of SGD, which saves no count of
-                    its steps, it begins anew when a state is loaded
+                    follows from seed, step, parameter and element
     state_dtype     how states are stored (`formats`)
     telemetry       note norms and counts of each parameter (`FusedOptimizer.telemetry`)
 
@@ -24,6 +23,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +52,6 @@ DEFAULTS: dict[str, Any] = {
     "state_dtype": None,
     "telemetry": False,
 }
-# What a checkpoint does not decide: how an optimizer stores, and chance.
-STORAGE = ("param_rounding", "rounding_seed", "state_dtype")
 # Those that change the kernel.
 _AROUND = frozenset({"clip_value", "ema_decay", "param_rounding", "telemetry"})
 ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN, "master": MASTER}
@@ -130,6 +128,9 @@ def check(group: Mapping[str, Any]) -> None:
     warmup = group.get("ema_warmup", 0)
     if not (isinstance(warmup, (int, float, Tensor)) and number(warmup) >= 0):
         raise ValueError(f"Invalid ema_warmup: {warmup!r} (a number of steps, at least 0)")
+    seed = group.get("rounding_seed") or 0
+    if not 0 <= operator.index(seed) < 2**64:
+        raise ValueError(f"Invalid rounding_seed: {seed} (it must be at least 0 and below 2^64)")
     if group.get("differentiable") and (
         group.get("skip_nonfinite")
         or any(group.get(name) is not None for name in ("max_grad_norm", "clip_value", "ema_decay"))
@@ -194,7 +195,8 @@ def joined(param: Tensor, kept: Tensor) -> Tensor:
 def seeds_of(groups: Sequence[Mapping[str, Any]], owners: np.ndarray[Any, Any]) -> Any:
     """(n,) uint64, or one number: what chance begins with, of each parameter's group."""
     seeds = [int(group.get("rounding_seed") or 0) for group in groups]
-    return seeds[0] if len(set(seeds)) == 1 else np.array(seeds, dtype=np.uint64)[owners]
+    alike = len(set(seeds)) == 1
+    return np.uint64(seeds[0]) if alike else np.array(seeds, dtype=np.uint64)[owners]
 
 
 def bases_of(seed: Any, positions: np.ndarray[Any, Any]) -> Any:
@@ -241,7 +243,7 @@ def extra_hypers(group: Mapping[str, Any], extras: Extras) -> list[Any]:
     hypers = [group["clip_value"]] if extras.clipped else []
     if extras.averaged:
         hypers += [group["ema_decay"], group.get("ema_warmup") or 0]
-    return hypers
+    return [x if isinstance(x, Tensor) else number(x) for x in hypers]
 
 
 def measures(groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -293,7 +295,7 @@ class Verdict:
     """The coefficients of a step's parameter groups, and whether it is to be skipped."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self._groups, self._inverse_scale, self._skip = groups, 1.0, False
+        self._groups, self._inverse_scale, self._skip = list(groups), 1.0, False
         self.maximum = maximum_of(groups)
         self._parts = np.zeros(len(groups))
         self.nonfinite = 0.0

@@ -21,7 +21,7 @@ from fastopt.optim.look import DeviceLook
 from fastopt.optim.passes import AVERAGED
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
 from fastopt.optim.update import Update
-from fastopt_kernels.chunks import NO_EXTRAS, Extras
+from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
@@ -45,8 +45,15 @@ class GroupKey(NamedTuple):
     def state_names(self, param: Tensor) -> tuple[str, ...]:
         """Tensors that are kept for a parameter."""
         extras = passes.of_param(self.extras, param)
-        names = passes.state_names(self.update.state_names, extras)
-        return names + formats.names_of(self.update, self.stored)
+        names = passes.state_names(formats.names_of(self.update, self.stored), extras)
+        return names + formats.scales_of(self.update, self.stored)
+
+    def saves_count(self, param: Tensor) -> bool:
+        """True where a state holds the count of an update that has none in torch's (SGD): chance
+        follows from it, and goes on when a state_dict is loaded."""
+        rounding = passes.of_param(self.extras, param).rounding
+        follows = rounding == STOCHASTIC or formats.EIGHT in self.stored
+        return follows and not self.update.counted
 
     def format_of(self, name: str) -> formats.Format:
         """The format of a state of the update."""
@@ -78,6 +85,8 @@ class Plan:
         self.params, self.keys = params, keys
         self.looks = any(key.looks for key in keys)
         self.buckets: list[Bucket] = []
+        # Whether a parameter is in two launches, which count its steps in turn.
+        self.twice = False
         self.look: DeviceLook | None = None
         self.odd: list[Odd] = []
         self.idle: list[Tensor] = []
@@ -87,6 +96,11 @@ class Plan:
         self.ends_backward = False
         self.state_owners: list[Any] = []
         self.states: list[Any] = []
+
+    def numbers(self) -> list[Numbers]:
+        """The numbers the host counts for these launches, which may share them."""
+        held = [each.steps.numbers for each in self.buckets if isinstance(each.steps, Steps)]
+        return list({id(numbers): numbers for numbers in held}.values())
 
     def remember(self, state: dict[Any, Any]) -> None:
         """Note whose states these are."""
@@ -164,9 +178,7 @@ def build(
             plan.averages.append(idle)
         members = [
             Member.make(
-                states.state_of(
-                    optimizer, p, keys[number].update, bool(keys[number].state_names(p))
-                ),
+                states.state_of(optimizer, p, keys[number]),
                 p,
                 g,
                 number,
@@ -176,6 +188,7 @@ def build(
             for p, g, number, position in dense
         ]
         plan.buckets = _make_buckets(optimizer, members, keys)
+        plan.twice = any(isinstance(b.steps, Steps) and b.steps.shared for b in plan.buckets)
         if plan.looks and plan.buckets and looks_on_device(plan.buckets[0].targets[0].device):
             plan.look = DeviceLook(plan.buckets)
     except BaseException:
@@ -307,7 +320,7 @@ def _make_buckets(
         launch.name = type(optimizer).__name__.lower()
         launch.prepare(torch.get_num_threads())
         buckets.append((kind, chosen, launch))
-    steps = _make_steps(optimizer, [(kind, chosen) for kind, chosen, _ in buckets])
+    steps = _make_steps(optimizer, [(kind, chosen) for kind, chosen, _ in buckets], keys)
     ordered = sorted(zip(buckets, steps, strict=True), key=lambda pair: pair[0][0].wave)
     return [
         Bucket(chosen, kind.update, launch, counts) for (kind, chosen, launch), counts in ordered
@@ -327,18 +340,18 @@ class _Kind(NamedTuple):
     @property
     def numbers(self) -> tuple[tuple[str, ...], bool]:
         """What is counted of each parameter beside its steps; launches that agree share it."""
-        return self.update.carried, self.extras.averaged
+        return self.update.number_names, self.extras.averaged
 
 
 def _make_steps(
-    optimizer: FusedOptimizer, launches: list[tuple[_Kind, list[Member]]]
+    optimizer: FusedOptimizer, launches: list[tuple[_Kind, list[Member]]], keys: list[GroupKey]
 ) -> list[Steps | DeviceSteps]:
     """The counts of every launch, in flat buffers that launches of one kind of numbers share (a
     parameter given twice is in two launches, and has one count)."""
     owners = []
     seen: set[int] = set()
     for kind, members in launches:
-        mine = [states.numbers_of(optimizer, member.param, kind.update) for member in members]
+        mine = [states.numbers_of(optimizer, m.param, keys[m.group]) for m in members]
         if not kind.update.counted:
             # To torch, each occurrence of a parameter begins where its buffer was not there yet.
             mine = [dict(owner) if id(owner) in seen else owner for owner in mine]
@@ -355,9 +368,9 @@ def _make_steps(
             both = zip(mine, held or mine, strict=True)
             shared[kind.numbers].update((id(pair[0]), pair) for pair in both)
     numbers = {}
-    for (carried, averaged), pairs in shared.items():
+    for (names, averaged), pairs in shared.items():
         mine, held = map(list, zip(*pairs.values(), strict=True))
-        numbers[carried, averaged] = Numbers(mine, ("step", *carried), held if averaged else ())
+        numbers[names, averaged] = Numbers(mine, names, held if averaged else ())
     steps: list[Steps | DeviceSteps] = []
     for (kind, members), mine, held in zip(launches, owners, counts, strict=True):
         groups = [member.group for member in members]

@@ -11,7 +11,7 @@ from fastopt.optim import formats, layout, passes
 from fastopt.optim.bucket import check_state
 from fastopt.optim.passes import AVERAGED, N_AVERAGED
 from fastopt.optim.steps import move_number
-from fastopt.optim.update import Update, number
+from fastopt.optim.update import OWN_STEP, number
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
@@ -20,21 +20,18 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-def state_of(optimizer: FusedOptimizer, param: Tensor, update: Update, more: bool = False) -> State:
-    """The state of a parameter; an update without any leaves no entry, as with torch.
-
-    more: whether anything is kept beside the update's own states
-    """
-    if not update.counted and not update.state_names and not more:
+def state_of(optimizer: FusedOptimizer, param: Tensor, key: GroupKey) -> State:
+    """The state of a parameter; where nothing is kept, it leaves no entry, as with torch."""
+    if not key.update.counted and not key.state_names(param) and not key.saves_count(param):
         return {}
     state: State = optimizer.__dict__["state"][param]
     return state
 
 
-def numbers_of(optimizer: FusedOptimizer, param: Tensor, update: Update) -> State:
+def numbers_of(optimizer: FusedOptimizer, param: Tensor, key: GroupKey) -> State:
     """Where a parameter's step is counted."""
-    if update.counted:
-        return state_of(optimizer, param, update)
+    if key.update.counted or key.saves_count(param):
+        return state_of(optimizer, param, key)
     return optimizer.hidden.setdefault(param, {})
 
 
@@ -49,24 +46,40 @@ def prepare(
 
     before: takes what each dict held, to be put back on an error
     """
-    update, names = key.update, key.state_names(param)
-    numbers = numbers_of(optimizer, param, update)
-    state = state_of(optimizer, param, update, bool(names))
+    update = key.update
+    numbers, state = numbers_of(optimizer, param, key), state_of(optimizer, param, key)
     before += [(numbers, dict(numbers)), (state, dict(state))]
-    # Without a count in its state (SGD), a parameter begins where its buffer does.
-    started = all(state.get(name) is not None for name in update.state_names)
-    if "step" not in numbers or not (update.counted or started):
+    if not update.counted:
+        _take_count(optimizer, param, numbers, before)
+    # Without a count in torch's state (SGD), a parameter begins where its buffer does.
+    started = all(formats.holds(state, name) for name in update.state_names)
+    if update.step_name not in numbers or not (update.counted or started):
         first = 0.0 if update.counted or not started else 1.0
-        numbers["step"] = optimizer.initial_number(first, param, group)
+        numbers[update.step_name] = optimizer.initial_number(first, param, group)
     passes.convert_kept(state, param, key.extras)
-    scales = formats.names_of(update, key.stored)
-    for name in (*update.carried, *(name for name in names if name not in scales)):
+    for name in update.carried:
+        if state.get(name) is None:
+            state[name] = _first(optimizer, name, param, group)
+    for name in update.state_names:
+        if not formats.holds(state, name):
+            state[name] = _first(optimizer, name, param, group)
+        formats.conform(state, name, key.format_of(name), update, param)
+    for name in passes.state_names((), passes.of_param(key.extras, param)):
         if name == AVERAGED:
             prepare_average(optimizer, param, group, state, before)
         elif state.get(name) is None:
             state[name] = _first(optimizer, name, param, group)
-        if name in update.state_names:
-            formats.conform(state, name, key.format_of(name), update, param)
+
+
+def _take_count(
+    optimizer: FusedOptimizer, param: Tensor, numbers: State, before: list[tuple[State, State]]
+) -> None:
+    """Go on from the count of steps that was kept where it is kept no longer: beside the state, or
+    in it, since options have changed or a state_dict has been loaded."""
+    for other in (optimizer.hidden.get(param), optimizer.__dict__["state"].get(param)):
+        if other is not None and other is not numbers and OWN_STEP in other:
+            before.append((other, dict(other)))
+            numbers.setdefault(OWN_STEP, other.pop(OWN_STEP))
 
 
 def prepare_average(

@@ -24,7 +24,8 @@ class Numbers:
     """Numbers kept one a parameter: a flat tensor for each name, of which every owner has a view.
 
     owners: the dicts that hold them; what they hold is copied and replaced by views, but for
-    tensors in shared memory, which are written after each step.
+    tensors in shared memory, which are written after each step
+    names: of the step count, then of the others
     averages: the dicts that hold the number of steps in an average; none for no averages
     """
 
@@ -35,7 +36,7 @@ class Numbers:
         averages: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.owners, self.names = owners, names
-        given = owners[0]["step"]
+        given = owners[0][names[0]]
         dtype = given.dtype if isinstance(given, Tensor) else torch.float32
         self.flat: list[Tensor] = []
         self.views: list[tuple[Tensor, ...]] = []
@@ -70,6 +71,19 @@ class Numbers:
         """Let other processes see what was counted here."""
         for theirs, ours in self.shared:
             theirs.copy_(ours)
+
+    def values(self) -> list[Tensor]:
+        """Copies of all of them, for `restore`."""
+        return [tensor.clone() for tensor in self._all_flat()]
+
+    def restore(self, values: list[Tensor]) -> None:
+        """Set them back to what they were."""
+        for tensor, was in zip(self._all_flat(), values, strict=True):
+            tensor.copy_(was)
+        self.push()
+
+    def _all_flat(self) -> list[Tensor]:
+        return self.flat if self.averaged is None else [*self.flat, self.averaged]
 
     def in_place(self) -> bool:
         """Whether every owner still holds the view it was given."""
@@ -114,7 +128,7 @@ class DeviceSteps:
         device: torch.device,
     ) -> None:
         self.groups = np.asarray(groups, dtype=np.int64)
-        self._names, self._owners = ("step", *update.carried), owners
+        self._names, self._owners = update.number_names, owners
         for owner in owners:
             for name in self._names:
                 move_number(owner, name, device)
@@ -179,6 +193,11 @@ class Steps:
             self._averaged_view = self._averaged[self._all]
         self._classes: list[tuple[int, int, Array]] | None = None
         self._expected: Array | None = None
+        # Of the step that was prepared: who takes part, whether the counts may be others than the
+        # last step left, and the carried numbers after it.
+        self._active: Array | None = None
+        self._looked = True
+        self._carried: list[tuple[Array, list[float]]] = []
 
     def in_place(self) -> bool:
         """Whether every owner still holds its view."""
@@ -188,7 +207,7 @@ class Steps:
         """(n,) the step of each parameter."""
         return self._arrays[0][self._all]
 
-    def advance(
+    def prepare(
         self,
         groups: Sequence[Mapping[str, Any]],
         factors: Sequence[float],
@@ -196,51 +215,66 @@ class Steps:
         active: Array | None,
         exposed: bool,
     ) -> None:
-        """Count one step of the active parameters and fill in their rows of scalars, on the host.
+        """Fill in the rows of scalars of the next step of the active parameters, on the host; what
+        `count` counts then. Where a scalar cannot be computed, no number has changed.
 
         groups: the optimizer's parameter groups; factors: of each group's gradients
-        exposed: somebody may have set the numbers since the last step
+        exposed: the numbers may have been set from outside since the last step
         """
         if self.numbers.shared:
             self.numbers.pull()
-        self._count(active, exposed)
-        if self._classes is None:
-            self._classes = self._partition(active, launch)
+        self._active, self._looked = active, exposed or self.shared or bool(self.numbers.shared)
         n = self.update.n_scalars
-        for row, (group, first, kin) in enumerate(self._classes):
-            numbers = [array.item(first) for array in self._arrays]
-            values = self.update.scalars(*numbers, *self.update.floats(groups[group]))
+        self._carried = []
+        for row, (group, first, kin) in enumerate(self._find_classes(launch)):
+            step, *numbers = [array.item(first) for array in self._arrays]
+            values = self.update.scalars(step + 1.0, *numbers, *self.update.floats(groups[group]))
             count = 0.0 if self._averaged is None else self._averaged.item(first)
-            extra = extra_scalars(groups[group], launch.extras, count)
+            extra = extra_scalars(groups[group], launch.extras, count + 1.0)
             launch.scalars[row] = (sign(groups[group]) * factors[group], *values[:n], *extra)
-            for array, value in zip(self._arrays[1:], values[n:], strict=True):
+            if self.update.carried:
+                self._carried.append((kin, list(map(float, values[n:]))))
+
+    def count(self) -> None:
+        """Count the step that was prepared."""
+        for kin, values in self._carried:
+            for array, value in zip(self._arrays[1:], values, strict=True):
                 array[kin] = value
-        if active is not None:
-            self._classes = None
+        self._count_averages()
+        steps, self._expected = self._arrays[0], None
+        if self._active is not None:
+            steps[self.rows[self._active]] += 1
+        elif self._looked:
+            self._expected = steps[self._all] = steps[self._all] + 1
+        elif self._view is not None:
+            np.add(self._view, 1, out=self._view)
+        else:
+            steps[self._all] += 1
         if self.numbers.shared:
             self.numbers.push()
 
-    def _count(self, active: Array | None, exposed: bool) -> None:
-        """Add one to the active steps; forget who is alike where that may have changed."""
-        steps = self._arrays[0]
-        if active is None and self._averaged_view is not None:
+    def _count_averages(self) -> None:
+        if self._averaged is None:
+            return
+        if self._active is not None:
+            self._averaged[self.rows[self._active]] += 1
+        elif self._averaged_view is not None:
             np.add(self._averaged_view, 1, out=self._averaged_view)
-        elif self._averaged is not None:
-            self._averaged[self._all if active is None else self.rows[active]] += 1
-        if active is not None:
-            self._classes, self._expected = None, None
-            steps[self.rows[active]] += 1
-        elif not (exposed or self.shared or self.numbers.shared):
-            if self._view is not None:
-                np.add(self._view, 1, out=self._view)
-            else:
-                steps[self._all] += 1
-            self._expected = None
         else:
-            now = steps[self._all]
+            self._averaged[self._all] += 1
+
+    def _find_classes(self, launch: Any) -> list[tuple[int, int, Array]]:
+        """The partition of the active parameters, made anew where it may have changed."""
+        if self._active is not None:
+            self._classes = None
+            return self._partition(self._active, launch)
+        if self._looked:
+            now = self._arrays[0][self._all]
             if self._expected is None or (now != self._expected).any():
                 self._classes = None
-            self._expected = steps[self._all] = now + 1
+        if self._classes is None:
+            self._classes = self._partition(None, launch)
+        return self._classes
 
     def _partition(self, active: Array | None, launch: Any) -> list[tuple[int, int, Array]]:
         """Parameters alike in group, step and carried numbers share a row of scalars: for each row

@@ -107,24 +107,28 @@ class Telemetry(Mapping[str, ParameterTelemetry]):
         )
 
 
-def collect(
-    optimizer: FusedOptimizer,
-    buckets: Iterable[Bucket],
-    named: Iterable[tuple[str, Tensor]] | None,
-) -> Telemetry:
-    """Read what launches have left."""
-    names = _names(optimizer, named)
-    rows: dict[str, ParameterTelemetry] = {}
+def rows_of(optimizer: FusedOptimizer) -> dict[Tensor, ParameterTelemetry] | None:
+    """The telemetry of the last launches by parameter; None where none was watched.
+
+    Of an optimizer that was copied or unpickled and has not stepped since, what the original knew.
+    """
+    plans = [optimizer._plan] if optimizer._plan is not None else []
+    if optimizer._released is not None:
+        plans += optimizer._released.plans.values()
+    buckets = [bucket for plan in plans for bucket in plan.buckets if bucket.launch.extras.watched]
+    return _read(buckets) if buckets else optimizer._watched
+
+
+def _read(buckets: Iterable[Bucket]) -> dict[Tensor, ParameterTelemetry]:
+    rows = {}
     for bucket in buckets:
-        if not bucket.launch.extras.watched:
-            continue
         unscale = abs(bucket.inverse_scale)
         active = bucket.active if bucket.active is not None else repeat(True)
         for member, seen, here in zip(bucket.members, bucket.launch.seen(), active, strict=False):
             if not here:
                 continue
             n, (g, p, d) = member.target.numel(), map(math.sqrt, seen[:3])
-            rows[names[member.param]] = ParameterTelemetry(
+            rows[member.param] = ParameterTelemetry(
                 unscale * g,
                 p,
                 d,
@@ -133,8 +137,21 @@ def collect(
                 n,
                 sharding.is_part(member.param),
             )
-    order = [name for name in names.values() if name in rows]
-    return Telemetry({name: rows[name] for name in order})
+    return rows
+
+
+def collect(
+    optimizer: FusedOptimizer, named: Iterable[tuple[str, Tensor]] | None = None
+) -> Telemetry:
+    """`FusedOptimizer.telemetry`."""
+    rows = rows_of(optimizer)
+    if rows is None:
+        raise RuntimeError(
+            f"no step of this {type(optimizer).__name__} has been watched: construct it with "
+            "telemetry=True, and call step()."
+        )
+    names = _names(optimizer, named)
+    return Telemetry({name: rows[param] for param, name in names.items() if param in rows})
 
 
 def _names(

@@ -12,10 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# The entry that counts the steps of an update whose state has none in torch (SGD).
+OWN_STEP = "fastopt_step"
+
 
 def number(x: Any) -> float:
-    """The value of a hyper-parameter, which may be a tensor of one element."""
-    return float(x.detach().item() if isinstance(x, Tensor) else x)
+    """The value of a hyper-parameter, which may be a tensor of one element.
+
+    Raises TypeError for what is no number; a string that reads as one is none.
+    """
+    if isinstance(x, Tensor):
+        if x.numel() != 1:
+            raise TypeError(f"a tensor of shape {tuple(x.shape)} is not one number")
+        return float(x.detach().item())
+    if isinstance(x, (str, bytes, bytearray)):
+        raise TypeError(f"{x!r} is a {type(x).__name__}, not a number")
+    return float(x)
 
 
 def number_dtype(on_device: bool = False) -> torch.dtype:
@@ -110,20 +122,58 @@ class Update:
         """How many scalars the rule takes."""
         return int(self.rule.__code__.co_argcount) - 2 - len(self.state_names)
 
+    @property
+    def step_name(self) -> str:
+        """The entry that counts the steps of a parameter."""
+        return "step" if self.counted else OWN_STEP
+
+    @property
+    def number_names(self) -> tuple[str, ...]:
+        """The entries that are one number a parameter: the step count, then the carried ones."""
+        return (self.step_name, *self.carried)
+
     def hypers(self, group: Mapping[str, Any]) -> list[Any]:
-        """The values of `hyper_names` in a parameter group; beta1 is betas[0]."""
+        """The values of `hyper_names` in a parameter group; beta1 is betas[0].
+
+        Raises KeyError where the group lacks one, TypeError where one has too few elements.
+        """
         try:
             return [group[k] if i is None else group[k][i] for k, i in self._places]
         except (KeyError, IndexError):
             missing = [k for k, _ in self._places if k not in group]
+            if not missing:
+                short = {k: group[k] for k, i in self._places if i is not None}
+                raise TypeError(
+                    f"{self.scalars.__qualname__} takes {self.hyper_names}, but the parameter "
+                    f"group has {short}. Give one value for each."
+                ) from None
             raise KeyError(
                 f"{self.scalars.__qualname__} takes {self.hyper_names}, but the parameter group "
                 f"has no {missing}: it has {sorted(k for k in group if k != 'params')}"
             ) from None
 
     def floats(self, group: Mapping[str, Any]) -> list[float]:
-        """The values of `hyper_names`, those in tensors too."""
-        return [x if type(x) is float else number(x) for x in self.hypers(group)]
+        """The values of `hyper_names`, those in tensors too; TypeError for what is no number."""
+        hypers = self.hypers(group)
+        try:
+            return [x if type(x) is float else number(x) for x in hypers]
+        except (TypeError, ValueError) as error:
+            raise self._no_number(hypers) from error
+
+    def device_hypers(self, group: Mapping[str, Any]) -> list[Any]:
+        """The same without reading tensors, whose values a device may not have computed yet."""
+        hypers = self.hypers(group)
+        try:
+            return [x if isinstance(x, Tensor) and x.numel() == 1 else number(x) for x in hypers]
+        except (TypeError, ValueError) as error:
+            raise self._no_number(hypers) from error
+
+    def _no_number(self, hypers: list[Any]) -> TypeError:
+        given = ", ".join(f"{k}={x!r}" for k, x in zip(self.hyper_names, hypers, strict=True))
+        return TypeError(
+            f"{self.scalars.__qualname__} takes numbers or tensors of one element, but the "
+            f"parameter group has {given}"
+        )
 
     def probe(self, group: Mapping[str, Any]) -> None:
         """Run both halves once on the host: TypeError where what they return does not fit.

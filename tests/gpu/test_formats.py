@@ -173,13 +173,6 @@ def _to_nearest(i, key):
 # Whole optimizers.
 
 
-def values_of(state: dict[str, Any], name: str) -> Tensor:
-    value: Tensor = state[name]
-    if formats.is_eight_bit(value):
-        return formats.decode(value, state[formats.scale_name(name)])
-    return value
-
-
 def follow(name: str, dtype: torch.dtype, wrong: bool = False, **options: Any) -> list[str]:
     """What is off after each step, which the same optimizer with float32 states takes from where
     the one with codes stands."""
@@ -197,10 +190,10 @@ def follow(name: str, dtype: torch.dtype, wrong: bool = False, **options: Any) -
                 if key == "step":
                     assert value == ours.state[p][key]
                     continue
-                got = values_of(ours.state[p], key)
+                got = formats.value_in(ours.state[p], key)
                 block = torch.nn.functional.pad(value.abs(), (0, -len(value) % BLOCK_8BIT))
                 largest = block.view(-1, BLOCK_8BIT).amax(1).repeat_interleave(BLOCK_8BIT)
-                octaves = 16 if ours.state[p][key].dtype is torch.uint8 else 8
+                octaves = 16 if ours.state[p][f"{key}_codes"].dtype is torch.uint8 else 8
                 room = (value.abs() + largest[: len(value)] * 2.0**-octaves) / 16
                 if ((got - value).abs() > 1.001 * room).any():
                     found.append(f"step {step}: {key}")
