@@ -350,3 +350,25 @@ def test_torch_profiler_shows_a_step_by_the_name_of_its_optimizer() -> None:
     counts = {event.key: event.count for event in record.key_averages()}
     assert counts["fastopt::adamw"] == 1
     assert counts["fastopt::measure"] == 1
+
+
+@pytest.mark.parametrize("lr", [None, "0.1", [0.1]], ids=str)
+def test_what_is_no_number_counts_no_step_on_the_device(lr: Any) -> None:
+    """Nor is the launch of another dtype, whose group is right, begun."""
+    params = [*parameters(torch.float32)[:2], *parameters(torch.bfloat16)[:2]]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    ours = fastopt.optim.AdamW(groups, capturable=True)
+    for step in range(3):
+        for param, grad in zip(params, gradients(params, step), strict=True):
+            param.grad = grad
+        if step == 1:
+            ours.param_groups[1]["lr"] = lr
+        before = [x.clone() for p in params for x in (p.detach(), *ours.state[p].values())]
+        if step:
+            with pytest.raises(TypeError, match="lr="):
+                ours.step()
+            after = [x for p in params for x in (p.detach(), *ours.state[p].values())]
+            assert all(map(torch.equal, after, before))
+        else:
+            ours.step()
+    assert [float(state["step"]) for state in ours.state.values()] == [1.0] * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -159,3 +161,31 @@ def test_without_the_option_there_is_nothing_to_tell() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="telemetry=True"):
         optimizer.telemetry()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_tells_of_the_last_step(how: Any) -> None:
+    model = torch.nn.Linear(30, 20)
+    named = list(model.named_parameters())
+    optimizer = fastopt.optim.AdamW(named, lr=0.05, telemetry=True, max_grad_norm=0.1)
+    params = [param for _, param in named]
+    for step in range(2):
+        give_grads(params, step)
+        optimizer.step()
+    others, again = how((params, optimizer))
+    twice = how(again)
+    for each in (again, twice):
+        assert dict(each.telemetry()) == dict(optimizer.telemetry())
+        assert list(each.telemetry()) == ["weight", "bias"]
+        assert torch.equal(each.last_step.grad_norm, optimizer.last_step.grad_norm)
+    told = again.telemetry(zip("ab", others, strict=True))
+    assert list(told) == ["a", "b"]
+    # The next step tells of itself, or of nothing.
+    give_grads(others, 7)
+    again.step()
+    assert again.telemetry()["weight"] != optimizer.telemetry()["weight"]
+    twice.param_groups[0]["telemetry"] = False
+    give_grads(twice.param_groups[0]["params"], 7)
+    twice.step()
+    with pytest.raises(RuntimeError, match="telemetry=True"):
+        twice.telemetry()
