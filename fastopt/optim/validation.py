@@ -95,6 +95,8 @@ class StateCheck:
         required: states without which the rest means nothing; sparse: whether they may be sparse
         """
         state = self._state
+        if self._is_averaged_alone(update):
+            required = ()
         for name in update.number_names:
             if name in state:
                 self._check_number(name, counts=name == update.step_name)
@@ -113,6 +115,12 @@ class StateCheck:
         for name, dtype in passes.OWN_DTYPE.items():
             if state.get(name) is not None:
                 self._check_elements(name, dtype, False)
+
+    def _is_averaged_alone(self, update: Update) -> bool:
+        """True for the state of a parameter that has an average, and was never stepped."""
+        step = self._state.get(update.step_name)
+        zero = isinstance(step, Tensor) and step.numel() == 1 and not step.any()
+        return zero and self._state.get(passes.AVERAGED) is not None
 
     def _fail(self, what: str) -> NoReturn:
         raise ValueError(
