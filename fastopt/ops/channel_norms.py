@@ -79,7 +79,7 @@ def _stats(x: Tensor, n_sets: int) -> Tensor:
     """Room for mean and variance of each set, the mean not rounded to float32, where a large one
     would be off: on CPU both in float64, on GPU the mean in two parts."""
     if backend.by_numba(x):
-        return torch.empty(n_sets, 2, dtype=torch.float64)
+        return torch.empty(n_sets, 2, dtype=torch.float64, device="cpu")
     return torch.empty(3, n_sets, dtype=compute_dtype(x.dtype), device=x.device)
 
 

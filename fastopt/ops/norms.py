@@ -25,7 +25,7 @@ def _stats(x: Tensor, n_rows: int, centered: bool) -> Tensor:
     if not centered:
         return torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device)
     if backend.by_numba(x):
-        return torch.empty(n_rows, 2, dtype=torch.float64)
+        return torch.empty(n_rows, 2, dtype=torch.float64, device="cpu")
     return torch.empty(2, n_rows, dtype=compute_dtype(x.dtype), device=x.device)
 
 

@@ -104,7 +104,7 @@ def _walked(x: Tensor, dim: int, *outputs: Tensor) -> tuple[Any, ...]:
 
 def _stats(out: Tensor) -> Tensor:
     if backend.by_numba(out):
-        return torch.empty(out.numel(), 2, dtype=torch.float64)
+        return torch.empty(out.numel(), 2, dtype=torch.float64, device="cpu")
     return torch.empty(out.numel(), dtype=compute_dtype(out.dtype), device=out.device)
 
 

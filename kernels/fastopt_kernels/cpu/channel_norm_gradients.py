@@ -219,8 +219,8 @@ def gradients(
     table, task = planes_table(channels), rows.task_of(_planes, rows.kind_of(x))
     n_lots, per_lot = int(table[0]), int(table[6])
     # Sums of dy and dy x_hat of each lot, or of each of its channels; means, where it is no set.
-    parts = torch.empty(2 * n_lots * (1 if batch else per_lot), dtype=torch.float64)
-    means = torch.empty(2 * channels.channels if batch else 0, dtype=torch.float64)
+    parts = torch.empty(2 * n_lots * (1 if batch else per_lot), dtype=torch.float64, device="cpu")
+    means = torch.empty(2 * channels.channels if batch else 0, dtype=torch.float64, device="cpu")
     n_task = rows.rows_of(per_lot * channels.length)
     n_tasks, n, rest = -(-n_lots // n_task), x.numel(), (table.ctypes.data, *rest)
     tail, now = (*results, *rest, means.data_ptr(), n_task), 0 if batch else rows.address(dx)

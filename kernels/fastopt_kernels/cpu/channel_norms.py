@@ -171,9 +171,9 @@ def _forward(
         numbers = (*inputs, rows.address(stats), *addresses, table, kinds, eps, 1 - given, n_task)
         rows.run(task, n_tasks, n, numbers)
         return
-    lots = torch.empty(n_lots, 2, dtype=torch.float64)
+    lots = torch.empty(n_lots, 2, dtype=torch.float64, device="cpu")
     if stats is None:
-        stats = torch.empty(channels.channels, 2, dtype=torch.float64)
+        stats = torch.empty(channels.channels, 2, dtype=torch.float64, device="cpu")
     only_x = inputs[0], 0, 0, 0
     numbers = (*only_x, lots.data_ptr(), *addresses, table, kinds, eps, 1, n_task)
     numbers = (*numbers, stats.data_ptr(), momentum)

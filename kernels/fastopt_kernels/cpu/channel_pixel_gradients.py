@@ -329,8 +329,10 @@ def gradients(
     table, kind, n, given = pixels_table(channels), rows.kind_of(x), x.numel(), rest[-1]
     n_blocks, needed = channels.images * int(table[8]), summed or not given
     # Sums of dy and dy x_hat of each channel in each block; their means over each set.
-    partial = torch.empty(2 * n_blocks * channels.channels if needed else 0, dtype=torch.float64)
-    means = torch.empty(2 * channels.n_sets, dtype=torch.float64)
+    partial = torch.empty(
+        2 * n_blocks * channels.channels if needed else 0, dtype=torch.float64, device="cpu"
+    )
+    means = torch.empty(2 * channels.n_sets, dtype=torch.float64, device="cpu")
     numbers = (*inputs, partial.data_ptr(), means.data_ptr(), *results, table.ctypes.data, *rest)
     sums, means_of = rows.task_of(_pixel_sums, kind), rows.task_of(_pixel_means)
     dx, weights = rows.task_of(_pixel_dx, kind), rows.task_of(_pixel_weights)

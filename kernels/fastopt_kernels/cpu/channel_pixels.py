@@ -352,9 +352,9 @@ def forward(
     n_blocks, addresses = channels.images * int(table[8]), tuple(map(rows.address, running))
     tail, norms = (table.ctypes.data, *rest, 0), rows.task_of(_pixel_norms, kind)
     if not given:
-        partial = torch.empty(n_blocks * 2 * channels.channels, dtype=torch.float64)
+        partial = torch.empty(n_blocks * 2 * channels.channels, dtype=torch.float64, device="cpu")
         if stats is None:
-            stats = torch.empty(channels.n_sets, 2, dtype=torch.float64)
+            stats = torch.empty(channels.n_sets, 2, dtype=torch.float64, device="cpu")
         sets, n_last = rows.task_of(_pixel_sets), -(-channels.n_sets // sets_a_task(channels))
         numbers = (*inputs, partial.data_ptr(), stats.data_ptr(), *addresses, *tail)
         moments = rows.task_of(_pixel_moments, kind)

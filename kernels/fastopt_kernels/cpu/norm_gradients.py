@@ -323,7 +323,7 @@ def gradients(
         n_task = rows.rows_of(n_cols)
         n_blocks = -(-n_rows // n_task)
     # Of each block: dweight and dbias in float64, and room to sum them in the compute type.
-    blocks = torch.empty(4 * n_blocks * n_cols if n_last else 0, dtype=torch.float64)
+    blocks = torch.empty(4 * n_blocks * n_cols if n_last else 0, dtype=torch.float64, device="cpu")
     inputs = (dy.data_ptr(), x.data_ptr(), rows.address(weight), stats.data_ptr())
     results = (rows.address(dx), blocks.data_ptr(), rows.address(dweight), rows.address(dbias))
     numbers = (*inputs, *results, *sizes, n_task, n_blocks, double_bits(weight_offset))
