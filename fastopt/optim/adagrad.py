@@ -52,6 +52,10 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         )
         if capturable:
             self._add_option("capturable", True)
+        for group in self.param_groups:
+            for param in group["params"]:
+                # torch's constructor makes them on the default device.
+                self.state[param]["step"] = self.initial_number(0.0, param, group)
         self._exposed = False
 
     def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:

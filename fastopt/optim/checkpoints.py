@@ -176,13 +176,16 @@ def _drop_leftovers(state: dict[str, Any], held: Mapping[str, Any], update: Upda
 def _kept_of(state: Mapping[str, Any], update: Update, to: _Param) -> dict[str, Any]:
     """Copies of what torch would cast to the parameter's dtype, and should not."""
     kept: dict[str, Any] = {}
-    device = to.param.device
     for name in (*update.carried, OWN_STEP, passes.N_AVERAGED):
-        if name in state:
-            kept[name] = torch.as_tensor(state[name], dtype=number_dtype()).detach().clone()
+        if (value := state.get(name)) is not None:
+            # Not on torch's default device.
+            device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+            value = torch.as_tensor(value, dtype=number_dtype(), device=device)
+            kept[name] = value.detach().clone()
     step = state.get("step")
     if isinstance(step, Tensor) and step.dtype not in (torch.float32, torch.float64):
         kept["step"] = step.detach().to(number_dtype())
+    device = to.param.device
     for name in formats.coded_in(state):
         codes, scale = formats.codes_name(name), formats.scale_name(name)
         kept[codes] = formats.packed(state[codes], device)

@@ -82,7 +82,8 @@ def step_param(
 
     numbers[update.step_name] += 1
     for name, value in zip(update.carried, values[update.n_scalars :], strict=True):
-        numbers[name].copy_(torch.as_tensor(value))
+        held = numbers[name]
+        held.copy_(torch.as_tensor(value, dtype=held.dtype, device=held.device))
     written = [param, *tensors[2:]]
     for tensor, result in zip(written, new, strict=True):
         tensor.copy_(torch.view_as_complex(result) if tensor.is_complex() else result)
