@@ -228,14 +228,10 @@ def _replayed(maker: _Maker) -> None:
             p.grad.copy_(8.0 * grad)
         if step == 2:
             ours.found_inf.fill_(1.0)
-        told, before = str(ours.telemetry()), [p.detach().clone() for p in params]
+        before = [p.detach().clone() for p in params]
         replay()
         maker.device.synchronize()
-        if step == 2:
-            ours.found_inf.fill_(0.0)
-            if str(ours.telemetry()) != told:
-                raise AssertionError("a skipped replay told of something")
-            continue
+        ours.found_inf.fill_(0.0)
         for p in params:
             p.grad.div_(8.0)  # type: ignore[union-attr]
         _check_rows(ours.telemetry().values(), before, params, "a replay")

@@ -36,7 +36,10 @@ def all_checks(targets: Sequence[str]) -> Checks:
         update, extras = updates()[name], Extras(watched=True)
         if not update.state_names and kinds[2] != kinds[0]:
             continue
-        yield (
-            Case(target, name, "-".join(kinds), "watched"),
-            lambda u=update, k=kinds, t=target, e=extras: [check_update(u, k, t, extras=e)],
-        )
+        for skip in (False, True):
+            yield (
+                Case(target, name, "-".join(kinds), f"watched{', skip' * skip}"),
+                lambda u=update, k=kinds, t=target, s=skip, e=extras: [
+                    check_update(u, k, t, s, extras=e)
+                ],
+            )

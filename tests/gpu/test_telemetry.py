@@ -32,7 +32,7 @@ def off(row: Any, right: list[float], tolerance: float = 2e-5) -> list[str]:
     return [
         name
         for name, x in zip(NAMES, right, strict=True)
-        if getattr(row, name) != pytest.approx(x, rel=tolerance)
+        if getattr(row, name) != pytest.approx(x, rel=tolerance, nan_ok=True)
     ]
 
 
@@ -142,7 +142,7 @@ def test_only_parameters_of_the_step_are_told_of_and_what_is_not_finite_is_count
 
 
 @pytest.mark.parametrize("clip", [{}, {"max_grad_norm": LIMIT}], ids=["plain", "clipped"])
-def test_gradients_are_told_of_unscaled_and_a_skipped_step_says_nothing_new(
+def test_gradients_are_measured_unscaled_also_in_a_skipped_step(
     clip: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scale is on the device, where the scaler changes it as soon as the step is over."""
@@ -155,7 +155,7 @@ def test_gradients_are_told_of_unscaled_and_a_skipped_step_says_nothing_new(
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
     scaler.scale(torch.ones(()))
-    told, scale = [], 1024.0
+    scale = 1024.0
     for step in range(3):
         grads = gradients(params, step)
         if step == 1:
@@ -164,14 +164,51 @@ def test_gradients_are_told_of_unscaled_and_a_skipped_step_says_nothing_new(
         before = [p.detach().clone() for p in params]
         scaler.step(optimizer)
         scaler.update()
-        told.append(str(optimizer.telemetry()))
-        if step != 1:
-            for row, p, old, grad in zip(
-                optimizer.telemetry().values(), params, before, grads, strict=True
-            ):
-                assert off(row, expected(old, p.detach(), grad)) == []
+        for row, p, old, grad in zip(
+            optimizer.telemetry().values(), params, before, grads, strict=True
+        ):
+            assert off(row, expected(old, p.detach(), grad)) == []
+            assert (row.nonfinite, row.lost) == (int((~grad.isfinite()).sum()), 0.0)
         scale = scaler.get_scale()
-    assert told[0] == told[1] != told[2]
+
+
+def whole(optimizer: Any, param: Tensor) -> Tensor:
+    """A parameter with what its rounding keeps beside it."""
+    state, high = optimizer.state[param], param.detach().float()
+    if "low_bits" in state:
+        return (high.view(torch.int32) + state["low_bits"].int()).view(torch.float32)
+    return high + state["compensation"] if "compensation" in state else param.detach()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float64, {"max_grad_norm": LIMIT, "ema_decay": 0.9}),
+        (torch.bfloat16, {"param_rounding": "kahan"}),
+        (torch.bfloat16, {"param_rounding": "master", "state_dtype": "8bit"}),
+    ],
+    ids=["fp32", "clipped fp64", "kahan", "master 8bit"],
+)
+def test_a_skipped_step_is_measured(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    params = parameters(dtype, SHAPES)
+    optimizer = fastopt.optim.AdamW(params, lr=0.05, skip_nonfinite=True, telemetry=True, **options)
+    give(params, gradients(params, 0))
+    optimizer.step()
+    grads = gradients(params, 1)
+    grads[1][[0, 9, 4600]] = torch.tensor([math.nan, math.inf, math.inf]).to(dtype)
+    grads[2] = None
+    give(params, grads)
+    before = bits(optimizer, params)
+    optimizer.step()
+    assert same(before, bits(optimizer, params))
+    rows = optimizer.telemetry()
+    assert list(rows) == ["0.0", "0.1", "0.3"]
+    assert [row.nonfinite for row in rows.values()] == [0, 3, 0]
+    for k, row in zip((0, 1, 3), rows.values(), strict=True):
+        p = whole(optimizer, params[k])
+        assert off(row, expected(p, p, grads[k]), 1e-7) == []
+        assert row.lost == 0.0
 
 
 def test_where_numbers_lie_stays_for_a_captured_graph() -> None:

@@ -142,12 +142,13 @@ class Launch:
         self._tables.replace(chunks)
         self._seen.forget()
 
-    def _register_options(self, n_warps: int) -> dict[str, int]:
+    def _register_options(self, n_warps: int, may_skip: bool) -> dict[str, int]:
         """A plain update leaves them to the compiler. Many take those that decode and encode, round
         with care, or have numbers of two registers."""
         extras = self.extras
         many = n_codes(self.kinds) > 0 or extras.rounding != 0 or self.kinds[0] == "fp64"
-        if many or extras.clipped or extras.averaged:
+        # One that is watched and may be skipped has a loop for either (sgd in bf16 on sm_80).
+        if many or extras.clipped or extras.averaged or (extras.watched and may_skip):
             return register_options(n_warps, many)
         return {}
 
@@ -164,8 +165,8 @@ class Launch:
         return self._tables.lasting
 
     def seen(self) -> np.ndarray:
-        """(n, len(SEEN)) float64: what the last run that was not skipped saw of each tensor, its
-        gradient without the scale that only the device knew. Waits for the device."""
+        """(n, len(SEEN)) float64: what the last run saw of each tensor, its gradient without the
+        scale that only the device knew. Waits for the device."""
         return self._seen.merged(len(self.tensors))
 
     def run(
@@ -295,7 +296,7 @@ class Launch:
             WIDTH=shape.width,
             EXTRAS=tuple(map(int, self.extras)),
             num_warps=n_warps,
-            **self._register_options(n_warps),
+            **self._register_options(n_warps, found_inf is not None),
             enable_fp_fusion=True,
             name=self.name,
         )

@@ -58,27 +58,35 @@ def see(sums, g, before, exact, after, mask, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def write(
-    seen_ptr, sums, grad_scale_ptr, skip_ptr, HAS_SCALE: tl.constexpr, HAS_SKIP: tl.constexpr
-):  # fmt: skip
-    """The numbers (SEEN) of this program; none where the step is skipped."""
+def see_skipped(sums, g, p, mask, WIDTH: tl.constexpr):
+    """The same of a step that is skipped: nothing is updated, and nothing lost."""
+    wide_g, wide_p = g.to(tl.float64), p.to(tl.float64)
+    bad = (g - g != 0.0).to(tl.int32)
+    return (
+        _add(sums[0], wide_g * wide_g, mask, WIDTH),
+        _add(sums[1], wide_p * wide_p, mask, WIDTH),
+        sums[2],
+        _add(sums[3], bad, mask, WIDTH),
+        sums[4],
+    )
+
+
+@triton.jit
+def write(seen_ptr, sums, grad_scale_ptr, HAS_SCALE: tl.constexpr):
+    """The numbers (SEEN) of this program."""
     inverse = tl.full((), 1.0, tl.float64)
     if HAS_SCALE:
         inverse = inverse / tl.load(grad_scale_ptr).to(tl.float64)
-    keep = tl.full((), 1, tl.int1)
-    if HAS_SKIP:
-        keep = tl.load(skip_ptr) == 0
     place_ptr = seen_ptr + tl.program_id(0).to(tl.int64) * N_SEEN
-    tl.store(place_ptr, tl.sum(sums[0], 0) * inverse * inverse, mask=keep)
+    tl.store(place_ptr, tl.sum(sums[0], 0) * inverse * inverse)
     for k in tl.static_range(1, N_SEEN):
-        tl.store(place_ptr + k, tl.sum(sums[k], 0).to(tl.float64), mask=keep)
+        tl.store(place_ptr + k, tl.sum(sums[k], 0).to(tl.float64))
 
 
 class Seen:
     """Where a launch leaves what it saw, until somebody asks.
 
-    A step that is skipped leaves what the one before has seen. A captured graph writes here at
-    every replay, for as long as it lives.
+    A captured graph writes here at every replay, for as long as it lives.
     """
 
     def __init__(self, tables: Tables) -> None:

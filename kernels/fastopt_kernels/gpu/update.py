@@ -18,6 +18,16 @@ from fastopt_kernels.gpu.rounding import BY_CHANCE, WITH_LOW, WITH_REST
 
 
 @triton.jit
+def _whole(p, kept, ROUNDED: tl.constexpr):
+    """A parameter with what its rounding keeps beside it."""
+    if ROUNDED == WITH_REST:
+        p += kept
+    if ROUNDED == WITH_LOW:
+        p = rounding.join(p, kept)
+    return p
+
+
+@triton.jit
 def _around(
     values,
     offsets,
@@ -40,11 +50,7 @@ def _around(
     own: tl.constexpr = len(scalars) - clipped - averaged
     kept: tl.constexpr = len(values) - (rounded >= WITH_REST)
     states: tl.constexpr = kept - averaged
-    before = values[0]
-    if rounded == WITH_REST:
-        before += values[kept]
-    if rounded == WITH_LOW:
-        before = rounding.join(before, values[kept])
+    before = _whole(values[0], values[len(values) - 1], rounded)
     if clipped:
         g = tl.where(g < -scalars[own], -scalars[own], g)
         g = tl.where(g > scalars[own], scalars[own], g)
@@ -111,6 +117,20 @@ def _update_block(
         tl.debug_barrier()
         sums = telemetry.see(sums, values[1], *seen, mask, WIDTH)
     return sums
+
+
+@triton.jit
+def _see_block(
+    pointers, offsets, mask, sums, COMPUTE: tl.constexpr, WIDTH: tl.constexpr,
+    ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """The sums with a block of a step that is skipped: its parameter and its gradient."""
+    p = tl.load(pointers[0] + offsets, mask=mask).to(COMPUTE)
+    g = tl.load(pointers[1] + offsets, mask=mask).to(COMPUTE)
+    if ROUNDED >= WITH_REST:
+        kept = tl.load(pointers[len(pointers) - 1] + offsets, mask=mask).to(COMPUTE)
+        p = _whole(p, kept, ROUNDED)
+    return telemetry.see_skipped(sums, g, p, mask, WIDTH)
 
 
 @triton.jit
@@ -190,6 +210,7 @@ def update_kernel(
     if BLOCK >= 8 * LANES:
         # 125 registers became 86 on sm_90 (Adam, bfloat16); with 4 a thread, 40 would be 54.
         n = n.to(tl.int32)
+    n_all = n
     if HAS_SKIP:
         n = tl.where(tl.load(skip_ptr) != 0, 0, n)
 
@@ -219,4 +240,11 @@ def update_kernel(
             RULE, COMPUTE, SCALES, WIDTH, EXTRAS,
         )  # fmt: skip
     if EXTRAS[3]:
-        telemetry.write(seen_ptr, sums, grad_scale_ptr, skip_ptr, HAS_SCALE, HAS_SKIP)
+        if HAS_SKIP:
+            # All of them where the step is skipped, else none.
+            for block in tl.range(tl.cdiv(n, BLOCK), tl.cdiv(n_all, BLOCK), disable_licm=True):
+                offsets = block * BLOCK + lanes
+                sums = _see_block(
+                    any_ptrs, offsets, offsets < n_all, sums, COMPUTE, WIDTH, EXTRAS[2]
+                )
+        telemetry.write(seen_ptr, sums, grad_scale_ptr, HAS_SCALE)
