@@ -34,6 +34,8 @@ def adopt(optimizer: torch.optim.Optimizer, wrappers: Iterable[Any] = ()) -> Non
     optimizer._patch_step_function()
     if cell is not None:
         cell.cell_contents = ours.step
+        if getattr(wrapped, "__wrapped__", None) is theirs.step:
+            wrapped.__wrapped__ = ours.step  # type: ignore[union-attr]
     for replace in replacements:
         replace(MethodType(ours.step, optimizer))
     optimizer._forget(exposed=True)  # type: ignore[attr-defined]

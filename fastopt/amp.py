@@ -8,6 +8,7 @@ import torch
 
 from fastopt.optim import scaled, sharding
 from fastopt.optim.base import FusedOptimizer
+from fastopt.optim.scale import step_is_replaced
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -15,7 +16,8 @@ class GradScaler(torch.amp.GradScaler):
 
     `step` of an optimizer with max_grad_norm or skip_nonfinite learns from that optimizer's own
     look at its gradients whether one is infinite or NaN: on a device in the step itself, and
-    nobody waits for it. For any other it is torch's.
+    nobody waits for it. For any other it is torch's, as for one whose `step` was replaced on the
+    instance (accelerate does so), which is not called for a step that is skipped.
     """
 
     # The optimizer that is being stepped: what it sees holds until its own step, which comes next.
@@ -32,10 +34,14 @@ class GradScaler(torch.amp.GradScaler):
             sharding.check_scaler(optimizer)
             if getattr(optimizer, "_released", None) is not None:
                 raise scaled.refusal()
-        if not self._enabled or not isinstance(optimizer, FusedOptimizer) or not optimizer.looks():
+        if (
+            not self._enabled
+            or not isinstance(optimizer, FusedOptimizer)
+            or not optimizer.looks()
+            or step_is_replaced(optimizer)
+        ):
             return super().step(optimizer, *args, **kwargs)
-        before = optimizer.__dict__.get("_step_supports_amp_scaling")
-        self._stepped, optimizer._step_supports_amp_scaling = optimizer, True
+        self._stepped, optimizer.unscales = optimizer, True
         try:
             result = super().step(optimizer, *args, **kwargs)
             if (found := optimizer.found_inf_of_step()) is not None:
@@ -44,13 +50,25 @@ class GradScaler(torch.amp.GradScaler):
                 state["found_inf_per_device"] = {found.device: found.clone()}
             return result
         finally:
-            self._stepped = None
+            self._stepped, optimizer.unscales = None, False
             optimizer.forget_look()
-            if before is None:
-                del optimizer._step_supports_amp_scaling
+
+    def _maybe_opt_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        optimizer_state: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> float | None:
+        """torch's; an optimizer of ours notes that its step is skipped."""
+        if not sum(found.item() for found in optimizer_state["found_inf_per_device"].values()):
+            return optimizer.step(*args, **kwargs)  # type: ignore[no-any-return]
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer.note_skip()
+        return None
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        if self._stepped is None or optimizer is not self._stepped:
+        if self._stepped is None or optimizer is not self._stepped or not _has_gradient(optimizer):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         # Where only the device will know, the step's own word takes the place of this one.
@@ -59,3 +77,7 @@ class GradScaler(torch.amp.GradScaler):
         state: dict[str, Any] = self._per_optimizer_states[id(optimizer)]
         state["found_inf_per_device"] = {scale.device: found}
         return state["found_inf_per_device"]  # type: ignore[no-any-return]
+
+
+def _has_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

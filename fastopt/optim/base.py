@@ -121,7 +121,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         self._forget(exposed="param_groups" in self.__dict__)
 
     def _forget(self, exposed: bool) -> None:
-        self._plan, self.hidden, self._exposed = None, {}, exposed
+        self._plan, self._skipped, self.hidden, self._exposed = None, None, {}, exposed
         self.__dict__.setdefault("_lock", threading.RLock())
 
     # What a subclass may say of itself.
@@ -167,7 +167,6 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             raise
         if own:
             self.param_groups[-1][passes.ALONE] = True
-        self._note_amp()
         self._plan = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -192,18 +191,12 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         for group in self.param_groups:
             self._check_group(group)
         sharding.check(self)
-        self._note_amp()
-
-    def _note_amp(self) -> None:
-        clips = ("fused", "max_grad_norm", "clip_value")
-        if any(group.get(name) for group in self.param_groups for name in clips):
-            self._step_supports_amp_scaling = True
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last step saw is in a plan, which is about addresses and stays behind.
         kept: dict[str, Any] = {"_watched": rows_of(self)}
         if self._verdict is not None:
-            kept["_verdict"] = Reported(self._verdict.report())
+            kept["_verdict"] = Reported(self.last_step)
         return {**super().__getstate__(), **{k: v for k, v in kept.items() if v is not None}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -217,7 +210,6 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             if isinstance(held, dict) and (new := formats.renamed(held)).keys() != held.keys():
                 self.__dict__["state"][key] = new
         self._forget(exposed=True)
-        self._note_amp()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; states as they are stored, and a version where that is not torch's way.
@@ -277,10 +269,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         seen, self._seen = self._seen, None
         if scale.on_host() and scale.skip():
-            if seen is None or seen[1] is None:
-                self._verdict = None
-            else:
-                self._verdict = seen[1].given(scale.inverse(), skip=True)
+            self.note_skip(scale, seen and seen[1])
             return
         told = scale.found_inf is not None or self._finds
         plan = self._current_plan(told) if seen is None else seen[0]
@@ -293,8 +282,11 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         """
         handler = interrupts.hold()
         try:
-            verdict = self._judge(plan, seen, scale) if plan.looks else None
+            verdict = self._verdict = self._judge(plan, seen, scale) if plan.looks else None
+            if self._skipped is not None:
+                self._forget_skipped(plan.params)
             if verdict is not None and verdict.skip:
+                self._watch_skipped(plan.params, scale.inverse())
                 return
             for each in plan.odd:
                 odd.check(self, each, plan.keys[each.group], scale)

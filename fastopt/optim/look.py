@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,16 +11,15 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import passes, sharding
+from fastopt.optim import passes, skipped
 from fastopt.optim.hooks import pre_hooks
 from fastopt.optim.passes import LastStep, Verdict
-from fastopt.optim.scale import Scale
+from fastopt.optim.scale import NO_SCALE, Scale, ScalesInside
 
 if TYPE_CHECKING:
     from fastopt.optim.bucket import Bucket
     from fastopt.optim.plan import Plan
-
-_AMP = "_step_supports_amp_scaling"
+    from fastopt.optim.telemetry import ParameterTelemetry
 
 
 class DeviceVerdict:
@@ -104,27 +104,16 @@ class Looking:
     _verdict: Verdict | DeviceVerdict | Reported | None = None
     # A plan for the gradients that are there, and what the host has seen of them ahead of the step.
     _seen: tuple[Plan, Verdict | None] | None = None
-    # Whether a scaler of ours leaves it to the step to find what is not finite.
+    # A scaler of ours leaves it to the step to unscale (unscales), and to find what is not finite.
+    unscales: bool = False
     _finds: bool = False
+    # Telemetry of parameters whose last step the host knew to be skipped; None: had no gradient.
+    _skipped: dict[Tensor, ParameterTelemetry | None] | None = None
 
     def _current_plan(self, told: bool) -> Plan:
         raise NotImplementedError
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """The mark by which a GradScaler leaves unscaling to the step. There is none where it must
-        ask other ranks what they found, which it does only where it unscales."""
-        if not self.__dict__.get(_AMP) or sharding.finds_inf_alone(self):  # type: ignore[arg-type]
-            raise AttributeError(_AMP)
-        return True
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:
-        self.__dict__[_AMP] = value
-
-    @_step_supports_amp_scaling.deleter
-    def _step_supports_amp_scaling(self) -> None:
-        del self.__dict__[_AMP]
+    _step_supports_amp_scaling = ScalesInside()
 
     def looks(self) -> bool:
         """Whether a step looks at all gradients before any parameter is written."""
@@ -168,16 +157,48 @@ class Looking:
         self._verdict = verdict
         return verdict
 
+    def note_skip(self, scale: Scale = NO_SCALE, seen: Verdict | None = None) -> None:
+        """Note what is found in the gradients of a step that is skipped, as a scaler says on the
+        host; seen: what was seen of them before."""
+        try:
+            inverse = scale.inverse()
+        except ZeroDivisionError:  # a scale that is halved at every step ends at 0
+            inverse = math.inf
+        if seen is None:
+            seen = skipped.verdict_of(self.param_groups, inverse)
+        self._verdict = seen.given(inverse, skip=True)
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._watch_skipped(params, inverse)
+
+    def _watch_skipped(self, params: Iterable[Tensor], inverse: float) -> None:
+        """Have telemetry show what is found where a step of these is skipped."""
+        rows = skipped.rows_of(self.param_groups, self.__dict__["state"], params, inverse)
+        if rows:
+            self._skipped = {**(self._skipped or {}), **rows}
+
+    def _forget_skipped(self, params: Iterable[Tensor]) -> None:
+        """A step of these follows, which their launches measure."""
+        stepped = set(params)
+        rows = {p: row for p, row in (self._skipped or {}).items() if p not in stepped}
+        self._skipped = rows or None
+
     @property
     def last_step(self) -> LastStep:
         """What the last step found in its gradients, as tensors where these are; made when it is
         asked for, until when nobody waits for a device.
 
+        A step that a GradScaler skipped counts, with or without options, where found_inf is on the
+        CPU. torch's calls step() for a skipped one only where the step unscales (fused=True,
+        max_grad_norm, clip_value); otherwise the last step is the one before.
+
         Raises RuntimeError where no option had the step look (max_grad_norm, skip_nonfinite).
         """
         if self._verdict is None:
             raise RuntimeError(
-                f"no step of this {type(self).__name__} has looked at its gradients: construct it "
-                "with max_grad_norm or skip_nonfinite=True, and call step()."
+                f"the last step of this {type(self).__name__} has not looked at its gradients: "
+                "construct it with max_grad_norm or skip_nonfinite=True, and call step()."
             )
-        return self._verdict.report()
+        if not isinstance(self._verdict, Verdict):
+            return self._verdict.report()
+        devices = (param.device for group in self.param_groups for param in group["params"])
+        return self._verdict.report(next(devices, torch.device("cpu")))

@@ -338,12 +338,12 @@ class Verdict:
             self.nonfinite > 0 and any(group.get("skip_nonfinite") for group in self._groups)
         )
 
-    def report(self) -> LastStep:
-        """The same as tensors."""
+    def report(self, device: torch.device) -> LastStep:
+        """The same as tensors on a device."""
         coefficients = self.coefficients[0] if one_limit(self._groups) else self.coefficients
         return LastStep(
-            torch.tensor(self._norm(self._parts), dtype=torch.float32),
-            torch.tensor(coefficients, dtype=torch.float32),
-            torch.tensor(int(self.nonfinite)),
-            torch.tensor(self.skip),
+            torch.tensor(self._norm(self._parts), dtype=torch.float32, device=device),
+            torch.tensor(coefficients, dtype=torch.float32, device=device),
+            torch.tensor(int(self.nonfinite), device=device),
+            torch.tensor(self.skip, device=device),
         )

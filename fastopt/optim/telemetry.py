@@ -116,7 +116,11 @@ def rows_of(optimizer: FusedOptimizer) -> dict[Tensor, ParameterTelemetry] | Non
     if optimizer._released is not None:
         plans += optimizer._released.plans.values()
     buckets = [bucket for plan in plans for bucket in plan.buckets if bucket.launch.extras.watched]
-    return _read(buckets) if buckets else optimizer._watched
+    rows = _read(buckets) if buckets else optimizer._watched
+    if not optimizer._skipped:
+        return rows
+    found = {**(rows or {}), **optimizer._skipped}
+    return {param: row for param, row in found.items() if row is not None}
 
 
 def _read(buckets: Iterable[Bucket]) -> dict[Tensor, ParameterTelemetry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -13,6 +14,7 @@ import fastopt
 from tests.optim.pairs import give_grads, make_params
 
 SHAPES = ((517,), (7, 41), (40_000,), ())
+INF, NAN = math.inf, math.nan
 
 
 def expected(before: torch.Tensor, after: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
@@ -26,7 +28,11 @@ def expected(before: torch.Tensor, after: torch.Tensor, grad: torch.Tensor) -> d
 
 def wrong(seen: Any, right: dict[str, float], tolerance: float) -> list[str]:
     """The numbers that are off."""
-    return [k for k, x in right.items() if getattr(seen, k) != pytest.approx(x, rel=tolerance)]
+    return [
+        name
+        for name, x in right.items()
+        if getattr(seen, name) != pytest.approx(x, rel=tolerance, nan_ok=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +158,107 @@ def test_a_layer_of_no_elements_is_not_flagged() -> None:
     assert seen["b.w"].numel == 0
     assert seen.flags == {}
     assert len(str(seen).splitlines()) == 3
+
+
+# Steps that are skipped.
+
+# By whom, and with what options: on its own; by a scaler that asks the step to; by one of ours.
+SKIPS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "own": (None, {"skip_nonfinite": True}),
+    "fused": (torch.amp.GradScaler, {"fused": True}),
+    "clipping": (torch.amp.GradScaler, {"max_grad_norm": 1.0, "norm_type": math.inf}),
+    "ours": (fastopt.GradScaler, {"skip_nonfinite": True}),
+    "unscaled before": (fastopt.GradScaler, {}),
+}
+
+
+def skip(
+    how: str, ours: Any = fastopt.optim.AdamW, after: int = 0, dtype: Any = None, **more: Any
+) -> tuple[Any, list[Any]]:
+    """A step that is skipped after some that are not: of the last parameter two elements are NaN
+    and one is infinite; the first has no gradient."""
+    cls, options = SKIPS[how]
+    params = make_params(SHAPES[::-1], **({} if dtype is None else {"dtype": dtype}))
+    optimizer = ours(params, lr=0.05, telemetry=True, **options, **more)
+    scaler = None if cls is None else cls("cpu", init_scale=16.0, growth_interval=100)
+    for step in range(after + 1):
+        give_grads(params, step, missing=(0,) if step == after else ())
+        if step == after:
+            params[-1].grad[[1, 2, 300]] = torch.tensor([NAN, INF, NAN], dtype=params[-1].dtype)
+        if scaler is None:
+            optimizer.step()
+            continue
+        scaler.scale(torch.ones(()))
+        for param in params:
+            if param.grad is not None:
+                param.grad *= 16.0
+        scaler.step(optimizer)
+        scaler.update()
+    return optimizer, params
+
+
+def check_skipped(optimizer: Any, params: list[Any], after: int) -> None:
+    seen = optimizer.telemetry()
+    assert list(seen) == ["0.1", "0.2", "0.3"]
+    give_grads(params, after)
+    for row, param in zip(seen.values(), params[1:], strict=True):
+        right = expected(param.detach(), param.detach(), param.grad)
+        if param is params[-1]:
+            right["grad_norm"] = NAN
+        assert wrong(row, right, 1e-5) == []
+        assert row.nonfinite == (3 if param is params[-1] else 0)
+        assert (row.lost, row.numel) == (0.0, param.numel())
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("how", SKIPS)
+def test_of_a_skipped_step_it_shows_what_was_found(how: str, after: int) -> None:
+    optimizer, params = skip(how, after=after)
+    check_skipped(optimizer, params, after)
+    assert optimizer.telemetry().flags == {"0": "exploding"}
+    # The next step is measured as ever.
+    give_grads(params, 7)
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    for row, param, old in zip(optimizer.telemetry().values(), params, before, strict=True):
+        assert wrong(row, expected(old, param.detach(), param.grad), 1e-5) == []
+
+
+class ShowsTheStepBefore(fastopt.optim.AdamW):
+    """Wrong."""
+
+    def _watch_skipped(self, *args: Any) -> None: ...
+
+
+@pytest.mark.parametrize("how", ["own", "fused"])
+def test_this_check_sees_an_optimizer_that_shows_the_step_before(how: str) -> None:
+    with pytest.raises(AssertionError):
+        check_skipped(*skip(how, ShowsTheStepBefore, after=2), after=2)
+
+
+@pytest.mark.parametrize("rounding", ["kahan", "master"])
+def test_a_parameter_of_a_skipped_step_has_what_its_rounding_keeps(rounding: str) -> None:
+    optimizer, params = skip("own", after=2, dtype=torch.bfloat16, param_rounding=rounding)
+    kept = optimizer.state[params[-1]]["compensation" if rounding == "kahan" else "low_bits"]
+    high = params[-1].detach().float()
+    low = (high.view(torch.int32) + kept.int()).view(torch.float32)
+    whole = high + kept.float() if rounding == "kahan" else low
+    norm = optimizer.telemetry()["0.3"].param_norm
+    assert norm == pytest.approx(float(whole.double().norm()), rel=1e-9)
+    assert norm != pytest.approx(float(high.double().norm()), rel=1e-9)
+
+
+def test_of_tensors_that_are_stepped_in_backward_those_that_are_skipped() -> None:
+    params = make_params(((3,), (4,)))
+    optimizer = fastopt.optim.SGD(params, lr=0.1, skip_nonfinite=True, telemetry=True)
+    optimizer.release_gradients(per_tensor=True)
+    scale = torch.tensor([1.0, INF, 1.0])
+    for step in range(2):
+        loss = (params[0] * (scale if step else 1.0)).sum() + (3.0 * params[1]).sum()
+        loss.backward()
+    seen = optimizer.telemetry()
+    assert [row.nonfinite for row in seen.values()] == [1, 0]
+    assert [row.update_norm for row in seen.values()] == pytest.approx([0.0, 0.6], rel=1e-5)
 
 
 def test_without_the_option_there_is_nothing_to_tell() -> None:
