@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 from torch import Tensor
+
+from fastopt.compiler import outside_dynamo
 
 _KERNELS = {"cpu": "fastopt_kernels.cpu", "cuda": "fastopt_kernels.gpu"}
 _NEEDS = {"cpu": "numba", "cuda": "triton"}
@@ -29,13 +31,22 @@ def kernels(device_type: str, module: str) -> ModuleType:
             f"{', '.join(_KERNELS)}. Move the tensors there, or keep torch's own for them."
         )
     try:
-        return importlib.import_module(f"{_KERNELS[device_type]}.{module}")
+        return _opaque(importlib.import_module(f"{_KERNELS[device_type]}.{module}"))
     except ImportError as error:
         package = _NEEDS[device_type]
         raise ImportError(
             f"fastopt runs on {device_type} with {package}, which did not import ({error}). "
             f"Install it: pip install {package}"
         ) from error
+
+
+def _opaque(module: ModuleType) -> ModuleType:
+    """A module whose functions torch.compile leaves to Python: they take addresses."""
+    package = module.__name__.partition(".")[0]
+    for name, function in list(vars(module).items()):
+        if isinstance(function, FunctionType) and function.__module__.startswith(package):
+            setattr(module, name, outside_dynamo(function))
+    return module
 
 
 def by_numba(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 
-from fastopt.functional.routing import AS_OP, BY_TORCH, DIRECT, DTYPES, route_of
+from fastopt.functional.routing import AS_OP, BY_TORCH, DIRECT, DTYPES, enter
 from fastopt.ops import weight_norms
 
 __all__ = ["spectral_norm", "weight_norm"]
@@ -21,8 +21,8 @@ class WeightNorm(_WeightNorm):
     """w = g v / ||v||, the norm over all dimensions but `dim` (-1: over all)."""
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-        g, v, dim = weight_g, weight_v, self.dim
-        route = route_of(g, v)
+        dim = self.dim
+        route, (g, v) = enter("weight_norm", weight_g, weight_v)
         if route == BY_TORCH:
             return weight_norms.composed(v, g, dim)
         if not _fits(g, v, dim):
@@ -38,7 +38,7 @@ class WeightNorm(_WeightNorm):
 
 def _fits(g: Tensor, v: Tensor, dim: int) -> bool:
     """Whether kernels take these: what they do not is torch's to do, or to refuse."""
-    if v.dtype not in DTYPES or g.dtype != v.dtype or g.device != v.device or not v.dim():
+    if v.dtype not in DTYPES or g.dtype != v.dtype or not v.dim():
         return False
     if dim == weight_norms.WHOLE:
         return g.numel() == 1 and weight_norms.fits(v, dim)
@@ -66,8 +66,10 @@ class SpectralNorm(_SpectralNorm):
 
     def _by_kernels(self, weight_mat: Tensor) -> bool:
         tensors = (weight_mat, self._u, self._v)
+        route, given = enter("spectral_norm", *tensors)
         return (
-            route_of(*tensors) == DIRECT
+            route == DIRECT
+            and all(x is y for x, y in zip(given, tensors, strict=True))
             and weight_mat.dtype in DTYPES
             and all(x.dtype == weight_mat.dtype and x.is_contiguous() for x in tensors[1:])
             and 0 not in weight_mat.shape

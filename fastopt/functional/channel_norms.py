@@ -16,7 +16,7 @@ from fastopt.functional.routing import (
     DTYPES,
     autocast,
     by_torch,
-    route_of,
+    enter,
     widen,
 )
 from fastopt.functional.tracing import as_node
@@ -41,13 +41,15 @@ def batch_norm(
     channels_last. Ioffe & Szegedy 2015, algorithm 1.
     """
     per_channel = (running_mean, running_var, weight, bias)
-    route = route_of(input, *per_channel)
+    route, given = enter("batch_norm", input, *per_channel)
     if route == AS_NODE:
         return as_node(batch_norm, input, *per_channel, training, momentum, eps)
-    fits = route != BY_TORCH and _fits(input, per_channel) and _are_numbers(momentum, eps)
-    running = (running_mean, running_var)
+    x, mean, var, weight, bias = given
+    fits = route != BY_TORCH and _fits(*given) and _are_numbers(momentum, eps)
+    running = (mean, var)
     if fits and training:
-        n = input.shape[0] * prod(input.shape[2:])
+        n = x.shape[0] * prod(x.shape[2:])
+        route, running = _to_move(route, running, (running_mean, running_var))
         fits = n != 1 and eps > 0 and _movable(route, running)
     elif fits:
         fits = running_mean is not None and running_var is not None and eps >= 0
@@ -56,7 +58,7 @@ def batch_norm(
             "batch_norm", F.batch_norm, input, *per_channel, training, momentum, eps
         )  # fmt: skip
     return _normalize(
-        route, input, weight, bias, running, bool(training), input.shape[1], True, momentum, eps
+        route, x, weight, bias, running, bool(training), x.shape[1], True, momentum, eps
     )
 
 
@@ -78,22 +80,24 @@ def instance_norm(
     channels_last. Ulyanov, Vedaldi & Lempitsky 2016, equation 2.
     """
     per_channel = (running_mean, running_var, weight, bias)
-    route = route_of(input, *per_channel)
+    route, given = enter("instance_norm", input, *per_channel)
     if route == AS_NODE:
         return as_node(instance_norm, input, *per_channel, use_input_stats, momentum, eps)
-    fits = route != BY_TORCH and _fits(input, per_channel) and _are_numbers(momentum, eps)
-    running = (running_mean, running_var)
+    x, mean, var, weight, bias = given
+    fits = route != BY_TORCH and _fits(*given) and _are_numbers(momentum, eps)
+    running = (mean, var)
     if fits and use_input_stats:
-        fits = prod(input.shape[2:]) != 1 and eps >= 0 and _movable(route, running)
+        route, running = _to_move(route, running, (running_mean, running_var))
+        fits = prod(x.shape[2:]) != 1 and eps >= 0 and _movable(route, running)
     elif fits:
         fits = running_mean is not None and running_var is not None and eps >= 0
     if not fits:
         return by_torch(
             "instance_norm", F.instance_norm, input, *per_channel, use_input_stats, momentum, eps
         )
-    groups, batch = input.shape[1], not use_input_stats
+    groups, batch = x.shape[1], not use_input_stats
     return _normalize(
-        route, input, weight, bias, running, bool(use_input_stats), groups, batch, momentum, eps
+        route, x, weight, bias, running, bool(use_input_stats), groups, batch, momentum, eps
     )
 
 
@@ -109,12 +113,12 @@ def group_norm(
     input: (images, channels, ...); weight, bias: (channels,), of any dtype each. As
     torch.nn.functional.group_norm; channels_last stays channels_last. Wu & He 2018, equation 7.
     """
-    route = route_of(input, weight, bias)
+    route, (input, weight, bias) = enter("group_norm", input, weight, bias)
     if route == AS_NODE:
         return as_node(group_norm, input, num_groups, weight, bias, eps)
     fits = (
         route != BY_TORCH
-        and _fits(input, (weight, bias))
+        and _fits(input, weight, bias)
         and _are_numbers(eps)
         and isinstance(num_groups, int)
         and num_groups > 0
@@ -136,16 +140,26 @@ def _are_numbers(*those: Any) -> bool:
     return all(isinstance(number, (float, int)) for number in those)
 
 
-def _fits(x: Tensor, per_channel: tuple[Tensor | None, ...]) -> bool:
+def _fits(x: Tensor, *per_channel: Tensor | None) -> bool:
     """Whether kernels take these: what they do not is torch's to do, or to refuse."""
-    if x.dim() < 2 or x.dtype not in DTYPES or x.shape[1] == 0:
+    sizes = x.shape
+    if len(sizes) < 2 or x.dtype not in DTYPES or sizes[1] == 0:
         return False
+    shape = (sizes[1],)
     for tensor in per_channel:
-        if tensor is not None and (
-            tensor.shape != (x.shape[1],) or tensor.dtype not in DTYPES or tensor.device != x.device
-        ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in DTYPES):
             return False
     return True
+
+
+def _to_move(
+    route: int, running: channel_norms.Running, came: channel_norms.Running
+) -> tuple[int, channel_norms.Running]:
+    """The route and the running statistics that came, which are to be written. A kernel cannot
+    write those that were resolved to others; beside the op torch's operators can."""
+    if running[0] is came[0] and running[1] is came[1]:
+        return route, came
+    return AS_OP, came
 
 
 def _movable(route: int, running: channel_norms.Running) -> bool:
@@ -153,15 +167,13 @@ def _movable(route: int, running: channel_norms.Running) -> bool:
     call is an op, torch's operators write them.)"""
     if (running[0] is None) != (running[1] is None):
         return False
-    return all(
-        t is None
-        or (
-            not t.requires_grad
-            and t.is_contiguous()
-            and (route == AS_OP or not t.is_inference() or torch.is_inference_mode_enabled())
-        )
-        for t in running
-    )
+    return all(t is None or (not t.requires_grad and _writable(route, t)) for t in running)
+
+
+def _writable(route: int, x: Tensor) -> bool:
+    if route == AS_OP:
+        return True
+    return x.is_contiguous() and (not x.is_inference() or torch.is_inference_mode_enabled())
 
 
 def _normalize(

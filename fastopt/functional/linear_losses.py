@@ -17,7 +17,7 @@ from fastopt.functional.routing import (
     DTYPES,
     autocast,
     by_torch,
-    route_of,
+    enter,
     widen,
 )
 from fastopt.functional.tracing import as_node, unrecorded
@@ -53,8 +53,10 @@ def linear_cross_entropy(
     (C, d1, ..., D), under vmap or forward-mode AD any, makes all logits, as there.
     """
     terms = terms_of(z_loss, softcap) if z_loss or softcap is not None else (0.0, 0.0)
-    route = route_of(input, linear_weight, target, linear_bias, weight)
-    layer = linear_losses.Layer(input, linear_weight, target, linear_bias, weight)
+    route, operands = enter(
+        "linear_cross_entropy", input, linear_weight, target, linear_bias, weight
+    )
+    layer = linear_losses.Layer(*operands)
     if route == AS_NODE:
         return _as_node(layer, reduction, ignore_index, label_smoothing, options, z_loss, softcap)
     _check(layer, ignore_index)
@@ -157,14 +159,11 @@ def _fits(layer: linear_losses.Layer, label_smoothing: float) -> bool:
     alike = [linear_weight] if linear_bias is None else [linear_weight, linear_bias]
     if linear_weight.dim() != 2 or not len(linear_weight) or x.dtype not in DTYPES:
         return False
-    if any(y.dtype != x.dtype or y.device != x.device for y in alike):
-        return False
-    if x.device != target.device or not 0.0 <= label_smoothing <= 1.0:
+    if any(y.dtype != x.dtype for y in alike) or not 0.0 <= label_smoothing <= 1.0:
         return False
     if weight is not None and (
         weight.shape != linear_weight.shape[:1]
         or weight.dtype not in DTYPES
-        or weight.device != x.device
         or weight.requires_grad
     ):
         return False

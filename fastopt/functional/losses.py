@@ -17,7 +17,7 @@ from fastopt.functional.routing import (
     DTYPES,
     autocast,
     by_torch,
-    route_of,
+    enter,
     widen,
 )
 from fastopt.functional.tracing import as_node
@@ -52,16 +52,15 @@ def cross_entropy(
     a NaN on CUDA. Szegedy et al. 2016, section 7, for label smoothing. ValueError for a z_loss or
     a softcap that is not a positive number.
     """
-    args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     extra = (0.0, 0.0)
     if z_loss or softcap is not None:
         extra = terms_of(z_loss, softcap)
-    route = route_of(input, target, weight)
+    route, (x, target, weight) = enter("cross_entropy", input, target, weight)
+    args = (x, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if route == AS_NODE:
         return as_node(cross_entropy, *args, z_loss=z_loss, softcap=softcap)
     if route == BY_TORCH:
         return by_torch("cross_entropy", _torchs(*extra), *args)
-    x = input
     if autocast("cross_entropy", x):
         x, weight = widen(x), None if weight is None else widen(weight)
         target = widen(target)
@@ -117,16 +116,13 @@ def _torchs(z_loss: float, softcap: float) -> Callable[..., Tensor]:
 def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
     """Whether kernels take these: what they do not is torch's to do, or to refuse."""
     sizes = x.shape
-    if x.dtype not in DTYPES or not sizes or x.device != target.device:
+    if x.dtype not in DTYPES or not sizes:
         return False
     dim = 0 if len(sizes) == 1 else 1
     if sizes[dim] == 0:
         return False
     if weight is not None and (
-        weight.shape != (sizes[dim],)
-        or weight.dtype not in DTYPES
-        or weight.device != x.device
-        or weight.requires_grad
+        weight.shape != (sizes[dim],) or weight.dtype not in DTYPES or weight.requires_grad
     ):
         return False
     if target.dtype == torch.int64:

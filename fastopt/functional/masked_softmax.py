@@ -12,7 +12,7 @@ from fastopt.functional.routing import (
     DTYPES,
     _describe,
     autocast,
-    route_of,
+    enter,
     widen,
 )
 from fastopt.functional.tracing import as_node, unrecorded
@@ -38,7 +38,7 @@ def scaled_masked_softmax(
     Raises RuntimeError for dtypes and devices that do not fit, for a mask that does not broadcast
     to x, and for is_causal with fewer than two dimensions; TypeError for what is no tensor.
     """
-    route = route_of(x, mask)
+    route, (x, mask) = enter("scaled_masked_softmax", x, mask)
     if route == AS_NODE:
         return as_node(scaled_masked_softmax, x, mask, scale, is_causal)
     _check(x, mask, is_causal)
@@ -77,10 +77,6 @@ def _check(x: Tensor, mask: Tensor | None, is_causal: bool) -> None:
         raise RuntimeError(
             f"{name} got a mask {_describe(mask)}; it takes a boolean one, which keeps what is "
             "True, or one of float32, bfloat16, float16 or float64, which is added. Convert it."
-        )
-    if mask.device != x.device:
-        raise RuntimeError(
-            f"{name} got a mask on {mask.device} and x on {x.device}. Move them to one device."
         )
     sizes = zip(reversed(mask.shape), reversed(x.shape), strict=False)
     if mask.dim() > x.dim() or any(size not in (1, wanted) for size, wanted in sizes):

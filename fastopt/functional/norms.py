@@ -16,7 +16,7 @@ from fastopt.functional.routing import (
     DTYPES,
     autocast,
     by_torch,
-    route_of,
+    enter,
     widen,
 )
 from fastopt.functional.tracing import as_node
@@ -37,15 +37,16 @@ def layer_norm(
     dtype than the input; the result is of the input's. As torch.nn.functional.layer_norm.
     Ba, Kiros & Hinton 2016, equation 4.
     """
-    route, x, shape = route_of(input, weight, bias), input, _as_shape(normalized_shape)
+    route, (x, weight, bias) = enter("layer_norm", input, weight, bias)
     if route == AS_NODE:
         return as_node(layer_norm, input, normalized_shape, weight, bias, eps)
+    shape = _as_shape(normalized_shape)
     if (
         route == BY_TORCH
         or not isinstance(eps, (float, int))
         or not _affine_fits(x, shape, weight, bias)
     ):
-        return by_torch("layer_norm", F.layer_norm, input, normalized_shape, weight, bias, eps)
+        return by_torch("layer_norm", F.layer_norm, x, normalized_shape, weight, bias, eps)
     if autocast("layer_norm", x):
         x = widen(x)
         weight, bias = (None if t is None else widen(t) for t in (weight, bias))
@@ -77,16 +78,17 @@ def rms_norm(
     (float64 for float64): 1.0 for models that keep the weight's difference from 1, as Gemma does.
     Zhang & Sennrich 2019, equation 4.
     """
-    route, x, shape = route_of(input, weight), input, _as_shape(normalized_shape)
+    route, (x, weight) = enter("rms_norm", input, weight)
     if route == AS_NODE:
         args = (input, normalized_shape, weight, eps)
         return as_node(rms_norm, *args, weight_offset=weight_offset)
+    shape = _as_shape(normalized_shape)
     if (
         route == BY_TORCH
         or not isinstance(eps, (float, int, type(None)))
         or not _affine_fits(x, shape, weight, None)
     ):
-        args = (input, normalized_shape, weight, eps)
+        args = (x, normalized_shape, weight, eps)
         if not weight_offset:
             return by_torch("rms_norm", F.rms_norm, *args)
         return by_torch("rms_norm", norms.rms_norm_by_torch, *args, weight_offset)
@@ -116,8 +118,6 @@ def _affine_fits(
     if not shape or x.dtype not in DTYPES or x.shape[-len(shape) :] != shape:
         return False
     for tensor in (weight, bias):
-        if tensor is not None and (
-            tensor.shape != shape or tensor.dtype not in DTYPES or tensor.device != x.device
-        ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in DTYPES):
             return False
     return True

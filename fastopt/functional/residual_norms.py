@@ -15,7 +15,7 @@ from fastopt.functional.routing import (
     DTYPES,
     _describe,
     autocast,
-    route_of,
+    enter,
     widen,
 )
 from fastopt.functional.tracing import as_node, unrecorded
@@ -51,14 +51,14 @@ def add_layer_norm(
     tensor, ValueError for a dropout_p outside [0, 1] and a seed that is no int64.
     """
     name, shape = "add_layer_norm", _as_shape(normalized_shape)
-    tensors = (x, residual, weight, bias)
-    route = route_of(*tensors)
+    route, (x, residual, weight, bias) = enter(name, x, residual, weight, bias)
     if route == AS_NODE:
         args = (x, residual, normalized_shape, weight, bias, eps, dropout_p, training, seed)
         return as_node(add_layer_norm, *args)
     _check(name, x, residual, shape, {"weight": weight, "bias": bias})
     seed = _seed(name, dropout_p, training, seed, x)
-    return _add_norm(name, route, *tensors, seed, len(shape), eps, 0.0, dropout_p, True)
+    options = (len(shape), eps, 0.0, dropout_p, True)
+    return _add_norm(name, route, x, residual, weight, bias, seed, *options)
 
 
 def add_rms_norm(
@@ -78,7 +78,7 @@ def add_rms_norm(
     All as `add_layer_norm` has it; eps and weight_offset as `rms_norm`.
     """
     name, shape = "add_rms_norm", _as_shape(normalized_shape)
-    route = route_of(x, residual, weight)
+    route, (x, residual, weight) = enter(name, x, residual, weight)
     if route == AS_NODE:
         args = (x, residual, normalized_shape, weight, eps, dropout_p, training, seed)
         return as_node(add_rms_norm, *args, weight_offset=weight_offset)
@@ -132,6 +132,8 @@ def _seed(
             f"(fastopt.functional.{name}: dropout_p is the share of x that is dropped)"
         )
     if isinstance(seed, Tensor):
+        (seed,) = enter("dropout", seed)[1]
+        assert isinstance(seed, Tensor)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(
                 f"fastopt.functional.{name} takes a seed of one int64, got {_describe(seed)}. Give "
@@ -165,11 +167,6 @@ def _check(
             raise RuntimeError(
                 f"fastopt.functional.{name} got {what} {_describe(tensor)}; it supports float32, "
                 "bfloat16, float16 and float64. Convert it first."
-            )
-        if tensor.device != x.device:
-            raise RuntimeError(
-                f"fastopt.functional.{name} got {what} on {tensor.device} and x on {x.device}. "
-                "Move them to one device."
             )
         wanted = shape if what in weights else x.shape
         if tensor.shape != wanted:

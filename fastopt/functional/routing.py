@@ -11,10 +11,11 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 from fastopt import backend
+from fastopt.ops import guards
+from fastopt.ops.guards import PLAIN, in_memory
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _LOW = frozenset({torch.bfloat16, torch.float16})
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _REFUSALS = frozenset({RuntimeError, TypeError, ValueError, IndexError, NotImplementedError})
 # What autocast runs in float32, by device.
 _AUTOCAST = {
@@ -25,50 +26,75 @@ _AUTOCAST = {
     "cpu": {"cross_entropy"},
 }
 _jit_tracing: Callable[[], bool] = torch._C._is_tracing  # a kernel's writes are not in the trace
+_is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _n_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_overridden: Callable[..., bool] = torch.overrides.has_torch_function_variadic
-_NOT_OVERRIDDEN = torch._C._disabled_torch_function_impl
+
+# What each function calls the tensors it is given, in the order of `enter`.
+_AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
+OPERANDS = {
+    "softmax": ("input",),
+    "log_softmax": ("input",),
+    "logsumexp": ("input",),
+    "scaled_masked_softmax": ("x", "mask"),
+    "cross_entropy": ("input", "target", "weight"),
+    "linear_cross_entropy": ("input", "linear_weight", "target", "linear_bias", "weight"),
+    "layer_norm": ("input", *_AFFINE),
+    "rms_norm": ("input", "weight"),
+    "add_layer_norm": ("x", "residual", *_AFFINE),
+    "add_rms_norm": ("x", "residual", "weight"),
+    "batch_norm": ("input", *_RUNNING, *_AFFINE),
+    "instance_norm": ("input", *_RUNNING, *_AFFINE),
+    "group_norm": ("input", *_AFFINE),
+    "dropout": ("seed",),
+    "weight_norm": ("weight_g", "weight_v"),
+    "spectral_norm": ("weight", "u", "v"),
+}
 
 # How a call runs: the kernels at once, as ops of the dispatcher, torch's own function, or as a node
 # that torch.fx records (`tracing.as_node`).
 DIRECT, AS_OP, BY_TORCH, AS_NODE = range(4)
 
 
-def route_of(*tensors: Tensor | None) -> int:
-    if torch.compiler.is_compiling():
-        return BY_TORCH if _handed_over(tensors) or torch.onnx.is_in_onnx_export() else AS_OP
-    if _jit_tracing() or _transforms_active() or forward_ad._current_level >= 0:
-        return BY_TORCH
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda):
-            return _route_others(tensors)
-    return AS_OP if _n_dispatch_modes() else DIRECT
+def enter(function: str, *tensors: Tensor | None) -> tuple[int, tuple[Any, ...]]:
+    """How a call runs with these, and they as it is to take them: what another tensor stands for is
+    resolved, except where torch's own function runs.
+
+    Raises RuntimeError where they are on different devices, one is longer than its storage, or
+    there are no kernels for a device.
+    """
+    if _is_compiling():
+        by_torch = _transforms_active() or _handed_over(tensors) or torch.onnx.is_in_onnx_export()
+        return (BY_TORCH if by_torch else AS_OP), tensors
+    transformed = _jit_tracing() or _transforms_active() or forward_ad._current_level >= 0
+    if not transformed and in_memory(*tensors):
+        return (AS_OP if _n_dispatch_modes() else DIRECT), tensors
+    return _enter_others(function, tensors, transformed)
 
 
-def _route_others(tensors: Sequence[Any]) -> int:
-    """Where subclasses, or tensors of other devices, are among them."""
-    if _handed_over(tensors):
-        return AS_NODE if any(isinstance(x, Proxy) for x in tensors) else BY_TORCH
-    for tensor in tensors:
-        if type(tensor) in _PLAIN and not (tensor.is_cpu or tensor.is_cuda or tensor.is_meta):
-            backend.kernels(tensor.device.type, "softmax")  # refuses
-    return AS_OP
+def _enter_others(
+    function: str, tensors: tuple[Any, ...], transformed: bool
+) -> tuple[int, tuple[Any, ...]]:
+    """Where a transform or a tracer is active, or not all are in memory as kernels read it."""
+    if any(isinstance(x, Proxy) for x in tensors):
+        return AS_NODE, tensors
+    operands = list(zip(OPERANDS[function], tensors, strict=True))
+    guards.check_storages(f"fastopt's {function}", operands)
+    if transformed or _handed_over(tensors):
+        return BY_TORCH, tensors
+    guards.check_devices(f"fastopt's {function}", operands)
+    if any(x is not None and guards.opaque(x) for x in tensors):
+        return BY_TORCH, tensors
+    for x in tensors:
+        if type(x) in PLAIN and not (x.is_cpu or x.is_cuda or x.is_meta):
+            backend.kernels(x.device.type, "softmax")  # refuses
+    given = tuple(None if x is None else guards.resolved(x) for x in tensors)
+    return (DIRECT if in_memory(*given) and not _n_dispatch_modes() else AS_OP), given
 
 
 def _handed_over(tensors: Sequence[Any]) -> bool:
-    """Whether these are no tensors, or of a class that takes torch's functions over."""
-    for tensor in tensors:
-        if tensor is None or type(tensor) in _PLAIN:
-            continue
-        if not isinstance(tensor, Tensor):
-            return True
-        # A mode overrides functions for all tensors: torch.export's, where fake ones go to the ops.
-        if _overridden(tensor) and type(tensor).__torch_function__ is not _NOT_OVERRIDDEN:
-            return True
-    return False
+    """Whether any of these is no tensor, or of a class that takes torch's functions over."""
+    return any(x is not None and guards.takes_over(x) for x in tensors)
 
 
 def by_torch(name: str, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -16,7 +16,7 @@ from fastopt.functional.routing import (
     DTYPES,
     autocast,
     by_torch,
-    route_of,
+    enter,
     widen,
 )
 from fastopt.functional.tracing import as_node
@@ -53,7 +53,8 @@ def _softmax(
     stacklevel: int,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    name, route = ours.__name__, route_of(input)
+    name = ours.__name__
+    route, (input,) = enter(name, input)
     if route == AS_NODE:
         return as_node(ours, input, dim, stacklevel, dtype)
     stacklevel += 3  # the functions between the caller and torch's, which warns of dim=None
@@ -83,8 +84,8 @@ def _softmax(
 
 def logsumexp(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
     """log sum exp(x) over the dimensions `dim`, without overflow. As torch.logsumexp."""
+    route, (input,) = enter("logsumexp", input)
     args = (input, dim, keepdim)
-    route = route_of(input)
     if route == AS_NODE:
         return as_node(logsumexp, *args)
     if route == BY_TORCH:

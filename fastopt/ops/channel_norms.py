@@ -231,12 +231,12 @@ def _by_torch(ctx: Any, saved: Sequence[Any], dy: Tensor) -> list[Tensor | None]
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, weight, bias, stats = ctx.saved_tensors
-    if differentiated(dy):
-        return *_by_torch(ctx, ctx.saved_tensors, dy), *[None] * 5
+    x, weight, bias, stats = saved = ctx.saved_tensors
+    if differentiated(dy, *saved):
+        return *_by_torch(ctx, saved, dy), *[None] * 5
     wanted = ctx.needs_input_grad[:3]
     args = (dy, x, weight, bias, stats, ctx.groups, ctx.batch, ctx.eps, ctx.given, wanted)
-    if plain(dy):
+    if plain(dy, x, weight, stats):
         return *_grads(*args), *[None] * 5
     grads = torch.ops.fastopt.channel_norm_backward(*args)
     chosen = (grad if wants else None for grad, wants in zip(grads, wanted, strict=True))

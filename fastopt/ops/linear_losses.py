@@ -19,7 +19,15 @@ from torch import Tensor
 
 from fastopt.ops import losses
 from fastopt.ops.losses import MEAN, NONE
-from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
+from fastopt.ops.registry import (
+    apply_of,
+    by_torch,
+    compute_dtype,
+    define,
+    differentiated,
+    plain,
+    refuse_short,
+)
 
 # Tokens a chunk, by device type. CPU, 4096 tokens x 32000 classes x 512 wide, float32, forward and
 # backward, beside other work: 128, 256, 512, 1024 tokens are 0.73, 0.87, 1.07, 1.20 times as fast
@@ -255,7 +263,7 @@ def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     rest = [None] * (2 + len(ctx.options))
     wanted = [wants and needs for wants, needs in zip(wanted, _needed(ctx), strict=True)]
     x, linear_weight, target, linear_bias, weight = tensors
-    if differentiated(dloss):
+    if differentiated(dloss, *tensors):
 
         def loss(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
             options = (losses.NAMES[reduction], ignore_index, *terms)
@@ -267,10 +275,14 @@ def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         args = (dloss, *tensors, ignore_index, *terms, chunk, wanted)
         run = run_linear_cross_entropy_backward
         found = (
-            run(*args) if plain(dloss) else torch.ops.fastopt.linear_cross_entropy_backward(*args)
+            run(*args)
+            if plain(dloss, *tensors)
+            else torch.ops.fastopt.linear_cross_entropy_backward(*args)
         )
         dx, dweight, dbias = found
     else:
+        if not plain(dloss, divisor, dx, dweight, dbias):
+            refuse_short(dloss, divisor, dx, dweight, dbias)
         scale, spare = dloss.to(divisor.dtype) / divisor, ctx.private and not _graph_is_kept()
         dx, dweight, dbias = (
             _scaled(grad, scale, x.dtype, spare) if wants else None

@@ -205,9 +205,9 @@ def cross_entropy_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     """The derivative by x; by probabilities and weights only where torch's own function runs."""
     x, target, weight, stats = ctx.saved_tensors
     reduction, ignore_index, *terms = ctx.options
-    if not differentiated(dloss):
+    if not differentiated(dloss, x, target, weight):
         op = torch.ops.fastopt.cross_entropy_backward
-        run = run_cross_entropy_backward if plain(dloss) else op
+        run = run_cross_entropy_backward if plain(dloss, x, target, weight, stats) else op
         dx = run(dloss, x, target, weight, stats, ignore_index, *terms)
         return dx, *[None] * (2 + len(ctx.options))
 

@@ -24,7 +24,7 @@ def composed(x: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> T
     if mask is not None:
         v = v + mask.to(dtype) if mask.is_floating_point() else v.masked_fill(~mask, lowest)
     if is_causal:
-        right = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        right = x.new_ones(x.shape[-2:], dtype=torch.bool).triu(1)
         v = v.masked_fill(right, lowest)
     nothing = (v == lowest).all(-1, keepdim=True)
     y = torch.softmax(v.masked_fill(nothing, 0.0), -1)
@@ -85,11 +85,11 @@ def masked_softmax_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (y,) = ctx.saved_tensors
     wants_dx, wants_dmask, *_ = ctx.needs_input_grad
     scale = 1.0 if wants_dmask else ctx.scale
-    if differentiated(dy):
+    if differentiated(dy, y):
         d = y * (dy - (dy * y).sum(-1, keepdim=True)) * scale
     else:
         kernel = run_masked_softmax_backward
-        d = (kernel if plain(dy) else torch.ops.fastopt.masked_softmax_backward)(dy, y, scale)
+        d = (kernel if plain(dy, y) else torch.ops.fastopt.masked_softmax_backward)(dy, y, scale)
     if not wants_dmask:
         return d, None, None, None
     shape, dtype = ctx.mask

@@ -145,7 +145,7 @@ def keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def layer_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, bias, stats = ctx.saved_tensors
-    if differentiated(dy):
+    if differentiated(dy, x, weight, bias):
         shape, eps = x.shape[x.dim() - ctx.n_dims :], ctx.eps
 
         def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -155,7 +155,7 @@ def layer_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
 
         return *by_torch(norm, [x, weight, bias], dy), None, None
     args = (dy, x, weight, bias, stats, ctx.n_dims, ctx.needs_input_grad[:3])
-    if plain(dy):
+    if plain(dy, x, weight, stats):
         return *_layer_norm_grads(*args), None, None
     grads = torch.ops.fastopt.layer_norm_backward(*args)
     return *_those(grads, args[-1]), None, None
@@ -183,7 +183,7 @@ def keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, stats = ctx.saved_tensors
-    if differentiated(dy):
+    if differentiated(dy, x, weight):
         shape, eps, offset = x.shape[x.dim() - ctx.n_dims :], ctx.eps, ctx.offset
 
         def norm(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -191,7 +191,7 @@ def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
 
         return *by_torch(norm, [x, weight], dy), None, None, None
     args = (dy, x, weight, stats, ctx.n_dims, ctx.offset, ctx.needs_input_grad[:2])
-    if plain(dy):
+    if plain(dy, x, weight, stats):
         return *_rms_norm_grads(*args), None, None, None
     grads = torch.ops.fastopt.rms_norm_backward(*args)
     return *_those(grads, args[-1]), None, None, None

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastopt.compiler import outside_dynamo
+from fastopt.ops import guards
+
+_is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+_n_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _library: Any = torch.library.Library("fastopt", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -23,14 +30,33 @@ def define(
 
     run: computes, on any device with kernels; fake: makes outputs of the right shape and dtype.
     keep(ctx, inputs, output) saves what backward(ctx, *grads) needs; an op without them is itself
-    a derivative, and says so where it is to be differentiated.
+    a derivative, and says so where it is to be differentiated. torch.compile leaves them all to
+    Python.
     """
     name = schema.partition("(")[0]
+    run = outside_dynamo(run)
+    keep, backward = keep and outside_dynamo(keep), backward and outside_dynamo(backward)
     _library.define(schema)
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
     qualified = f"fastopt::{name}"
-    torch.library.register_fake(qualified, fake, lib=_library)
+
+    def operands(args: Sequence[Any]) -> list[guards.Operand]:
+        arguments = getattr(torch.ops.fastopt, name).default._schema.arguments
+        pairs = zip(arguments, args, strict=False)
+        return [(argument.name, x) for argument, x in pairs if isinstance(x, Tensor)]
+
+    @outside_dynamo
+    def checked(*args: Any) -> Any:
+        if not guards.in_memory(*(x for x in args if isinstance(x, Tensor))):
+            guards.check(f"torch.ops.fastopt.{name}", operands(args))
+        return run(*args)
+
+    def checked_fake(*args: Any) -> Any:
+        guards.check_devices(f"torch.ops.fastopt.{name}", operands(args))
+        return fake(*args)
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, checked, key)
+    torch.library.register_fake(qualified, checked_fake, lib=_library)
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
@@ -41,26 +67,42 @@ def define(
     torch.library.register_autograd(qualified, backward or refuse, setup_context=keep, lib=_library)
 
 
-def differentiated(upstream: Tensor) -> bool:
-    """Whether a backward from this gradient is itself differentiated, or mapped over: then torch's
-    operators must do it."""
-    return (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_legacy_batchedtensor(upstream)
+def differentiated(upstream: Tensor, *saved: Tensor | None) -> bool:
+    """Whether torch's operators must do a backward from this gradient: it is itself differentiated,
+    or mapped over, or the gradient is of a class with operators of its own.
+
+    saved: what they would read, which is refused where its storage is too short
+    """
+    by_torch = (
+        _is_grad_enabled()
+        or _transforms_active()
+        or _is_batched(upstream)
         or forward_ad._current_level >= 0
+        or (type(upstream) is not Tensor and guards.takes_over(upstream))
     )
+    if by_torch:
+        refuse_short(upstream, *saved)
+    return by_torch
+
+
+def refuse_short(upstream: Tensor | None, *saved: Tensor | None) -> None:
+    """Raise RuntimeError where a gradient or a saved tensor is longer than its storage."""
+    operands = [("a gradient", upstream), *(("a saved tensor", x) for x in saved)]
+    guards.check_storages("a backward of fastopt", operands)
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Its `apply` for tensors that no transform of functorch has wrapped, which Function.apply
-    asks about each time (2 us)."""
+    asks about each time (2 us). torch.compile leaves its forward and backward to Python."""
+    for name in ("forward", "backward"):
+        setattr(function, name, staticmethod(outside_dynamo(getattr(function, name))))
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
-def plain(tensor: Tensor) -> bool:
-    """Whether kernels may be run on it at once: else the dispatcher has listeners."""
-    return type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether kernels may be run on these at once. Else the op is called: the dispatcher has
+    listeners, or it resolves what is not in memory as it is; or the op refuses it."""
+    return not _n_dispatch_modes() and guards.in_memory(*tensors)
 
 
 def by_torch(

@@ -13,7 +13,15 @@ from torch import Tensor
 from fastopt import backend
 from fastopt.ops import layout, norms
 from fastopt.ops.dropout import dropped, odds
-from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
+from fastopt.ops.registry import (
+    apply_of,
+    by_torch,
+    compute_dtype,
+    define,
+    differentiated,
+    plain,
+    refuse_short,
+)
 
 
 def sum_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
@@ -157,13 +165,14 @@ def add_norm_backward(
     differentiated again, and where y has no gradient."""
     total, weight, bias, stats, seed = ctx.saved_tensors
     n_dims, _, offset, p, centered = ctx.options
-    if dy is None or differentiated(dy) or (dsum is not None and differentiated(dsum)):
+    upstream = [d for d in (dy, dsum) if d is not None]
+    if dy is None or any(differentiated(d, total, weight, bias) for d in upstream):
         return *_composed_grads(ctx, dy, dsum), *(None,) * 6
     wanted = ctx.needs_input_grad[:4]
     tensors, options = (dy, dsum, total, weight, bias, stats, seed), (n_dims, offset, p, centered)
     args: tuple[Any, ...] = (*tensors, *options, *ctx.dtypes, wanted)
     grads: Sequence[Tensor | None]
-    if plain(dy) and (dsum is None or plain(dsum)):
+    if plain(dy, dsum, total, weight, stats, seed):
         grads = _grads(*args)
     else:
         grads = torch.ops.fastopt.add_norm_backward(*args)
@@ -175,6 +184,8 @@ def add_norm_backward(
 def _composed_grads(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
     total, weight, bias, _, seed = ctx.saved_tensors
     n_dims, eps, offset, p, centered = ctx.options
+    if dy is None:
+        refuse_short(dsum, seed)
 
     def norm(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return normalized(total, weight, bias, n_dims, eps, offset, centered)

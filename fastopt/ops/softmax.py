@@ -40,8 +40,8 @@ def softmax_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     """dx = y (dy - sum dy y), or dy - exp(y) sum dy; as torch operators where it is differentiated
     again."""
     (y,) = ctx.saved_tensors
-    if not differentiated(dy):
-        run = run_softmax_backward if plain(dy) else torch.ops.fastopt.softmax_backward
+    if not differentiated(dy, y):
+        run = run_softmax_backward if plain(dy, y) else torch.ops.fastopt.softmax_backward
         dx = run(dy, y, ctx.dim, ctx.log)
     elif ctx.log:
         dx = dy - y.exp() * dy.sum(ctx.dim, keepdim=True)
@@ -135,9 +135,9 @@ def keep_logsumexp(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, T
 
 def logsumexp_backward(ctx: Any, dlse: Tensor, _: Any) -> tuple[Tensor | None, None]:
     x, stats = ctx.saved_tensors
-    if differentiated(dlse):
+    if differentiated(dlse, x):
         return by_torch(lambda x: torch.logsumexp(x, ctx.dim), [x], dlse)[0], None
-    run = run_logsumexp_backward if plain(dlse) else torch.ops.fastopt.logsumexp_backward
+    run = run_logsumexp_backward if plain(dlse, x, stats) else torch.ops.fastopt.logsumexp_backward
     return run(dlse, x, stats, ctx.dim), None
 
 

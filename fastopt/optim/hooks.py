@@ -14,26 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch.optim import optimizer as theirs
 
+from fastopt.compiler import outside_dynamo
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _enter: Any = getattr(torch._C._autograd, "_record_function_with_args_enter", None)
 _exit: Any = getattr(torch._C._autograd, "_record_function_with_args_exit", None)
-
-
-def outside_dynamo(function: F) -> F:
-    """A function that torch.compile leaves to Python with all it calls: one clean graph break.
-
-    torch.compiler.disable does that too, but imports Dynamo, which takes the first step a second;
-    so the code is marked where torch lets us.
-    """
-    frames: Any = torch._C._dynamo.eval_frame
-    try:
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-        frames.set_code_exec_strategy(function.__code__, skip)
-    except AttributeError:
-        return torch.compiler.disable(function)  # type: ignore[no-untyped-call, no-any-return]
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
 
 
 def hooked(step: F) -> F:

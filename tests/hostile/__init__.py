@@ -1,0 +1,1 @@
+"""The library beside others: compiled steps, parallel processes, shared folders."""

@@ -1,0 +1,174 @@
+"""What a kernel may read through an address, and what is resolved or refused before it does.
+
+The address of a wrapper (a DTensor, a fake tensor, what a collective hands on) or of a zero tensor
+is that of nothing; what lies at that of a view with a pending sign has the other sign; and a
+storage that was resized may end before its views do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import mul
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from fastopt import backend
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+# An operation on one waits for the collective whose result it wraps.
+_ASYNC = ("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+_TRACED = (FakeTensor, FunctionalTensor)
+_NO_DISPATCH: Any = torch._C._disabled_torch_dispatch_impl
+# What it is called, and the tensor.
+Operand = tuple[str, Tensor | None]
+_overridden: Any = torch.overrides.has_torch_function_variadic
+
+
+def in_memory(*tensors: Tensor | None) -> bool:
+    """Whether kernels may read these as they lie: plain tensors of one device, strided, without a
+    pending sign, each within its storage. The first is not None."""
+    if _compiled is not None:
+        check, table = _compiled
+        if check(id(tensors), len(tensors), table):
+            return True
+    return _in_memory(tensors)
+
+
+# The check in compiled code, for tensors on the CPU, and the address of its table. It is loaded
+# with the kernels for the first of them; None until then, and where there is none.
+_compiled: tuple[Callable[[int, int, int], bool], int] | None = None
+_is_loaded = False
+
+
+def _load() -> None:
+    global _compiled, _is_loaded
+    try:
+        _compiled = backend.kernels("cpu", "in_memory").compiled()
+    except ImportError:  # other kernels say what is missing
+        _compiled = None
+    _is_loaded = True
+
+
+def _in_memory(tensors: Sequence[Tensor | None]) -> bool:
+    """The same, asked in Python: 0.6 us a tensor."""
+    try:
+        device = None if tensors[0].is_cpu else tensors[0].device  # type: ignore[union-attr]
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if type(tensor) not in PLAIN or tensor.is_neg():
+                return False
+            if device is None:
+                if not tensor.is_cpu:
+                    return False
+            elif not tensor.is_cuda or tensor.device != device:
+                return False
+            storage = tensor.untyped_storage()
+            if (
+                not tensor.is_contiguous()
+                or tensor.data_ptr() != storage.data_ptr()
+                or storage.nbytes() < tensor.nbytes
+            ) and not _lies_within(tensor, storage):
+                return False
+    except (AttributeError, RuntimeError):  # no tensor, no storage, or no memory in it
+        return False
+    if device is None and not _is_loaded:
+        _load()
+    return True
+
+
+def _lies_within(tensor: Tensor, storage: torch.UntypedStorage) -> bool:
+    """Whether a strided tensor has an address, and ends where its storage does or before."""
+    if not tensor.numel():
+        return True
+    return tensor.data_ptr() != 0 and _end_of(tensor) <= storage.nbytes()
+
+
+def _end_of(tensor: Tensor) -> int:
+    """Bytes from where the storage of a strided tensor begins to the end of its last element."""
+    strides = tensor.stride()
+    last = tensor.storage_offset() + sum(map(mul, tensor.shape, strides)) - sum(strides)
+    return (last + 1) * tensor.itemsize if tensor.numel() else 0
+
+
+def takes_over(x: Any) -> bool:
+    """Whether this is no tensor, or one of a class that takes torch's functions or operators over.
+
+    Tensors that stand for others while torch traces take the operators of fastopt as well.
+    """
+    if type(x) in PLAIN:
+        return False
+    if not isinstance(x, Tensor) or _overridden(x):
+        return True
+    return not (
+        isinstance(x, _TRACED) or _is_async(x) or type(x).__torch_dispatch__ is _NO_DISPATCH
+    )
+
+
+def _is_async(x: Tensor) -> bool:
+    return (type(x).__module__, type(x).__name__) == _ASYNC
+
+
+def opaque(x: Tensor) -> bool:
+    """Whether it is laid out in a way of which only torch's operators know: sparse, nested, batched
+    by a transform."""
+    return (
+        x.layout != torch.strided
+        or x.is_nested
+        or torch._C._functorch.is_legacy_batchedtensor(x)
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def resolved(x: Tensor) -> Tensor:
+    """The tensor itself, or what it stands for where memory of its own can hold that: the result of
+    a collective, a view with its sign, zeros."""
+    if isinstance(x, _TRACED):
+        return x
+    if _is_async(x):
+        # A copy: autograd does not see what is written to the wrapper in the memory within.
+        x = x.clone()
+    if x._is_zerotensor():
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    return x.resolve_neg()
+
+
+def check(function: str, operands: Sequence[Operand]) -> None:
+    """Raise RuntimeError where they are on different devices, or one is longer than its storage."""
+    check_devices(function, operands)
+    check_storages(function, operands)
+
+
+def check_devices(function: str, operands: Sequence[Operand]) -> None:
+    """Raise RuntimeError where they are on different devices."""
+    given = [(name, x) for name, x in operands if x is not None]
+    for name, x in given[1:]:
+        first_name, first = given[0]
+        if x.device != first.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{first.device} and {x.device}! ({function} got {_describe(first_name, first)} "
+                f"and {_describe(name, x)}: move them to one device.)"
+            )
+
+
+def check_storages(function: str, operands: Sequence[Operand]) -> None:
+    """Raise RuntimeError where one is longer than its storage."""
+    for name, x in operands:
+        if x is None or takes_over(x) or isinstance(x, _TRACED) or x.is_meta or opaque(x):
+            continue
+        nbytes, needed = x.untyped_storage().nbytes(), _end_of(x)
+        if nbytes < needed:
+            raise RuntimeError(
+                f"{function} got {_describe(name, x)}, which needs a storage of {needed} bytes and "
+                f"has one of {nbytes}: it has been resized. Give it its size and values back first."
+            )
+
+
+def _describe(name: str, x: Tensor) -> str:
+    dtype = str(x.dtype).removeprefix("torch.")
+    return f"{name} {tuple(x.shape)} {dtype} on {x.device}"
