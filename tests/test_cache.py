@@ -1,21 +1,29 @@
 """Kernels on disk: found again by what they were made from, and never in the way.
 
-Each process here works on the kernel package alone, without torch: half a second to start.
+Each process here works on the kernel package alone.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
+import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastopt_kernels import rules
+from fastopt_kernels.chunks import NO_EXTRAS
+from fastopt_kernels.cpu import cache, engine
 from tests.optim.workers import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,6 +238,104 @@ def test_the_folder_without_a_choice_is_in_the_users_cache(tmp_path: Path) -> No
     assert run("", body, **places) == ([0.75, 0.75], ["sgd", "sgd"])
     (name,) = files(tmp_path / "xdg" / "fastopt")
     assert list(files(tmp_path / "home" / ".cache" / "fastopt")) == [name]
+
+
+@functools.cache
+def compiled_here() -> Any:
+    """A kernel that was compiled in this process, so that it can be kept: one from disk cannot."""
+    return engine._make_kernel(rules.sgd, ("fp32", "fp32"), 3, NO_EXTRAS, False, "compiled_here")
+
+
+def with_checksum(payload: bytes) -> bytes:
+    return hashlib.sha256(payload).digest() + payload
+
+
+KEY = f"sgd_{0:032x}"
+Damage = Callable[[Path], None]
+
+
+def content(make: Callable[[Path], Any]) -> Damage:
+    """A right checksum around another payload."""
+    return lambda file: with_payload(file, make(file))
+
+
+def with_payload(file: Path, value: Any) -> None:
+    file.write_bytes(with_checksum(value if isinstance(value, bytes) else pickle.dumps(value)))
+
+
+def under_another_name(file: Path) -> None:
+    """A kernel that works, but is not this one."""
+    cache.save(f"sgd_{1:032x}", compiled_here())
+    os.replace(file.with_name(f"sgd_{1:032x}.kernel"), file)
+
+
+def in_place_of_it(make: Callable[[Path], Any]) -> Damage:
+    def replace(file: Path) -> None:
+        file.rename(file.with_name("moved"))
+        make(file)
+
+    return replace
+
+
+DAMAGE: dict[str, Damage] = {
+    "no pickle": content(lambda file: b"nonsense"),
+    "nothing": content(lambda file: b""),
+    "another type": content(lambda file: 7),
+    "the parts of an older version": content(lambda file: ([], pickle.dumps(("a", "b")))),
+    "parts that are none": content(lambda file: (KEY, [], pickle.dumps(("a", "b")))),
+    "parts of other types": content(lambda file: (KEY, [], pickle.dumps(tuple("abcdefghi")))),
+    "symbols that are none": content(lambda file: (KEY, 7, pickle.dumps(tuple("abcdefghi")))),
+    "a class that is gone": content(lambda file: b"cnowhere\nnothing\n."),
+    "half a payload": content(lambda file: file.read_bytes()[32:900]),
+    "under another name": under_another_name,
+    "empty": lambda file: file.write_bytes(b""),
+    "torn": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "a FIFO": in_place_of_it(os.mkfifo),
+    "a link": in_place_of_it(lambda file: file.symlink_to("moved")),
+    "a link to nothing": in_place_of_it(lambda file: file.symlink_to("nowhere")),
+    "others can write": lambda file: file.chmod(0o620),
+    "not readable": lambda file: file.chmod(0),
+}
+if os.geteuid() == 0:
+    DAMAGE["of another user"] = lambda file: os.chown(file, 54321, 54321)
+    del DAMAGE["not readable"]  # root reads it
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """An error where a call waits for ever."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("blocked")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_cannot_be_loaded_is_compiled_again_and_replaced(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTOPT_CACHE_DIR", str(tmp_path))
+    assert cache.save(KEY, compiled_here())
+    assert cache.load(KEY) is not None
+    file, made = tmp_path / f"{KEY}.kernel", []
+
+    def make(key: str) -> Any:
+        made.append(key)
+        return compiled_here()
+
+    DAMAGE[damage](file)
+    for _ in range(2):
+        assert callable(cache.obtain(KEY, make).entry_point)
+    assert made == [KEY]
+    assert file.is_file()
+    assert not file.is_symlink()
+    assert cache.load(KEY) is not None
 
 
 def test_these_checks_see_a_stale_kernel(tmp_path: Path) -> None:

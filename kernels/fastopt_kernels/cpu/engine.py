@@ -213,6 +213,7 @@ def _compiled(
     return disk.obtain(_key(rule, kinds, n_scalars, extras, parallel), make)
 
 
+@cache
 def _key(
     rule: Callable[..., Any],
     kinds: tuple[str, ...],

@@ -1,0 +1,309 @@
+"""The key of a kernel on disk: all that its machine code depends on, and nothing that differs
+between processes which should share it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import pytest
+from numba import njit
+
+import fastopt
+import fastopt_kernels
+from fastopt_kernels.cpu import cache
+from tests.optim.workers import environment
+
+PACKAGES = {
+    package.__name__: Path(package.__file__).parent for package in (fastopt, fastopt_kernels)
+}
+KERNELS = PACKAGES["fastopt_kernels"]
+# Triton compiles the rest.
+SOURCES = sorted(
+    str(path.relative_to(KERNELS))
+    for path in KERNELS.rglob("*.py")
+    if path.relative_to(KERNELS).parts[0] != "gpu"
+)
+TIMEOUT = 300
+
+
+def python(code: str, cwd: Path, **more: str) -> Any:
+    """What a process prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment(**more),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources of both packages, to be edited."""
+    folder = tmp_path_factory.mktemp("copied")
+    for name, path in PACKAGES.items():
+        shutil.copytree(path, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+# Of one process that imports Numba once, and the package after every edit.
+EDITS = """
+    import importlib, io, json, pathlib, re, sys, tokenize
+    sys.dont_write_bytecode = True
+    root = pathlib.Path({root!r})
+
+    def key():
+        for name in [name for name in sys.modules if name.startswith("fastopt")]:
+            del sys.modules[name]
+        cache = importlib.import_module("fastopt_kernels.cpu.cache")
+        assert cache.__file__.startswith(str(root))
+        return cache.key(importlib.import_module("fastopt_kernels.rules").sgd, ("fp32", "fp32"), 3)
+
+    def edited(source):
+        '''The first number is another one.'''
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.NUMBER:
+                lines, (row, column) = source.splitlines(keepends=True), token.start
+                line = lines[row - 1]
+                number = "7" + token.string if token.string[0] != "0" else "7"
+                lines[row - 1] = line[:column] + number + line[token.end[1]:]
+                return "".join(lines)
+        return source + "EDITED = 1\\n"
+
+    keys = {{"": key(), "again": key()}}
+    for name in {names!r}:
+        path = root / name
+        source = path.read_text()
+        path.write_text(edited(source))
+        keys[name] = key()
+        path.write_text(source)
+    path = root / "fastopt" / "__init__.py"
+    path.write_text(re.sub("__version__ = .*", "__version__ = '99'", path.read_text()))
+    keys["version"] = key()
+    print(json.dumps(keys))
+"""
+
+
+@pytest.fixture(scope="module")
+def keys(copied: Path) -> dict[str, str]:
+    """The key of one kernel after an edit of each source; "" before all."""
+    names = [os.path.join("fastopt_kernels", name) for name in SOURCES]
+    code = textwrap.dedent(EDITS).format(root=str(copied), names=names)
+    return python(code, copied, PYTHONPATH=str(copied))
+
+
+def check_edits(keys: dict[str, str]) -> None:
+    assert keys["again"] == keys[""]
+    edited = {name: key for name, key in keys.items() if name not in ("", "again")}
+    assert [name for name, key in edited.items() if key == keys[""]] == []
+    assert len(set(edited.values())) == len(edited) == len(SOURCES) + 1
+
+
+def test_an_edited_constant_in_any_source_or_another_version_is_another_key(
+    keys: dict[str, str],
+) -> None:
+    assert {"chunks.py", "channels.py", "rules.py", "xp.py", "cpu/engine.py"} < set(SOURCES)
+    check_edits(keys)
+
+
+def test_no_kernel_of_numba_is_made_of_a_source_for_triton() -> None:
+    for name in SOURCES:
+        source = (KERNELS / name).read_text()
+        assert "fastopt_kernels.gpu" not in source, name
+        assert "fastopt_kernels import gpu" not in source, name
+
+
+def test_two_versions_share_a_folder_and_no_kernel(tmp_path: Path, copied: Path) -> None:
+    """Blocks of another size: their scales have another one, which a stale kernel writes beyond."""
+    new = tmp_path / "new"
+    shutil.copytree(copied, new)
+    chunks = new / "fastopt_kernels" / "chunks.py"
+    source = chunks.read_text()
+    assert "\nBLOCK_8BIT = 256\n" in source
+    chunks.write_text(source.replace("\nBLOCK_8BIT = 256\n", "\nBLOCK_8BIT = 512\n"))
+    code = """
+        import json, torch, fastopt
+        from fastopt_kernels import chunks
+        p = torch.nn.Parameter(torch.ones(4096))
+        optimizer = fastopt.optim.SGD([p], momentum=0.9, state_dtype="8bit")
+        for _ in range(9):
+            p.grad = torch.linspace(-1, 2, 4096)
+            optimizer.step()
+        print(json.dumps([chunks.BLOCK_8BIT, bool(p.isfinite().all())]))
+    """
+    folder = tmp_path / "kernels"
+    more = {"FASTOPT_CACHE_DIR": str(folder), "MALLOC_CHECK_": "3"}
+    assert python(code, tmp_path, **more) == [256, True]
+    before = set(folder.iterdir())
+    assert python(code, tmp_path, PYTHONPATH=str(new), **more) == [512, True]
+    assert len(set(folder.iterdir()) - before) == len(before)
+
+
+# Of one process: the key under each setting, and after it.
+SETTINGS = """
+    import json, os, pathlib, warnings
+    warnings.simplefilter("ignore")  # where there is no YAML
+    from numba.core import config
+    from fastopt_kernels import rules
+    from fastopt_kernels.cpu import cache
+
+    def key():
+        return cache.key(rules.sgd, ("fp32", "fp32"), 3)
+
+    keys = {"": key()}
+    environment = {
+        "OPT": "1", "LOOP_VECTORIZE": "0", "SLP_VECTORIZE": "1", "BOUNDSCHECK": "1",
+        "ENABLE_AVX": "0", "CPU_NAME": "generic", "CPU_FEATURES": "-avx2", "DEBUGINFO": "1",
+        "NUM_THREADS": "1", "THREADING_LAYER": "workqueue", "COLOR_SCHEME": "dark_bg",
+        "DISABLE_PERFORMANCE_WARNINGS": "1", "CACHE_DIR": "/nowhere",
+        "THREADING_LAYER_PRIORITY": "omp tbb workqueue",
+    }
+    for name, value in environment.items():
+        os.environ["NUMBA_" + name] = value
+        keys[name] = key()
+        del os.environ["NUMBA_" + name]
+        assert key() == keys[""]
+    for name, value in {"OPT": 0, "BOUNDSCHECK": 0, "LLVM_REFPRUNE_PASS": 0}.items():
+        before = getattr(config, name)
+        setattr(config, name, value)
+        keys["config." + name] = key()
+        setattr(config, name, before)
+    file = pathlib.Path(".numba_config.yaml")
+    file.write_text("opt: 1")
+    keys["file"] = key()
+    file.unlink()
+    keys["after"] = key()
+    print(json.dumps(keys))
+"""
+NO_CODE = (
+    "NUM_THREADS", "THREADING_LAYER", "THREADING_LAYER_PRIORITY", "COLOR_SCHEME",
+    "DISABLE_PERFORMANCE_WARNINGS", "CACHE_DIR",
+)  # fmt: skip
+
+
+def test_settings_of_numba_that_change_code_are_in_the_key(tmp_path: Path) -> None:
+    """Of the environment, assigned in code, or in a file; and no others."""
+    keys = python(SETTINGS, tmp_path)
+    assert keys.pop("after") == keys[""]
+    assert {name for name, key in keys.items() if name and key == keys[""]} == set(NO_CODE)
+    changed = [key for name, key in keys.items() if name not in ("", *NO_CODE)]
+    assert len(set(changed)) == len(changed)
+
+
+def rule_of(source: str, **scope: Any) -> FunctionType:
+    exec(source, scope)
+    return scope["rule"]
+
+
+def jitted(constant: float, **options: Any) -> Any:
+    def scaled(x):  # type: ignore[no-untyped-def]
+        return constant * x
+
+    return njit(**options)(scaled)
+
+
+def module_of(**contents: Any) -> Any:
+    module = type(json)("constants")
+    vars(module).update(contents)
+    return module
+
+
+GLOBAL = "def rule(p, g, lr):\n    return (p - SCALE * g,)"
+HELPER = "def rule(p, g, lr):\n    return (p - scaled(g),)"
+INNER = "def rule(p, g, lr):\n    return (p - (lambda x: SCALE * x)(g),)"
+MODULE = "def rule(p, g, lr):\n    return (p - constants.SCALE * g,)"
+DEFAULT = "def rule(p, g, lr=SCALE):\n    return (p - lr * g,)"
+LARGE = np.arange(5000.0)
+CHANGED = LARGE + (LARGE == 2500)
+CONSTANT = "def rule(p, g, lr):\n    return (p - {} * g,)"
+DIFFERENT: dict[str, tuple[Callable[[], FunctionType], Callable[[], FunctionType]]] = {
+    "constant": tuple(lambda x=x: rule_of(CONSTANT.format(x)) for x in ("1.5", "2.5")),
+    "type of a constant": tuple(lambda x=x: rule_of(CONSTANT.format(x)) for x in ("1", "True")),
+    "global": tuple(lambda x=x: rule_of(GLOBAL, SCALE=x) for x in (1.5, 2.5)),
+    "type of a global": tuple(
+        lambda x=x: rule_of(GLOBAL, SCALE=x) for x in (np.float32(1), np.float64(1))
+    ),
+    "array": tuple(lambda x=x: rule_of(GLOBAL, SCALE=x) for x in (LARGE, CHANGED)),
+    "tuple": tuple(lambda x=x: rule_of(GLOBAL, SCALE=x) for x in ((1.0, 2.0), (1.0, 3.0))),
+    "global of an inner function": tuple(lambda x=x: rule_of(INNER, SCALE=x) for x in (1.5, 2.5)),
+    "module": tuple(
+        lambda x=x: rule_of(MODULE, constants=module_of(SCALE=x)) for x in (1.5, 2.5)
+    ),
+    "helper": tuple(lambda x=x: rule_of(HELPER, scaled=jitted(x)) for x in (1.5, 2.5)),
+    "options of a helper": tuple(
+        lambda x=x: rule_of(HELPER, scaled=jitted(1.5, fastmath=x)) for x in (False, True)
+    ),
+    "default": tuple(lambda x=x: rule_of(DEFAULT, SCALE=x) for x in (1.5, 2.5)),
+}  # fmt: skip
+
+
+def check_rules(key: Callable[[FunctionType], str]) -> None:
+    for name, (first, second) in DIFFERENT.items():
+        assert key(first()) != key(second()), name
+        assert key(first()) == key(first()), name
+
+
+def test_what_a_rule_refers_to_is_in_its_key() -> None:
+    check_rules(cache.key)
+
+
+def test_a_rule_that_refers_to_itself_has_a_key() -> None:
+    source = "def rule(p, g, lr):\n    return rule(p, g, SCALE)"
+    keys = [cache.key(rule_of(source, SCALE=scale)) for scale in (1.0, 1.0, 2.0)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_key_of_what_cannot_be_described_holds_in_one_process(tmp_path: Path) -> None:
+    code = """
+        import json
+        from fastopt_kernels.cpu import cache
+        class Unknown:
+            def __repr__(self):
+                return "the same"
+        scope = {"SCALE": Unknown()}
+        exec("def rule(p, g, lr): return (p - SCALE * g,)", scope)
+        print(json.dumps([cache.key(scope["rule"]) for _ in range(2)]))
+    """
+    first, second = (python(code, tmp_path) for _ in range(2))
+    assert first[0] == first[1] != second[0]
+
+
+def test_a_key_is_the_name_of_a_file_whatever_a_rule_is_called() -> None:
+    rule = rule_of(CONSTANT.format(1.0))
+    for name in ("<lambda>", "../../outside", "a" * 300):
+        rule.__name__ = name
+        assert os.path.basename(cache.key(rule)) == cache.key(rule)
+        assert len(cache.key(rule)) < 200
+
+
+def test_a_key_does_not_depend_on_the_seed_of_hashes(tmp_path: Path) -> None:
+    code = """
+        import json
+        from fastopt_kernels.cpu import cache
+        scope = {"NAMES": frozenset(map(str, range(50)))}
+        exec("def rule(p, g, lr): return (p if 'x' in {'a', 'b', 'c'} else NAMES,)", scope)
+        print(json.dumps(cache.key(scope["rule"])))
+    """
+    assert len({python(code, tmp_path, PYTHONHASHSEED=seed) for seed in "12"}) == 1
+
+
+def test_these_checks_see_a_key_that_covers_too_little(keys: dict[str, str]) -> None:
+    with pytest.raises(AssertionError):
+        check_rules(lambda rule: repr((rule.__code__.co_code, rule.__code__.co_consts)))
+    engine = os.path.join("fastopt_kernels", "cpu", "engine.py")
+    with pytest.raises(AssertionError):
+        check_edits({**keys, engine: keys[""]})
