@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import torch
 
 import fastopt
 from tests.optim.pairs import assert_params_close, construct, give_grads, make_params
+from tests.optim.workers import environment
 
 # 150,000 elements: many chunks, so every thread count divides them another way.
 LARGE = [(300, 250), (75_001,), (5,)]
@@ -178,3 +181,150 @@ def test_an_optimizer_is_copied_and_pickled_with_a_lock_of_its_own() -> None:
             thread.start()
             thread.join(timeout=60)
             assert not thread.is_alive()
+
+
+# Of a process whose first launch on several threads this is, under settings of its own.
+LAUNCHES = """
+import json, sys, threading, warnings
+import torch
+torch.set_num_threads({count})
+counts = {{"before": torch.get_num_threads()}}
+other = threading.Thread(target=lambda: counts.update(other=torch.get_num_threads()))
+import fastopt
+
+def elsewhere():
+    torch.set_num_threads(3)
+    assert torch.get_num_threads() == 3
+    ready.set()
+    go.wait()
+    counts["a thread with a count of its own"] = torch.get_num_threads()
+
+ready, go = threading.Event(), threading.Event()
+apart = threading.Thread(target=elsewhere, daemon=True)
+apart.start()
+ready.wait()
+torch.set_num_threads({count})
+param = torch.nn.Parameter(torch.ones(100_000))
+param.grad = torch.ones(100_000)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    optimizer = fastopt.optim.SGD([param], lr=0.5)
+    optimizer.step()
+    counts["a step"] = torch.get_num_threads()
+    y = fastopt.functional.softmax(torch.ones(64, 1000), -1)
+    counts["a softmax"] = torch.get_num_threads()
+    for count in (2, 1, 5, {count}):
+        torch.set_num_threads(count)
+        optimizer.step()
+        assert torch.get_num_threads() == count, count
+    go.set()
+    apart.join()
+    other.start()
+    other.join()
+import numba
+counts["after"] = torch.get_num_threads()
+right = bool((param == 1 - 5 * 0.5).all() and torch.allclose(y, torch.tensor(1e-3)))
+print(json.dumps([counts, right, numba.threading_layer(), [str(w.message) for w in said]]))
+"""
+
+
+def launches(count: int = 8, **settings: str) -> list[Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES.format(count=count)],
+        env=environment(OMP_NUM_THREADS="", **settings),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_counts(counts: dict[str, int], count: int) -> None:
+    own = counts.pop("a thread with a count of its own")
+    assert own == 3
+    assert set(counts.values()) == {count}, counts
+
+
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [(8, {}), (2, {"NUMBA_NUM_THREADS": "1"}), (3, {"NUMBA_THREADING_LAYER": "workqueue"})],
+    ids=["more than CPUs", "more than numba's", "workqueue"],
+)
+def test_launches_leave_the_number_of_threads_of_torch(
+    count: int, settings: dict[str, str]
+) -> None:
+    """The first one, which starts Numba's threads, and later ones; in every thread."""
+    counts, right, _, said = launches(count, **settings)
+    check_counts(counts, count)
+    assert right
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("NUMBA_THREADING_LAYER", "tbb"),
+        ("NUMBA_THREADING_LAYER", "none of them"),
+        ("NUMBA_THREADING_LAYER_PRIORITY", "omp"),
+    ],
+)
+def test_a_threading_layer_that_is_not_there_is_said_and_another_one_works(
+    variable: str, value: str
+) -> None:
+    counts, right, layer, said = launches(2, **{variable: value})
+    if layer == "tbb":
+        pytest.skip("TBB is installed")
+    check_counts(counts, 2)
+    assert right
+    assert layer in ("omp", "workqueue")
+    (message,) = said
+    assert f"{variable}=" in message
+    assert value in message
+    assert f"Unset {variable}" in message
+
+
+def test_these_checks_see_a_count_that_changes() -> None:
+    own = {"a thread with a count of its own": 3}
+    check_counts({"before": 8, "after": 8, **own}, 8)
+    for wrong in ({"before": 8, "after": 2, **own}, {"before": 8, **dict.fromkeys(own, 2)}):
+        with pytest.raises(AssertionError):
+            check_counts(wrong, 8)
+
+
+DISABLED = """
+import json
+import torch, fastopt
+errors = []
+param = torch.nn.Parameter(torch.ones(5))
+param.grad = torch.ones(5)
+optimizer = fastopt.optim.SGD([param])
+x = torch.ones(3, 4)
+for call in (
+    optimizer.step, optimizer.step, lambda: fastopt.functional.softmax(x, -1),
+    lambda: fastopt.functional.layer_norm(x, (4,)),
+    lambda: fastopt.functional.cross_entropy(x, torch.zeros(3, dtype=torch.int64)),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        errors.append(str(error))
+print(json.dumps([errors, param.tolist()]))
+"""
+
+
+def test_without_a_compiler_the_first_kernel_says_which_variable_to_unset() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", DISABLED],
+        env=environment(NUMBA_DISABLE_JIT="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    errors, values = json.loads(done.stdout)
+    assert len(errors) == 5
+    assert all("NUMBA_DISABLE_JIT" in error and "Unset it" in error for error in errors)
+    assert values == [1.0] * 5
