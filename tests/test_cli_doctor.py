@@ -145,6 +145,25 @@ def test_a_healthy_machine_has_no_findings() -> None:
             True,
         ),
         (
+            facts("cache", error="others can write to /x (mode 777)", remedy="chmod go-w /x"),
+            "cannot be kept in /home/me/.cache/fastopt (others can write to /x (mode 777))",
+            "chmod go-w /x",
+            True,
+        ),
+        (
+            facts("threads", missing="NUMBA_THREADING_LAYER=tbb"),
+            "NUMBA_THREADING_LAYER=tbb asks for a threading layer that is not there: kernels run "
+            "on omp",
+            "unset NUMBA_THREADING_LAYER, or install",
+            False,
+        ),
+        (
+            facts("backends.cpu", ready=False, why="a kernel failed: NUMBA_DISABLE_JIT is set"),
+            "no cpu kernels: a kernel failed: NUMBA_DISABLE_JIT is set",
+            "unset NUMBA_DISABLE_JIT",
+            True,
+        ),
+        (
             facts("memory", output=SLOW),
             "a new 64 MB output costs 56.4 ms, writing into one that exists 7.6 ms",
             f"export GLIBC_TUNABLES={memory.KEEP}",

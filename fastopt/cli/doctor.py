@@ -4,6 +4,8 @@ Versions, backends (each runs a row function and a step, and compares them with 
 threads, caches, memory and the kernels kept on disk. Takes some seconds.
 
 The exit status is 0 where everything is well, and 1 where there is a problem; hints do not count.
+
+With --clear-cache it removes the kernels kept on disk instead.
 """
 
 from __future__ import annotations
@@ -24,10 +26,17 @@ Lines = list[tuple[str, str]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print every fact and finding as JSON")
+    parser.add_argument(
+        "--clear-cache",
+        action="store_true",
+        help="remove the compiled kernels kept on disk, and nothing else",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Examines, prints; the status is 1 where a finding is serious."""
+    if options.clear_cache:
+        return _clear_cache(options.json)
     from .examine import examine
     from .findings import findings
 
@@ -43,6 +52,25 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(list(sections(facts)), found)
     return 0 if healthy else 1
+
+
+def _clear_cache(as_json: bool) -> int:
+    """Removes the kernels on disk; the status is 1 where that is not possible."""
+    from fastopt_kernels.cpu import cache_folder
+
+    folder = cache_folder.folder()
+    try:
+        if not folder.is_absolute():
+            raise OSError("not an absolute path")
+        n_files, n_bytes = cache_folder.clear(folder)
+    except OSError as error:
+        print(f"fastopt: {folder} is not cleared: {error}", file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps({"folder": str(folder), "files": n_files, "bytes": n_bytes}))
+    else:
+        print(f"removed {n_files} files, {n_bytes} bytes, from {folder}")
+    return 0
 
 
 def _print(parts: list[tuple[str, Lines]], found: list[Finding]) -> None:
@@ -164,8 +192,6 @@ def _memory(memory: Facts) -> Lines:
 
 
 def _cache(cache: Facts) -> Lines:
-    if cache["folder"] is None:
-        return [("folder", f"none: {cache['error']}")]
     return [
         ("folder", cache["folder"]),
         ("size", f"{cache['bytes'] / 2**20:.1f} MiB in {cache['kernels']} kernels"),

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 import fastopt
+from fastopt_kernels.cpu import cache_folder
 
 from . import hardware, memory
 from .record import cpu_name
@@ -132,6 +134,7 @@ def _threads(forked: bool) -> Facts:
     """layer: numba's, None where no kernel has started its threads
 
     openmp: the OpenMP libraries in this process; openmp_error: why numba's layer for it is missing
+    missing: the setting that asks for a layer that is not there, only if there is one
     """
     facts: Facts = {
         "torch": torch.get_num_threads(),
@@ -152,6 +155,8 @@ def _threads(forked: bool) -> Facts:
         facts["layer"] = numba.threading_layer()
     except ValueError:  # not started: one thread, or nothing ran
         return facts
+    if missing := importlib.import_module("fastopt_kernels.cpu.threads").missing:
+        facts["missing"] = missing
     try:
         importlib.import_module("numba.np.ufunc.omppool")
     except ImportError as error:
@@ -187,34 +192,36 @@ def _memory() -> Facts:
 
 
 def _cache() -> Facts:
-    """Where compiled CPU kernels are kept; error: why none can be written there."""
-    try:
-        from fastopt_kernels.cpu import cache
-    except Exception as error:
-        return {"folder": None, "kernels": 0, "bytes": 0, "error": _said(error)}
-    folder = cache.folder()
-    kernels = _sizes(folder)
+    """Where compiled CPU kernels are kept; error: why none are, remedy: where it is not known from
+    the error"""
+    folder = cache_folder.folder()
+    refused = cache_folder.refusal(folder)
+    if refused is None and cache_folder.limit() == 0:
+        refused = cache_folder.Refusal(
+            f"{cache_folder.SIZE} is 0", f"unset {cache_folder.SIZE}, or choose a larger size"
+        )
+    kernels = _sizes(folder) if folder.is_absolute() else []
     return {
         "folder": str(folder),
         "kernels": len(kernels),
         "bytes": sum(kernels),
-        "error": _unwritable(folder),
+        "error": refused.why if refused else _unwritable(folder),
+        **({"remedy": refused.remedy} if refused else {}),
     }
 
 
 def _sizes(folder: Path) -> list[int]:
     sizes = []
-    for kernel in folder.glob("*.kernel"):
-        try:
-            sizes.append(kernel.stat().st_size)
-        except OSError:  # another process has just removed it
-            continue
+    with suppress(OSError):  # a folder that may not be read
+        for kernel in folder.glob("*.kernel"):
+            with suppress(OSError):  # another process has just removed it
+                sizes.append(kernel.stat().st_size)
     return sizes
 
 
 def _unwritable(folder: Path) -> str | None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        cache_folder.make(folder)
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:

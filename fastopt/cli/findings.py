@@ -74,13 +74,17 @@ def _backends(facts: Facts) -> Iterator[Finding]:
     for device, backend in backends.items():
         if backend["ready"] or not backend["present"]:
             continue
-        compiler = backend["compiler"]
+        compiler, why = backend["compiler"], backend["why"]
         absent = facts["versions"][compiler] is None
+        if absent:
+            remedy = f"pip install {compiler}"
+        elif "NUMBA_DISABLE_JIT" in why:
+            remedy = "unset NUMBA_DISABLE_JIT"
+        else:
+            remedy = f"pip install --force-reinstall {compiler}; if that does not help, report it"
         yield Finding(
-            f"no {device} kernels: {backend['why']}",
-            f"pip install {compiler}"
-            if absent
-            else f"pip install --force-reinstall {compiler}; if that does not help, report it",
+            f"no {device} kernels: {why}",
+            remedy,
             # A machine that trains on its GPU can do without numba.
             serious=device == "cuda" or not absent or not any_ready,
         )
@@ -99,6 +103,13 @@ def _forked(facts: Facts) -> Iterator[Finding]:
 
 def _layer(facts: Facts) -> Iterator[Finding]:
     threads = facts["threads"]
+    if missing := threads.get("missing"):
+        yield Finding(
+            f"{missing} asks for a threading layer that is not there: kernels run on "
+            f"{threads['layer']}",
+            f"unset {missing.partition('=')[0]}, or install that layer",
+            serious=False,
+        )
     if threads["layer"] == "workqueue":
         why = threads["openmp_error"]
         yield Finding(
@@ -163,11 +174,11 @@ def _counts(facts: Facts) -> Iterator[Finding]:
 
 def _cache(facts: Facts) -> Iterator[Finding]:
     cache = facts["cache"]
-    if cache["folder"] and cache["error"]:
+    if cache["error"]:
         yield Finding(
             f"compiled kernels cannot be kept in {cache['folder']} ({cache['error']}): every "
             "process compiles its own, for seconds",
-            "FASTOPT_CACHE_DIR=FOLDER, one that can be written",
+            cache.get("remedy", "FASTOPT_CACHE_DIR=FOLDER, one that can be written"),
             serious=True,
         )
 
