@@ -1,4 +1,4 @@
-"""The folder of compiled kernels: used only where nobody else may write, and kept small.
+"""The folder of compiled kernels: used only where no other user may write, and kept small.
 
 One kernel is compiled, and then kept and found in many folders.
 """

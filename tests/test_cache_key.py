@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numba import njit
+from numba import njit, types
 
 import fastopt
 import fastopt_kernels
-from fastopt_kernels.cpu import cache
+from fastopt_kernels.cpu import cache, memory
 from tests.optim.workers import environment
 
 PACKAGES = {
@@ -37,7 +37,7 @@ TIMEOUT = 300
 
 
 def python(code: str, cwd: Path, **more: str) -> Any:
-    """What a process prints as JSON."""
+    """The JSON that a process prints."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env=environment(**more),
@@ -159,7 +159,7 @@ SETTINGS = """
     warnings.simplefilter("ignore")  # where there is no YAML
     from numba.core import config
     from fastopt_kernels import rules
-    from fastopt_kernels.cpu import cache
+    from fastopt_kernels.cpu import cache, memory
 
     def key():
         return cache.key(rules.sgd, ("fp32", "fp32"), 3)
@@ -251,6 +251,33 @@ DIFFERENT: dict[str, tuple[Callable[[], FunctionType], Callable[[], FunctionType
 }  # fmt: skip
 
 
+def aliased(second: bool) -> FunctionType:
+    """Calls two helpers of one name, one of them twice."""
+    one, two = jitted(1.5), jitted(2.5)
+    source = "def rule(p, g, lr):\n    return (a(p) - b(g) * c(lr),)"
+    return rule_of(source, a=one, b=two, c=two if second else one)
+
+
+def through_a_module(scale: float) -> FunctionType:
+    """A helper takes what the rule does not from a module that both use."""
+    constants = module_of(SCALE=scale, OTHER=1.0)
+    scope = {"constants": constants, "njit": njit}
+    exec("@njit\ndef scaled(x):\n    return constants.SCALE * x", scope)
+    source = "def rule(p, g, lr):\n    return (p - constants.OTHER * zscaled(g),)"
+    return rule_of(source, constants=constants, zscaled=scope["scaled"])
+
+
+def made_by_the_package(n: int) -> FunctionType:
+    """A helper that is of the package's code, and closes over what it was made with."""
+    source = "def rule(p, g, lr):\n    return (p - row(g, lr)[0],)"
+    return rule_of(source, row=memory.make_row(types.int64, n))
+
+
+DIFFERENT["helper of the package"] = lambda: made_by_the_package(1), lambda: made_by_the_package(2)
+DIFFERENT["which helper"] = lambda: aliased(False), lambda: aliased(True)
+DIFFERENT["module of a helper"] = lambda: through_a_module(1.5), lambda: through_a_module(2.5)
+
+
 def check_rules(key: Callable[[FunctionType], str]) -> None:
     for name, (first, second) in DIFFERENT.items():
         assert key(first()) != key(second()), name
@@ -259,6 +286,8 @@ def check_rules(key: Callable[[FunctionType], str]) -> None:
 
 def test_what_a_rule_refers_to_is_in_its_key() -> None:
     check_rules(cache.key)
+    keys = {cache.key(rule()) for pair in DIFFERENT.values() for rule in pair}
+    assert keys.isdisjoint(cache.cache_key.unshared)
 
 
 def test_a_rule_that_refers_to_itself_has_a_key() -> None:
@@ -270,7 +299,7 @@ def test_a_rule_that_refers_to_itself_has_a_key() -> None:
 def test_the_key_of_what_cannot_be_described_holds_in_one_process(tmp_path: Path) -> None:
     code = """
         import json
-        from fastopt_kernels.cpu import cache
+        from fastopt_kernels.cpu import cache, memory
         class Unknown:
             def __repr__(self):
                 return "the same"
@@ -293,7 +322,7 @@ def test_a_key_is_the_name_of_a_file_whatever_a_rule_is_called() -> None:
 def test_a_key_does_not_depend_on_the_seed_of_hashes(tmp_path: Path) -> None:
     code = """
         import json
-        from fastopt_kernels.cpu import cache
+        from fastopt_kernels.cpu import cache, memory
         scope = {"NAMES": frozenset(map(str, range(50)))}
         exec("def rule(p, g, lr): return (p if 'x' in {'a', 'b', 'c'} else NAMES,)", scope)
         print(json.dumps(cache.key(scope["rule"])))

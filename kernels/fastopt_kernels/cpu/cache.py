@@ -3,7 +3,7 @@
 numba's own cache does not serve here: it does not see an edit in a rule the kernel closes over (a
 stale kernel is a wrong answer), misses in every process for such a closure and adds a file each
 time, and raises where the package folder is read-only. Here `cache_key` names a kernel by
-everything its machine code depends on, and `cache_folder` keeps it where nobody else writes.
+everything its machine code depends on, and `cache_folder` keeps it where only the user writes.
 """
 
 from __future__ import annotations

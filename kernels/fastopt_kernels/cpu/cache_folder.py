@@ -1,9 +1,9 @@
 """The folder of compiled kernels: where it is, who may write there, what is removed from it.
 
-A kernel read from disk is executed, so nobody but this user may have written it: the folder is the
+A kernel read from disk is executed, so only this user may have written it: the folder is the
 user's alone, no folder on the way to it lets others put another one in its place, and a file is
 checked after it is opened. Where this does not hold there is no cache, a warning says why, and
-kernels are compiled. A folder that cannot be written means no cache either, without a word.
+kernels are compiled. A folder that cannot be written means no cache either, without a warning.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Visited(NamedTuple):
 
 
 def folder() -> Path:
-    """Where kernels are kept: $FASTOPT_CACHE_DIR, or `fastopt` in the user's cache folder."""
+    """The folder of kernels: $FASTOPT_CACHE_DIR, or `fastopt` in the user's cache folder."""
     if chosen := os.environ.get(ENVIRONMENT):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -82,7 +82,7 @@ def limit() -> int:
 
 
 def refusal(path: Path) -> Refusal | None:
-    """Why kernels are neither read from nor written to a folder; None where they may be."""
+    """Reason to read no kernels from a folder and write none to it; None where it may be used."""
     if not path.is_absolute():
         return Refusal(f"{path} is not an absolute path", _OWN)
     if hasattr(os, "geteuid"):  # on Windows a user's cache folder is the user's alone
@@ -142,7 +142,7 @@ def make(path: Path) -> None:
 
 
 def read(name: str) -> bytes | None:
-    """What is in a file of the folder; None where it is not a file that this user alone wrote."""
+    """Content of a file of the folder; None where it is not a file that only this user wrote."""
     path = _usable()
     if path is None:
         return None

@@ -6,12 +6,14 @@ specialization, Python, NumPy, Numba and its settings, LLVM and the CPU.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
 import re
 import secrets
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 from llvmlite import binding
 from numba.core import config, registry, types
 from numba.core.dispatcher import Dispatcher
+from numba.core.extending import _Intrinsic
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # Triton compiles what is here: no kernel of Numba is made of it.
@@ -39,6 +42,14 @@ _NO_CODE = re.compile(
 _THIS_PROCESS = secrets.token_hex(16)
 # Keys that hold in this process alone.
 unshared: set[str] = set()
+# What is defined here is known by its name: the versions, or the sources, are in the key.
+_NAMED = ("builtins", "numpy", "numba", PACKAGE.name)
+_FOLDERS = tuple(
+    os.path.join(os.path.realpath(path), "") for path in (PACKAGE, *numba.__path__, *np.__path__)
+)
+_STDLIB = os.path.join(os.path.realpath(sysconfig.get_path("stdlib")), "")
+_BUILT_IN = (BuiltinFunctionType, type(np.append))
+Seen = dict[object, int]
 
 
 def hash_sources(package: Path) -> str | None:
@@ -70,7 +81,7 @@ def _version() -> bytes:
 
 
 def _toolchain() -> tuple[object, ...]:
-    """What compiles the sources, apart from its settings."""
+    """Versions, flags and CPU: all that compiles the sources, apart from Numba's settings."""
     return (
         sys.version,
         sys.flags.optimize,
@@ -100,8 +111,8 @@ def _settings() -> tuple[object, ...]:
 
 
 def key(function: FunctionType, *specialization: object) -> str:
-    """What a kernel is kept under: a rule or the function that builds it, and what it is given."""
-    facts = (_ENVIRONMENT, _settings(), _facts(function, set()), _facts(specialization, set()))
+    """Name for the kernel of a rule, or of the function that builds it, and a specialization."""
+    facts = (_ENVIRONMENT, _settings(), _facts(function, {}), _facts(specialization, {}))
     description = repr(facts)
     name = re.sub(r"\W", "_", function.__name__)[:100]
     made = f"{name}_{hashlib.sha256(description.encode()).hexdigest()[:32]}"
@@ -110,10 +121,10 @@ def key(function: FunctionType, *specialization: object) -> str:
     return made
 
 
-def _facts(value: object, seen: set[int]) -> object:
+def _facts(value: object, seen: Seen) -> object:
     """A description of a value that Numba may freeze into a kernel, the same in every process.
 
-    seen: the functions and modules that are being described
+    seen: the functions that are described already, by their order
     """
     if value is None or type(value) in (bool, int, float, complex, str, bytes):
         return type(value).__name__, repr(value)
@@ -130,39 +141,54 @@ def _facts(value: object, seen: set[int]) -> object:
         return _code_facts(value, seen)
     if isinstance(value, Dispatcher):
         return "jitted", _facts(value.py_func, seen), _facts(value.targetoptions, seen)
-    if isinstance(value, (FunctionType, ModuleType)):
+    if isinstance(value, _Intrinsic):
+        return "intrinsic", _facts(value._defn, seen)
+    if isinstance(value, functools._lru_cache_wrapper):
+        return "cached", _facts(value.__wrapped__, seen)
+    if isinstance(value, FunctionType):
         if id(value) in seen:
-            return "seen", value.__name__
-        seen.add(id(value))
-        return _function_facts(value, seen) if isinstance(value, FunctionType) else value.__name__
-    if isinstance(value, (type, BuiltinFunctionType)):
+            return "seen", seen[id(value)]
+        seen[id(value)] = len(seen)
+        return _function_facts(value, seen)
+    if isinstance(value, ModuleType):
+        return "module", value.__name__
+    if isinstance(value, _BUILT_IN) or (
+        isinstance(value, type) and value.__module__.partition(".")[0] in _NAMED
+    ):
         return "named", value.__module__, value.__qualname__
     if isinstance(value, (np.ufunc, types.Type)):
         return type(value).__name__, repr(value)
     return _THIS_PROCESS
 
 
-def _code_facts(code: CodeType, seen: set[int]) -> object:
+def _code_facts(code: CodeType, seen: Seen) -> object:
     constants = [_facts(constant, seen) for constant in code.co_consts]
     names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
     counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
     return code.co_code, code.co_exceptiontable, constants, names, counts
 
 
-def _function_facts(function: FunctionType, seen: set[int]) -> object:
-    """Its code, and what that refers to; of a function of this package the sources say the rest."""
+def _function_facts(function: FunctionType, seen: Seen) -> object:
+    """Facts of its code and of all that this refers to."""
     code, defaults = function.__code__, (function.__defaults__, function.__kwdefaults__)
-    facts = _code_facts(code, seen), _facts(defaults, seen)
-    if os.path.realpath(code.co_filename).startswith(f"{PACKAGE}{os.sep}"):
-        return facts
-    closed_over = []
+    facts = [_code_facts(code, seen), _facts(defaults, seen)]
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # empty as yet
-            closed_over.append(_facts(cell.cell_contents, seen))
+            facts.append(_facts(cell.cell_contents, seen))
+    if _is_known(code.co_filename):
+        return facts
     names = set(_names(code))
     # Every compiler puts a module of its own in the place of `xp`.
     referred = {k: v for k, v in function.__globals__.items() if k in names and k != "xp"}
-    return facts, closed_over, list(_referred_facts(referred, names, seen))
+    return facts, list(_referred_facts(referred, names, seen))
+
+
+def _is_known(file: str | None) -> bool:
+    """True for a file whose contents the versions or the hash of the sources stand for."""
+    path = os.path.realpath(file) if file else ""
+    # The packages that are installed lie in the folder of the standard library too.
+    in_stdlib = path.startswith(_STDLIB) and "-packages" not in path[len(_STDLIB) :]
+    return in_stdlib or path.startswith(_FOLDERS)
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -172,13 +198,12 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _referred_facts(
-    referred: dict[str, object], names: set[str], seen: set[int]
-) -> Iterator[object]:
+def _referred_facts(referred: dict[str, object], names: set[str], seen: Seen) -> Iterator[object]:
     """Facts of globals, and of what is taken from those that are modules."""
     for name, value in sorted(referred.items()):
-        new = id(value) not in seen
         yield name, _facts(value, seen)
-        if isinstance(value, ModuleType) and new:
-            within = {k: vars(value)[k] for k in names if k in vars(value)}
-            yield from _referred_facts(within, names, seen)
+        if isinstance(value, ModuleType) and not _is_known(getattr(value, "__file__", None)):
+            taken = {k: v for k, v in vars(value).items() if k in names}
+            new = {k: v for k, v in taken.items() if (id(value), k) not in seen}
+            seen.update({(id(value), k): len(seen) for k in new})
+            yield from _referred_facts(new, names, seen)

@@ -45,8 +45,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def worth_it(n_threads: int, n_elements: int) -> bool:
-    """Whether several threads may and should share so many elements; starts them the first time,
-    which compiling or loading a kernel for several threads would do otherwise."""
+    """True where several threads may and should share so many elements; starts them the first
+    time: compiling or loading a kernel for several threads would do that otherwise."""
     if n_threads > 1 and n_elements >= SERIAL_BELOW and not _forked:
         if _layer is None:
             _start()
@@ -95,8 +95,8 @@ def _start() -> None:
         _layer = numba.threading_layer()
     if missing is not None:
         warnings.warn(
-            f"{missing} asks for a threading layer that is not there: fastopt's kernels run on "
-            f"{_layer}. Unset {missing.partition('=')[0]}, or install that layer.",
+            f"Numba has no threading layer here for {missing}: fastopt's kernels run on {_layer}. "
+            f"Unset {missing.partition('=')[0]}, or install that layer.",
             RuntimeWarning,
             stacklevel=2,
         )
