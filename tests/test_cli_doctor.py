@@ -152,8 +152,7 @@ def test_a_healthy_machine_has_no_findings() -> None:
         ),
         (
             facts("threads", missing="NUMBA_THREADING_LAYER=tbb"),
-            "NUMBA_THREADING_LAYER=tbb asks for a threading layer that is not there: kernels run "
-            "on omp",
+            "numba has no threading layer here for NUMBA_THREADING_LAYER=tbb: kernels run on omp",
             "unset NUMBA_THREADING_LAYER, or install",
             False,
         ),

@@ -12,7 +12,7 @@ from tests.test_cli_doctor import HEALTHY
 
 
 def test_a_cache_folder_that_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the warning of a step says, doctor says too, and it makes nothing there."""
+    """Doctor says what the warning of a step says, and makes nothing there."""
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     for folder, why, remedy in (
@@ -49,7 +49,7 @@ def test_clear_cache_removes_what_is_ours_and_says_how_much(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Whoever may write to the folder: what others put there goes too."""
+    """In a folder that others can write to, what they put there goes too."""
     monkeypatch.setattr(examine, "examine", lambda: pytest.fail("nothing is examined"))
     monkeypatch.setenv("FASTOPT_CACHE_DIR", str(tmp_path))
     name = f"sgd_{'0a' * 16}.kernel"

@@ -192,8 +192,10 @@ def _memory() -> Facts:
 
 
 def _cache() -> Facts:
-    """Where compiled CPU kernels are kept; error: why none are, remedy: where it is not known from
-    the error"""
+    """The folder of compiled CPU kernels; error: why none can be kept there
+
+    remedy: only where the folder is refused
+    """
     folder = cache_folder.folder()
     refused = cache_folder.refusal(folder)
     if refused is None and cache_folder.limit() == 0:

@@ -105,8 +105,7 @@ def _layer(facts: Facts) -> Iterator[Finding]:
     threads = facts["threads"]
     if missing := threads.get("missing"):
         yield Finding(
-            f"{missing} asks for a threading layer that is not there: kernels run on "
-            f"{threads['layer']}",
+            f"numba has no threading layer here for {missing}: kernels run on {threads['layer']}",
             f"unset {missing.partition('=')[0]}, or install that layer",
             serious=False,
         )
