@@ -11,6 +11,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from fastopt import functional
 from fastopt import parametrizations as parametrizations
+from fastopt.functional.losses import terms_of
 from fastopt.tracers import scriptable, traceable
 
 __all__ = [
@@ -57,7 +58,22 @@ class LogSoftmax(torch.nn.LogSoftmax):
 
 @traceable
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """fastopt.functional.cross_entropy."""
+    """fastopt.functional.cross_entropy; z_loss and softcap as there, all else as
+    torch.nn.CrossEntropyLoss.
+
+    Raises ValueError for a z_loss or a softcap that is not a positive number.
+    """
+
+    # Of modules that were swapped, or pickled before there were these.
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+    def __init__(
+        self, *args: Any, z_loss: float = 0.0, softcap: float | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        terms_of(z_loss, softcap)
+        self.z_loss, self.softcap = z_loss, softcap
 
     _scripted = scriptable(torch.nn.CrossEntropyLoss.forward)
 
@@ -71,7 +87,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
         )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in options_of(self).items())
 
 
 @traceable
@@ -86,16 +107,43 @@ class LayerNorm(torch.nn.LayerNorm):
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class _OffsetRMSNorm(torch.nn.RMSNorm):
+    """A weight that counts as weight + weight_offset, and starts at what makes that 1."""
+
+    weight_offset: float = 0.0
+
+    def __init__(self, *args: Any, weight_offset: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_offset = weight_offset
+        if weight_offset:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.weight_offset and self.weight is not None:
+            torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def extra_repr(self) -> str:
+        offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
+        return f"{super().extra_repr()}{offset}"
+
+
 @traceable
-class RMSNorm(torch.nn.RMSNorm):
-    """fastopt.functional.rms_norm with this module's weight."""
+class RMSNorm(_OffsetRMSNorm):
+    """fastopt.functional.rms_norm with this module's weight.
+
+    weight_offset: added to the weight, which starts at what makes it 1; all else as
+    torch.nn.RMSNorm, state_dict keys too
+    """
 
     _scripted = scriptable(torch.nn.RMSNorm.forward)
 
     def forward(self, x: Tensor) -> Tensor:
         if is_scripting():
             return self._scripted(x)
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return functional.rms_norm(
+            x, self.normalized_shape, self.weight, self.eps, weight_offset=self.weight_offset
+        )
 
 
 @traceable
@@ -226,7 +274,7 @@ class AddLayerNorm(torch.nn.LayerNorm):
 
 
 @traceable
-class AddRMSNorm(torch.nn.RMSNorm):
+class AddRMSNorm(_OffsetRMSNorm):
     """fastopt.functional.add_rms_norm with this module's weight: where a residual branch joins,
     (branch, residual) to (the norm of the sum, the sum).
 
@@ -234,19 +282,11 @@ class AddRMSNorm(torch.nn.RMSNorm):
     what makes it 1; all else as torch.nn.RMSNorm, state_dict keys too
     """
 
-    weight_offset = 0.0
+    dropout_p = 0.0
 
-    def __init__(
-        self, *args: Any, dropout_p: float = 0.0, weight_offset: float = 0.0, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.dropout_p, self.weight_offset = dropout_p, weight_offset
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.weight is not None:
-            torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+        self.dropout_p = dropout_p
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return functional.add_rms_norm(
@@ -261,5 +301,19 @@ class AddRMSNorm(torch.nn.RMSNorm):
         )
 
     def extra_repr(self) -> str:
-        offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
-        return f"{super().extra_repr()}, dropout_p={self.dropout_p}{offset}"
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
+
+
+# Options that torch's classes of these names have not, and what they are there.
+_OPTIONS: dict[type[torch.nn.Module], dict[str, Any]] = {
+    CrossEntropyLoss: {"z_loss": 0.0, "softcap": None},
+    RMSNorm: {"weight_offset": 0.0},
+}
+
+
+def options_of(module: torch.nn.Module) -> dict[str, Any]:
+    """Options that torch's class of this name has not, where they are not the defaults."""
+    for cls, defaults in _OPTIONS.items():
+        if isinstance(module, cls):
+            return {k: getattr(module, k) for k, v in defaults.items() if getattr(module, k) != v}
+    return {}

@@ -95,13 +95,26 @@ def _is_ours(x: object) -> bool:
 def unswap(model: T) -> T:
     """Turn fastopt's modules in a model back into torch's, in place, and return the model.
 
-    Raises TypeError for what is not a module. (An optimizer goes back through its state_dict, which
-    torch.optim's class loads.)
+    Raises TypeError for what is not a module (an optimizer goes back through its state_dict, which
+    torch.optim's class loads), RuntimeError for a module with an option that torch's class has not:
+    a weight_offset, z_loss or softcap. Nothing has been changed then.
     """
     _check_module("unswap", model)
-    for module in model.modules():  # type: ignore[attr-defined]
-        if type(module) in _THEIRS:
-            module.__class__ = _THEIRS[type(module)]
+    ours = [
+        (name, module)
+        for name, module in model.named_modules()  # type: ignore[attr-defined]
+        if type(module) in _THEIRS
+    ]
+    for name, module in ours:
+        if options := nn.options_of(module):
+            came = ", ".join(f"{option}={value}" for option, value in options.items())
+            raise RuntimeError(
+                f"{name or 'the model'} is a fastopt.nn.{type(module).__name__} with {came}, which "
+                f"torch.nn.{type(module).__name__} does not have: it would compute something else. "
+                f"Set {' and '.join(options)} to the default first, or keep the module."
+            )
+    for _, module in ours:
+        module.__class__ = _THEIRS[type(module)]
     return model
 
 

@@ -17,6 +17,7 @@ from fastopt.functional.routing import (
     autocast,
     by_torch,
     enter,
+    transformed,
     widen,
 )
 from fastopt.functional.tracing import as_node
@@ -45,7 +46,7 @@ def batch_norm(
     if route == AS_NODE:
         return as_node(batch_norm, input, *per_channel, training, momentum, eps)
     x, mean, var, weight, bias = given
-    fits = route != BY_TORCH and _fits(*given) and _are_numbers(momentum, eps)
+    fits = _fits(route, *given) and _are_numbers(momentum, eps)
     running = (mean, var)
     if fits and training:
         n = x.shape[0] * prod(x.shape[2:])
@@ -84,7 +85,7 @@ def instance_norm(
     if route == AS_NODE:
         return as_node(instance_norm, input, *per_channel, use_input_stats, momentum, eps)
     x, mean, var, weight, bias = given
-    fits = route != BY_TORCH and _fits(*given) and _are_numbers(momentum, eps)
+    fits = _fits(route, *given) and _are_numbers(momentum, eps)
     running = (mean, var)
     if fits and use_input_stats:
         route, running = _to_move(route, running, (running_mean, running_var))
@@ -117,8 +118,7 @@ def group_norm(
     if route == AS_NODE:
         return as_node(group_norm, input, num_groups, weight, bias, eps)
     fits = (
-        route != BY_TORCH
-        and _fits(input, weight, bias)
+        _fits(route, input, weight, bias)
         and _are_numbers(eps)
         and isinstance(num_groups, int)
         and num_groups > 0
@@ -140,8 +140,11 @@ def _are_numbers(*those: Any) -> bool:
     return all(isinstance(number, (float, int)) for number in those)
 
 
-def _fits(x: Tensor, *per_channel: Tensor | None) -> bool:
-    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
+def _fits(route: int, x: Tensor, *per_channel: Tensor | None) -> bool:
+    """Whether kernels, or what is composed in their place, take these: what they do not is torch's
+    to do, or to refuse."""
+    if route == BY_TORCH and not transformed(x, *per_channel):
+        return False
     sizes = x.shape
     if len(sizes) < 2 or x.dtype not in DTYPES or sizes[1] == 0:
         return False
@@ -164,7 +167,9 @@ def _to_move(
 
 def _movable(route: int, running: channel_norms.Running) -> bool:
     """Whether these are both there or neither, and a kernel may write them as they lie. (Where the
-    call is an op, torch's operators write them.)"""
+    call is an op, torch's operators write them; under transforms, torch's function.)"""
+    if route == BY_TORCH:
+        return running[0] is None and running[1] is None
     if (running[0] is None) != (running[1] is None):
         return False
     return all(t is None or (not t.requires_grad and _writable(route, t)) for t in running)
@@ -190,6 +195,8 @@ def _normalize(
 ) -> Tensor:
     """own: by statistics of x, to which the running ones move; else by those."""
     given = (None, None) if own else running
+    if route == BY_TORCH:
+        return channel_norms.composed(x, weight, bias, *given, groups, batch, eps)
     moved = running if own and x.numel() else (None, None)
     moves = moved[0] is not None or moved[1] is not None
     if route == AS_OP or (moves and not batch):

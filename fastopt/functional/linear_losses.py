@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
 
-from fastopt.functional.losses import cross_entropy, terms_of
+from fastopt.functional.losses import composed, cross_entropy, terms_of
 from fastopt.functional.routing import (
     AS_NODE,
     AS_OP,
@@ -194,7 +194,7 @@ def _composed(
 ) -> Tensor:
     """Of torch's operators alone."""
     logits = _logits(input, linear_weight, linear_bias, shape)
-    return losses.composed(logits, target, weight, *numbers)
+    return composed(logits, target, weight, *numbers)
 
 
 def _unchunked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
@@ -18,6 +19,7 @@ from fastopt.functional.routing import (
     autocast,
     by_torch,
     enter,
+    transformed,
     widen,
 )
 from fastopt.functional.tracing import as_node
@@ -43,12 +45,17 @@ def cross_entropy(
         probabilities  sum_c w_c ((1 - s) q_c + s / C) (logsumexp(x) - x_c)
 
     softcap: x is softcap tanh(logits / softcap), which keeps it within +-softcap (Gemma 2, 2024,
-    section 2). z_loss: adds z_loss w_t logsumexp(x)^2 to the loss of a row that counts, w_t 1 for
-    probabilities; it keeps logsumexp(x) near 0 (PaLM, Chowdhery et al. 2022, section 5).
+    section 2). z_loss: adds z_loss logsumexp(x)^2 to the loss of a row that counts; it keeps
+    logsumexp(x) near 0 (PaLM, Chowdhery et al. 2022, section 5).
 
     input: (C), (N, C) or (N, C, d1, ...); target: int64 without C, or probabilities of input's
     shape and dtype; weight: (C). reduction "mean" divides by the weights of the targets that
-    count. As torch.nn.functional.cross_entropy; a target out of range is an IndexError on CPU and
+    count. weight and label_smoothing do not enter into z_loss, whose mean is over the rows that
+    count, one as much as another, as Liger Kernel has it:
+
+        mean  sum_i loss_i / sum_i w_ti + z_loss sum_i logsumexp(x_i)^2 / (rows that count)
+
+    As torch.nn.functional.cross_entropy; a target out of range is an IndexError on CPU and
     a NaN on CUDA. Szegedy et al. 2016, section 7, for label smoothing. ValueError for a z_loss or
     a softcap that is not a positive number.
     """
@@ -59,11 +66,9 @@ def cross_entropy(
     args = (x, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if route == AS_NODE:
         return as_node(cross_entropy, *args, z_loss=z_loss, softcap=softcap)
-    if route == BY_TORCH:
+    if route == BY_TORCH and not transformed(x, target, weight):
         return by_torch("cross_entropy", _torchs(*extra), *args)
-    if autocast("cross_entropy", x):
-        x, weight = widen(x), None if weight is None else widen(weight)
-        target = widen(target)
+    x, target, weight = _cast(x, target, weight)
     if (
         size_average is not None
         or reduce is not None
@@ -72,6 +77,9 @@ def cross_entropy(
         or not _loss_fits(x, target, weight, ignore_index)
     ):
         return by_torch("cross_entropy", _torchs(*extra), *args)
+    if route == BY_TORCH:
+        numbers = (reduction, ignore_index, label_smoothing, *extra)
+        return by_torch("cross_entropy", losses.composed, x, target, weight, *numbers)
     options = (losses.REDUCTIONS[reduction], ignore_index, float(label_smoothing), *extra)
     if route == AS_OP:
         result: Tensor = torch.ops.fastopt.cross_entropy(x, target, weight, *options)[0]
@@ -108,9 +116,20 @@ def _torchs(z_loss: float, softcap: float) -> Callable[..., Tensor]:
         if size_average is not None or reduce is not None:
             reduction = legacy_get_string(size_average, reduce)
         options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
-        return losses.composed(input, target, weight, *options)
+        return composed(input, target, weight, *options)
 
     return cross_entropy
+
+
+def composed(x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    """`losses.composed`, in float32 where autocast wants that."""
+    return losses.composed(*_cast(x, target, weight), *options)
+
+
+def _cast(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not autocast("cross_entropy", x):
+        return x, target, weight
+    return widen(x), widen(target), None if weight is None else widen(weight)
 
 
 def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:

@@ -17,6 +17,7 @@ from fastopt.functional.routing import (
     autocast,
     by_torch,
     enter,
+    transformed,
     widen,
 )
 from fastopt.functional.tracing import as_node
@@ -41,15 +42,13 @@ def layer_norm(
     if route == AS_NODE:
         return as_node(layer_norm, input, normalized_shape, weight, bias, eps)
     shape = _as_shape(normalized_shape)
-    if (
-        route == BY_TORCH
-        or not isinstance(eps, (float, int))
-        or not _affine_fits(x, shape, weight, bias)
-    ):
+    if not isinstance(eps, (float, int)) or not _affine_fits(route, x, shape, weight, bias):
         return by_torch("layer_norm", F.layer_norm, x, normalized_shape, weight, bias, eps)
     if autocast("layer_norm", x):
         x = widen(x)
         weight, bias = (None if t is None else widen(t) for t in (weight, bias))
+    if route == BY_TORCH:
+        return norms.composed(x, weight, bias, len(shape), eps, 0.0, True)
     if route == AS_OP:
         result: Tensor = torch.ops.fastopt.layer_norm(x, weight, bias, len(shape), eps)[0]
         return result
@@ -83,10 +82,8 @@ def rms_norm(
         args = (input, normalized_shape, weight, eps)
         return as_node(rms_norm, *args, weight_offset=weight_offset)
     shape = _as_shape(normalized_shape)
-    if (
-        route == BY_TORCH
-        or not isinstance(eps, (float, int, type(None)))
-        or not _affine_fits(x, shape, weight, None)
+    if not isinstance(eps, (float, int, type(None))) or not _affine_fits(
+        route, x, shape, weight, None
     ):
         args = (x, normalized_shape, weight, eps)
         if not weight_offset:
@@ -96,6 +93,8 @@ def rms_norm(
         x, weight = widen(x), None if weight is None else widen(weight)
     if eps is None:
         eps = torch.finfo(compute_dtype(x.dtype)).eps
+    if route == BY_TORCH:
+        return norms.composed(x, weight, None, len(shape), eps, weight_offset, False)
     if route == AS_OP:
         result: Tensor = torch.ops.fastopt.rms_norm(x, weight, len(shape), eps, weight_offset)[0]
         return result
@@ -112,9 +111,12 @@ def _as_shape(shape: Any) -> tuple[int, ...]:
 
 
 def _affine_fits(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
+    route: int, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
 ) -> bool:
-    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
+    """Whether kernels, or what is composed in their place, take these: what they do not is torch's
+    to do, or to refuse."""
+    if route == BY_TORCH and not transformed(x, weight, bias):
+        return False
     if not shape or x.dtype not in DTYPES or x.shape[-len(shape) :] != shape:
         return False
     for tensor in (weight, bias):

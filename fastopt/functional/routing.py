@@ -97,6 +97,14 @@ def _handed_over(tensors: Sequence[Any]) -> bool:
     return any(x is not None and guards.takes_over(x) for x in tensors)
 
 
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a transform of functorch or forward-mode AD is what hands a call to torch, not a
+    class of tensors: then what an op composes of torch's operators may take the place of torch's
+    own function."""
+    active = _transforms_active() or forward_ad._current_level >= 0
+    return active and not _handed_over(tensors)
+
+
 def by_torch(name: str, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """torch's own function; where it refuses, its exception, with what fastopt supports."""
     try:

@@ -102,16 +102,12 @@ def logsumexp(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) ->
     ):
         return by_torch("logsumexp", torch.logsumexp, *args)
     reduced = sorted(d % rank for d in dims)
-    if len(reduced) > 1:  # move them to the end and take them as one
-        kept = [d for d in range(rank) if d not in reduced]
-        x = x.permute(*kept, *reduced).flatten(len(kept))
-    at = reduced[0] if len(reduced) == 1 else x.dim() - 1
     if route == AS_OP:
-        result: Tensor = torch.ops.fastopt.logsumexp(x, at)[0]
+        result: Tensor = torch.ops.fastopt.logsumexp(x, reduced)[0]
     elif torch.is_grad_enabled() and x.requires_grad:
-        result = ops.apply_logsumexp(x, at)
+        result = ops.apply_logsumexp(x, reduced)
     else:
-        result = ops.run_logsumexp(x, at)[0]
+        result = ops.run_logsumexp(x, reduced)[0]
     if keepdim:
         for d in reduced:
             result = result.unsqueeze(d)

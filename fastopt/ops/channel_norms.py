@@ -11,7 +11,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
 
 from fastopt import backend
@@ -84,9 +83,10 @@ def _stats(x: Tensor, n_sets: int) -> Tensor:
 
 
 def moments(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance from what `_stats` made room for."""
+    """Mean and variance from what `_stats` made room for; contiguous, as some of torch's kernels
+    take statistics for contiguous whatever their strides (2.13)."""
     if backend.by_numba(x):
-        return stats[:, 0], stats[:, 1]
+        return stats[:, 0].contiguous(), stats[:, 1].contiguous()
     return stats[0] + stats[1], stats[2]
 
 
@@ -205,35 +205,51 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(output[1])
 
 
-def _by_torch(ctx: Any, saved: Sequence[Any], dy: Tensor) -> list[Tensor | None]:
-    """dx, dweight and dbias of torch's operators, themselves differentiable."""
-    x, weight, bias, stats = saved
+def composed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    groups: int,
+    batch: bool,
+    eps: float,
+) -> Tensor:
+    """The op made of torch's elementwise operators and means.
+
+    Second derivatives and transforms use it, as torch's own norms are wrong or refuse under some of
+    them (2.13): batch_norm with statistics or images that are not contiguous, group_norm with
+    batched gradients, and both with a bias alone.
+    """
     found = [t.dtype for t in (x, weight, bias) if t is not None]
     wide = torch.float64 if torch.float64 in found else torch.float32
-    mixed = len(set(found)) > 1
-
-    def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        dtype = x.dtype
-        if mixed:
-            x, weight = x.to(wide), None if weight is None else weight.to(wide)
-        if ctx.given:
-            mean, var = (t.to(x.dtype) for t in moments(x, stats))
-            y = F.batch_norm(x, mean, var, weight, None, False, 0.0, ctx.eps)
-        elif ctx.batch:
-            y = F.batch_norm(x, None, None, weight, None, True, 0.0, ctx.eps)
-        else:
-            y = F.group_norm(x, ctx.groups, weight, None, ctx.eps)
-        if bias is not None:
-            y = y + bias.view(-1, *[1] * (x.dim() - 2))
-        return y.to(dtype)
-
-    return by_torch(norm, [x, weight, bias], dy)
+    per_channel = (1, -1, *[1] * (x.dim() - 2))
+    y = x.to(wide)
+    if mean is not None and var is not None:
+        mean, var = (t.to(wide).view(per_channel) for t in (mean, var))
+        y = (y - mean) * (var + eps).rsqrt()
+    else:
+        y = y.unflatten(1, (groups, x.shape[1] // groups))  # type: ignore[no-untyped-call]
+        together = [0] * batch + list(range(2, y.dim()))
+        y = y - y.mean(together, keepdim=True)
+        y = y * (y.square().mean(together, keepdim=True) + eps).rsqrt()
+        y = y.flatten(1, 2)
+    if weight is not None:
+        y = y * weight.to(wide).view(per_channel)
+    if bias is not None:
+        y = y + bias.to(wide).view(per_channel)
+    return y.to(x.dtype)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, bias, stats = saved = ctx.saved_tensors
     if differentiated(dy, *saved):
-        return *_by_torch(ctx, saved, dy), *[None] * 5
+        mean, var = moments(x, stats) if ctx.given else (None, None)
+
+        def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return composed(x, weight, bias, mean, var, ctx.groups, ctx.batch, ctx.eps)
+
+        return *by_torch(norm, [x, weight, bias], dy), *[None] * 5
     wanted = ctx.needs_input_grad[:3]
     args = (dy, x, weight, bias, stats, ctx.groups, ctx.batch, ctx.eps, ctx.given, wanted)
     if plain(dy, x, weight, stats):

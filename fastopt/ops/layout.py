@@ -10,6 +10,7 @@ from torch import Tensor
 
 # x, (n_outer, n_cols, n_inner), (stride_outer, stride_col) in elements; inner has stride 1.
 Walk = tuple[Tensor, tuple[int, int, int], tuple[int, int]]
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def along(x: Tensor, dim: int) -> Walk:
@@ -34,6 +35,50 @@ def along(x: Tensor, dim: int) -> Walk:
             return x, shape, (outer, step)
         x = x.contiguous()
     return x, shape, (n_cols * n_inner, n_inner)
+
+
+def neighbours(dims: Sequence[int]) -> bool:
+    """Whether these dimensions, which are sorted, follow one another."""
+    return dims[-1] - dims[0] == len(dims) - 1
+
+
+def merged(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, int]:
+    """x with `dims`, which are sorted, as one dimension, and which that is: the first of them where
+    they are neighbours, else the last."""
+    if len(dims) == 1:
+        return x, dims[0]
+    if neighbours(dims):
+        return x.flatten(dims[0], dims[-1]), dims[0]
+    kept = [d for d in range(x.dim()) if d not in dims]
+    return x.permute(*kept, *dims).flatten(len(kept)), len(kept)
+
+
+def unmerge_(x: Tensor, dims: Sequence[int], source: Tensor) -> None:
+    """Write into x, whatever its strides, what is laid out as `merged` has it, without gaps."""
+    if not neighbours(dims):
+        kept = [d for d in range(x.dim()) if d not in dims]
+        x = x.permute(*kept, *dims)
+    x.copy_(source.view(x.shape))
+
+
+def channels_last_of(x: Tensor) -> torch.memory_format | None:
+    """channels_last, or channels_last_3d, where torch takes x for that by its strides; x may have
+    gaps, and is not contiguous."""
+    form = _CHANNELS_LAST.get(x.dim())
+    if form is None or not x.numel() or x.stride(1) == 0:
+        return None
+    reach = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(dim) < reach:
+            return None
+        reach = x.stride(dim) * x.shape[dim]
+    return form
+
+
+def kept_channels_last(y: Tensor, like: Tensor) -> Tensor:
+    """y, which is contiguous, in channels_last where `like` lies so."""
+    form = None if like.is_contiguous() else channels_last_of(like)
+    return y if form is None else y.contiguous(memory_format=form)
 
 
 def output(x: Tensor) -> Tensor:

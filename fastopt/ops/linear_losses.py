@@ -10,13 +10,14 @@ token, which forward cannot know, the backward makes the logits again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
 
+from fastopt import backend
 from fastopt.ops import losses
 from fastopt.ops.losses import MEAN, NONE
 from fastopt.ops.registry import (
@@ -60,11 +61,12 @@ def _walk(
     wanted: Sequence[bool],
     chunk: int,
     dloss: Tensor | None = None,
+    z_share: Tensor | None = None,
 ) -> tuple[Tensor, Grads]:
     """(the loss of each token in the compute type, the gradients that are wanted).
 
-    dloss: (N,), or None for ones; of linear_weight and linear_bias the gradients are sums in the
-    compute type, of x they are of its dtype
+    dloss: (N,), or None for ones; z_share: as `losses.Block` has it; of linear_weight and
+    linear_bias the gradients are sums in the compute type, of x they are of its dtype
     """
     x, linear_weight, target, linear_bias, weight = layer
     compute, n_tokens, n_classes = compute_dtype(x.dtype), len(x), len(linear_weight)
@@ -80,7 +82,7 @@ def _walk(
             torch.mm(x[rows], linear_weight.t(), out=logits)
         else:
             torch.addmm(linear_bias, x[rows], linear_weight.t(), out=logits)
-        block = losses.Block(logits, target[rows], weight, ignore_index, terms)
+        block = losses.Block(logits, target[rows], weight, ignore_index, terms, z_share)
         stats = block.losses(result[rows])
         if any(wanted):
             block.gradients(stats, ones if dloss is None else dloss[rows])
@@ -125,33 +127,23 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _reduced(
-    result: Tensor, layer: Layer, reduction: int, ignore_index: int, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """(the loss, what gradients of the sum are divided by), in float64 on CPU.
-
-    Chunk by chunk: torch sums more at once in an order that depends on the threads.
-    """
-    wide = torch.float64 if result.is_cpu else result.dtype
-    total, divisor = result.new_zeros(2, dtype=wide).unbind()
-    one = divisor + 1.0
-    for part in torch.split(result, chunk):
+def _sum(x: Tensor, chunk: int) -> Tensor:
+    """In float64 on CPU, chunk by chunk: torch sums more at once in an order that depends on the
+    threads."""
+    wide = torch.float64 if x.is_cpu else compute_dtype(x.dtype)
+    total = x.new_zeros((), dtype=wide)
+    for part in torch.split(x, chunk):
         total = total + part.sum(dtype=wide)
-    if reduction != MEAN:
-        return total, one
-    if layer.target.is_floating_point():
-        counts, weights = (
-            layer.target.new_ones(len(result), dtype=torch.bool),
-            one.expand(len(result)),
-        )
-    else:
-        counts, weight = layer.target != ignore_index, layer.weight
-        weight = None if weight is None else weight.to(result.dtype)
-        weights = losses.weights_of(layer.target, weight, ignore_index)
-    for part in torch.split(weights, chunk):
-        divisor = divisor + part.sum(dtype=wide)
-    # Where no target counts the loss is NaN, and its gradient 0.
-    return total / divisor, torch.where(counts.any(), divisor, one)
+    return total
+
+
+def _divisor(layer: Layer, ignore_index: int, chunk: int) -> Tensor:
+    """What a sum of losses is divided by for their mean."""
+    target, compute = layer.target, compute_dtype(layer.x.dtype)
+    if target.is_floating_point():
+        return _sum(target.new_ones(len(target), dtype=compute), chunk)
+    weight = None if layer.weight is None else layer.weight.to(compute)
+    return _sum(losses.weights_of(target, weight, ignore_index).to(compute), chunk)
 
 
 def run_linear_cross_entropy(
@@ -173,14 +165,26 @@ def run_linear_cross_entropy(
 
     dtype: of the loss; wanted: which gradients; with reduction "none" they are not made here
     """
-    layer = Layer(x, linear_weight, target, linear_bias, weight)
+    layer, z_share = Layer(x, linear_weight, target, linear_bias, weight), None
     now = [wants and reduction != NONE for wants in wanted]
+    divisor = _divisor(layer, ignore_index, chunk) if reduction == MEAN else None
+    indices = not target.is_floating_point()
+    if divisor is not None and z_loss and weight is not None and indices:
+        z_share = losses.z_share_of(divisor, target, ignore_index).to(compute_dtype(x.dtype))
+        if backend.by_numba(x):
+            z_loss, z_share = z_loss * float(z_share), None
     terms = (smoothing, z_loss, softcap)
-    result, grads = _walk(layer, ignore_index, terms, now, chunk)
+    result, grads = _walk(layer, ignore_index, terms, now, chunk, z_share=z_share)
     if reduction == NONE:
         return result.to(dtype), result.new_ones(()), *grads
-    loss, divisor = _reduced(result, layer, reduction, ignore_index, chunk)
-    return loss.to(dtype), divisor.to(result.dtype), *grads
+    total = _sum(result, chunk)
+    if divisor is None:
+        return total.to(dtype), result.new_ones(()), *grads
+    loss = (total / divisor).to(dtype)
+    if indices:
+        # Where no target counts the loss is NaN, and its gradient 0.
+        divisor = torch.where((target != ignore_index).any(), divisor, 1.0)
+    return loss, divisor.to(result.dtype), *grads
 
 
 def _op(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -196,7 +200,7 @@ def _fake(
     compute = compute_dtype(x.dtype)
     shapes = (x.shape, linear_weight.shape, linear_weight.shape[:1])
     grads = (
-        x.new_empty(shape if wants and reduction != NONE else (0,), dtype=dtype_of)
+        x.new_empty(shape, dtype=dtype_of) if wants and reduction != NONE else x.new_empty(0)
         for shape, wants, dtype_of in zip(shapes, wanted, (x.dtype, compute, compute), strict=True)
     )
     loss = x.new_empty(x.shape[:1] if reduction == NONE else (), dtype=dtype)
@@ -292,6 +296,9 @@ def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     return grads[0], grads[1], None, grads[2], *rest[1:]
 
 
+_saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def _needed(ctx: Any) -> tuple[bool, bool, bool]:
     needs = ctx.needs_input_grad
     return needs[0], needs[1], needs[3]
@@ -335,8 +342,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         loss, *kept = run_linear_cross_entropy(*inputs)
         ctx.save_for_backward(*inputs[:5], *kept)
-        # Nobody else has the gradients that were made here: the last backward may write over them.
-        ctx.options, ctx.private = inputs[5:], True
+        # The last backward may write over the gradients that were made here, unless a hook on saved
+        # tensors has them too.
+        ctx.options, ctx.private = inputs[5:], _saved_tensors_hooks(True) is None
         return loss
 
     backward = staticmethod(backward)

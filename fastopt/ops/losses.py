@@ -37,7 +37,8 @@ def run_cross_entropy(
     z_loss: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, stats): what the backward needs of each row, and last what the sum was divided by.
+    """(loss, stats): what the backward needs of each row, and last what the sum was divided by, and
+    by how much more than z_loss's (`z_share_of`).
 
     Of a row, on CPU: its maximum and log sum exp(x - max), in float64; on a GPU: its logsumexp.
     """
@@ -77,27 +78,39 @@ def _by_rows(
     x, target, weight, shape, strides = args
     compute = compute_dtype(x.dtype)
     rows = torch.empty(sizes, dtype=compute, device=x.device)
-    stats = torch.empty(rows.numel() + 1, dtype=compute, device=x.device)
-    row_args = (x, target, weight, rows, stats[:-1], shape, strides)
-    divisor = stats[-1:].fill_(1.0)
+    stats = torch.empty(rows.numel() + 2, dtype=compute, device=x.device)
+    row_args = (x, target, weight, rows, stats[:-2], shape, strides)
+    stats[-2:].fill_(1.0)
+    divisor, z_share = stats[-2:-1], stats[-1:]
     if target.is_floating_point():
         kernels.cross_entropy_probs(*row_args, terms)
-        weights = divisor * rows.numel()
+        if reduction == MEAN:
+            divisor.fill_(rows.numel())
     else:
-        kernels.cross_entropy(*row_args, ignore_index, terms)
-        weights = weights_of(target, weight, ignore_index)
+        share = None
+        if reduction == MEAN:
+            divisor.copy_(weights_of(target, weight, ignore_index).sum(dtype=compute))
+            if weight is not None and terms[1]:
+                share = z_share_of(divisor, target, ignore_index)
+                z_share.copy_(share)
+        kernels.cross_entropy(*row_args, ignore_index, terms, share)
     if reduction == NONE:
         return rows.to(x.dtype), stats
-    if reduction == MEAN:
-        divisor.copy_(weights.sum(dtype=compute))
     return (rows.sum() / divisor).reshape(()).to(x.dtype), stats
+
+
+def z_share_of(divisor: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """How much more the weights of the targets that count are than their number: what z_loss is
+    multiplied by in a sum that is divided by the weights, so that it is divided by the number."""
+    return divisor / (target != ignore_index).sum().clamp(min=1)
 
 
 class Block(NamedTuple):
     """Rows of logits that are somebody's scratch: their gradient is written over them.
 
     logits: (N, C), contiguous; target: (N,) or (N, C); weight: (C,) in the compute type, or None
-    terms: label smoothing, z_loss and softcap
+    terms: label smoothing, z_loss and softcap; z_share: of one
+    element in the compute type, on a GPU, or None: what z_loss is multiplied by
     """
 
     logits: Tensor
@@ -105,10 +118,11 @@ class Block(NamedTuple):
     weight: Tensor | None
     ignore_index: int
     terms: tuple[float, float, float]
+    z_share: Tensor | None
 
     def losses(self, out: Tensor) -> Tensor:
         """Fill out, (N,) in the compute type; what `gradients` needs of each row."""
-        x, target, weight, ignore_index, terms = self
+        x, target, weight, ignore_index, terms, z_share = self
         kernels, walk = backend.kernels_for(x, "losses"), self._walk()
         probs = target.is_floating_point()
         if not backend.by_numba(x):
@@ -117,7 +131,7 @@ class Block(NamedTuple):
             if probs:
                 kernels.cross_entropy_probs(*filled, terms)
             else:
-                kernels.cross_entropy(*filled, ignore_index, terms)
+                kernels.cross_entropy(*filled, ignore_index, terms, z_share)
             return stats
         args = (x, target, weight, *walk, NONE)
         if probs:
@@ -129,12 +143,13 @@ class Block(NamedTuple):
 
     def gradients(self, stats: Tensor, dloss: Tensor) -> None:
         """dloss: (N,), or (1,) for all alike, in the compute type."""
-        x, target, weight, ignore_index, terms = self
+        x, target, weight, ignore_index, terms, z_share = self
         kernels, args = backend.kernels_for(x, "losses"), (x, target, weight, stats, dloss, x)
         if target.is_floating_point():
             kernels.cross_entropy_probs_backward(*args, *self._walk(), terms)
-        else:
-            kernels.cross_entropy_backward(*args, *self._walk(), ignore_index, terms)
+            return
+        share = () if backend.by_numba(x) else (z_share,)
+        kernels.cross_entropy_backward(*args, *self._walk(), ignore_index, terms, *share)
 
     def _walk(self) -> tuple[tuple[int, int, int], tuple[int, int]]:
         n_rows, n_cols = self.logits.shape
@@ -142,9 +157,12 @@ class Block(NamedTuple):
 
 
 def weights_of(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What each target weighs in a mean: 0 where it is ignored."""
+    """What each target weighs in a mean: 0 where it is ignored; one that is no class, which the
+    kernels find, weighs anything."""
     counts = target != ignore_index
-    return counts if weight is None else weight[target.where(counts, 0)] * counts
+    if weight is None:
+        return counts
+    return weight[target.where(counts, 0).clamp(0, len(weight) - 1)] * counts
 
 
 def _positions(x: Tensor) -> list[int]:
@@ -165,8 +183,8 @@ def _fake_cross_entropy(
     loss = x.new_empty(sizes if reduction == NONE else [])
     n_rows = x.numel() // x.shape[_dim(x)]
     if backend.by_numba(x):
-        return loss, x.new_empty(2 * n_rows + 1, dtype=torch.float64)
-    return loss, x.new_empty(n_rows + 1, dtype=compute_dtype(x.dtype))
+        return loss, x.new_empty(2 * n_rows + 2, dtype=torch.float64)
+    return loss, x.new_empty(n_rows + 2, dtype=compute_dtype(x.dtype))
 
 
 def run_cross_entropy_backward(
@@ -185,13 +203,16 @@ def run_cross_entropy_backward(
     kernels = backend.kernels_for(x, "losses")
     logits, shape, strides = layout.along(x, _dim(x))
     targets = (target.contiguous(), _weight(weight, x))
+    share: tuple[Tensor | None, ...] = ()
     if not backend.by_numba(x):
-        dloss, stats = (dloss.to(stats.dtype) / stats[-1]).reshape(-1), stats[:-1]
+        # A copy: a kernel is compiled anew for a pointer that is aligned otherwise.
+        share = (stats[-1:].clone() if weight is not None and terms[1] else None,)
+        dloss, stats = (dloss.to(stats.dtype) / stats[-2]).reshape(-1), stats[:-2]
     args = (logits, *targets, stats, dloss.contiguous(), dx, shape, strides)
     if target.is_floating_point():
         kernels.cross_entropy_probs_backward(*args, terms)
     else:
-        kernels.cross_entropy_backward(*args, ignore_index, terms)
+        kernels.cross_entropy_backward(*args, ignore_index, terms, *share)
     return dx
 
 
@@ -227,8 +248,11 @@ def composed(
     z_loss: float,
     softcap: float,
 ) -> Tensor:
-    """The same made of torch's operators: where derivatives of it are differentiated, and where a
-    kernel does not take what came."""
+    """The same made of torch's operators, in the type that kernels compute in: where derivatives of
+    it are differentiated, and where a kernel does not take what came."""
+    dtype, wide = x.dtype, compute_dtype(x.dtype)
+    x, weight = x.to(wide), None if weight is None else weight.to(wide)
+    target = target.to(wide) if target.is_floating_point() else target
     if softcap:
         x = softcap * torch.tanh(x / softcap)
     loss = F.cross_entropy(
@@ -240,17 +264,17 @@ def composed(
         label_smoothing=smoothing,
     )
     if not z_loss:
-        return loss
+        return loss.to(dtype)
     squares = z_loss * torch.logsumexp(x, _dim(x)).square()
-    if target.is_floating_point():
-        return loss + (squares if reduction == "none" else getattr(squares, reduction)())
-    weights = weights_of(target, weight, ignore_index).to(squares.dtype)
-    counts = target != ignore_index
-    squares = torch.where(counts, squares * weights, 0.0)
-    if reduction == "mean":
+    n_counted: Any = squares.numel()
+    if not target.is_floating_point():
+        counts = target != ignore_index
+        squares = torch.where(counts, squares, 0.0)
         # Where no target counts the loss is NaN, and its gradient 0.
-        squares = squares.sum() / torch.where(counts.any(), weights.sum(), 1.0)
-    return loss + (squares.sum() if reduction == "sum" else squares)
+        n_counted = counts.sum().clamp(min=1)
+    if reduction != "none":
+        squares = squares.sum()
+    return (loss + (squares / n_counted if reduction == "mean" else squares)).to(dtype)
 
 
 define(

@@ -15,6 +15,33 @@ from fastopt.ops import layout
 from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
 
 
+def composed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n_dims: int,
+    eps: float,
+    offset: float,
+    centered: bool,
+) -> Tensor:
+    """Either norm made of torch's elementwise operators and means, in the type that kernels compute
+    in.
+
+    Second derivatives and transforms use it: torch's own layer_norm is wrong in forward over
+    reverse mode, and in the second derivative by a bias without a weight (2.13).
+    """
+    dtype, dims = compute_dtype(x.dtype), list(range(-n_dims, 0))
+    y = x.to(dtype)
+    if centered:
+        y = y - y.mean(dims, keepdim=True)
+    y = y * (y.square().mean(dims, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        y = y * (weight.to(dtype) + offset)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return y.to(x.dtype)
+
+
 def flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
@@ -61,15 +88,15 @@ def run_rms_norm(
     offset: float,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, stats); the last n_dims dimensions are one row; the weight counts as weight + offset.
-    keep: whether the backward follows."""
+    """(y, stats); the last n_dims dimensions are one row; the weight counts as weight + offset;
+    channels_last stays, as with torch. keep: whether the backward follows."""
     y = layout.output(x)
     if not x.numel():
         return y, stats_of(x, n_dims, False)
-    x, sizes = layout.rows(x, n_dims)
+    rows, sizes = layout.rows(x, n_dims)
     stats = _stats(x, sizes[0], False) if keep else None
-    backend.kernels_for(x, "norms").rms_norm(x, flat(weight), y, stats, sizes, eps, offset)
-    return y, stats
+    backend.kernels_for(x, "norms").rms_norm(rows, flat(weight), y, stats, sizes, eps, offset)
+    return layout.kept_channels_last(y, x), stats
 
 
 def wanted_of(wanted: bool, x: Tensor | None) -> Tensor | None:
@@ -110,15 +137,15 @@ def _rms_norm_grads(
     offset: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx, dweight; None where one is not wanted."""
+    """dx, dweight; None where one is not wanted. dx is in channels_last where dy is."""
     dx, dweight = map(wanted_of, wanted, (x, weight))
     if x.numel():
         x, sizes = layout.rows(x, n_dims)
-        kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), flat(weight)
-        kernels.rms_norm_backward(dy, x, weight, stats, dx, dweight, sizes, offset)
+        kernels, rows, weight = backend.kernels_for(x, "norms"), dy.contiguous(), flat(weight)
+        kernels.rms_norm_backward(rows, x, weight, stats, dx, dweight, sizes, offset)
     else:
         zero(dweight)
-    return dx, dweight
+    return None if dx is None else layout.kept_channels_last(dx, dy), dweight
 
 
 def zero(*grads: Tensor | None) -> None:
@@ -146,12 +173,9 @@ def keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def layer_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, bias, stats = ctx.saved_tensors
     if differentiated(dy, x, weight, bias):
-        shape, eps = x.shape[x.dim() - ctx.n_dims :], ctx.eps
 
         def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            # torch's own second derivative by a bias without a weight is wrong (2.13).
-            y = F.layer_norm(x, shape, weight, None, eps)
-            return y if bias is None else (y + bias).to(x.dtype)
+            return composed(x, weight, bias, ctx.n_dims, ctx.eps, 0.0, True)
 
         return *by_torch(norm, [x, weight, bias], dy), None, None
     args = (dy, x, weight, bias, stats, ctx.n_dims, ctx.needs_input_grad[:3])
@@ -184,10 +208,9 @@ def keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, stats = ctx.saved_tensors
     if differentiated(dy, x, weight):
-        shape, eps, offset = x.shape[x.dim() - ctx.n_dims :], ctx.eps, ctx.offset
 
         def norm(x: Tensor, weight: Tensor | None) -> Tensor:
-            return rms_norm_by_torch(x, shape, weight, eps, offset)
+            return composed(x, weight, None, ctx.n_dims, ctx.eps, ctx.offset, False)
 
         return *by_torch(norm, [x, weight], dy), None, None, None
     args = (dy, x, weight, stats, ctx.n_dims, ctx.offset, ctx.needs_input_grad[:2])
@@ -199,6 +222,17 @@ def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _fake_grads(wanted: list[bool], dy: Tensor, *likes: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(given(dy, grad) for grad in map(wanted_of, wanted, likes))
+
+
+def _fake_rms_norm(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _, n_dims, _, _ = args
+    return layout.kept_channels_last(layout.output(x), x), stats_of(x, n_dims, False)
+
+
+def _fake_rms_norm_grads(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    weight, *_, wanted = args
+    dx, dweight = _fake_grads(wanted, dy, x, weight)
+    return layout.kept_channels_last(dx, dy) if wanted[0] else dx, dweight
 
 
 define(
@@ -220,7 +254,7 @@ define(
 define(
     "rms_norm(Tensor x, Tensor? weight, int n_dims, float eps, float offset) -> (Tensor, Tensor)",
     run_rms_norm,
-    lambda x, weight, n_dims, eps, offset: (layout.output(x), stats_of(x, n_dims, False)),
+    _fake_rms_norm,
     keep_rms_norm,
     rms_norm_backward,
 )
@@ -228,7 +262,7 @@ define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, int n_dims, "
     "float offset, bool[2] wanted) -> (Tensor, Tensor)",
     run_rms_norm_backward,
-    lambda dy, x, weight, stats, n_dims, offset, wanted: _fake_grads(wanted, dy, x, weight),
+    _fake_rms_norm_grads,
 )
 
 

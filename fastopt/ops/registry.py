@@ -108,14 +108,21 @@ def plain(*tensors: Tensor | None) -> bool:
 def by_torch(
     function: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of torch's own function, themselves differentiable; None for what needs none."""
-    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    """Gradients of torch's own function, themselves differentiable; None for what needs none.
+
+    By a view of each input, whose history ends there: of one tensor given twice, or of one that
+    another was computed from, the gradient would be that of both.
+    """
     with torch.enable_grad():
-        grads = torch.autograd.grad(
-            function(*inputs), wanted, grad, create_graph=True, allow_unused=True
+        given = [
+            x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs
+        ]
+        wanted = [x for x in given if x is not None]
+        result = function(*(x if v is None else v for x, v in zip(inputs, given, strict=True)))
+        grads = iter(
+            torch.autograd.grad(result, wanted, grad, create_graph=True, allow_unused=True)
         )
-    found = dict(zip(map(id, wanted), grads, strict=True))
-    return [found.get(id(x)) for x in inputs]
+    return [None if v is None else next(grads) for v in given]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

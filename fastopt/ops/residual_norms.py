@@ -7,7 +7,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
 
 from fastopt import backend
@@ -29,22 +28,6 @@ def sum_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, residual.dtype)
 
 
-def normalized(
-    total: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    n_dims: int,
-    eps: float,
-    offset: float,
-    centered: bool,
-) -> Tensor:
-    """The norm of a sum by torch's operators, in the type that kernels compute in."""
-    shape, dtype = total.shape[total.dim() - n_dims :], compute_dtype(total.dtype)
-    x, scale = total.to(dtype), None if weight is None else weight.to(dtype) + offset
-    y = F.layer_norm(x, shape, scale, None, eps) if centered else F.rms_norm(x, shape, scale, eps)
-    return (y if bias is None else y + bias).to(total.dtype)
-
-
 def composed(
     x: Tensor,
     residual: Tensor,
@@ -62,7 +45,7 @@ def composed(
     wide = x.to(compute_dtype(dtype))
     wide = dropped(wide, seed, prod(x.shape[x.dim() - n_dims :]), p)
     total = (wide + residual).to(dtype)
-    return normalized(total, weight, bias, n_dims, eps, offset, centered), total
+    return norms.composed(total, weight, bias, n_dims, eps, offset, centered), total
 
 
 def run_add_norm(
@@ -79,19 +62,26 @@ def run_add_norm(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, sum, stats); the last n_dims dimensions are one row; seed: of the dropout, if there is
-    one; keep: whether the backward follows."""
+    one; keep: whether the backward follows. Where x is in channels_last so are the sum and, of
+    rms_norm, y."""
     y = torch.empty(x.shape, dtype=sum_dtype(x, residual), device=x.device)
     total = torch.empty_like(y)
     stats = norms.stats_of(y, n_dims, centered) if keep else None
     if x.numel():
-        x, (n_rows, n_cols, stride) = layout.rows(x, n_dims)
+        rows, (n_rows, n_cols, stride) = layout.rows(x, n_dims)
         residual, (_, _, residual_stride) = layout.rows(residual, n_dims)
         weights, sizes = (norms.flat(weight), norms.flat(bias)), (n_rows, n_cols)
         strides, dropout = (stride, residual_stride), _dropout(seed, p)
         kernels = backend.kernels_for(x, "residual_norms")
         outputs, options = (y, total, stats), (eps, offset, dropout, centered)
-        kernels.add_norm(x, residual, *weights, *outputs, (*sizes, *strides), *options)
-    return y, total, stats
+        kernels.add_norm(rows, residual, *weights, *outputs, (*sizes, *strides), *options)
+    return *_laid(y, total, x, centered), stats
+
+
+def _laid(y: Tensor, total: Tensor, x: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
+    """Both as torch lays out x + residual and a norm of it, where x is in channels_last."""
+    total = layout.kept_channels_last(total, x)
+    return y if centered else layout.kept_channels_last(y, total), total
 
 
 def _dropout(seed: Tensor | None, p: float) -> tuple[Tensor, int, float] | None:
@@ -119,20 +109,24 @@ def _grads(
     dtypes = (x_dtype, residual_dtype)
     alike = _alike(seed, dtypes)
     wants_dx, wants_dresidual = wanted[0] and not alike, wanted[1] or (wanted[0] and alike)
+    rows = total.contiguous()
     dx, dresidual = (
-        torch.empty_like(total, dtype=dtype) if wants else None
+        torch.empty_like(rows, dtype=dtype) if wants else None
         for wants, dtype in zip((wants_dx, wants_dresidual), dtypes, strict=True)
     )
     dweight, dbias = map(norms.wanted_of, wanted[2:], (weight, bias))
     if total.numel():
         kernels, n_cols = backend.kernels_for(total, "residual_norms"), _n_cols(total, n_dims)
-        inputs = (dy.contiguous(), None if dsum is None else dsum.contiguous(), total)
+        inputs = (dy.contiguous(), None if dsum is None else dsum.contiguous(), rows)
         sizes = (total.numel() // n_cols, n_cols)
         weights, outputs = (norms.flat(weight), stats), (dx, dresidual, dweight, dbias)
         options = (offset, _dropout(seed, p), centered)
         kernels.add_norm_backward(*inputs, *weights, *outputs, sizes, *options)
     else:
         norms.zero(dweight, dbias)
+    dx, dresidual = (
+        d if d is None else layout.kept_channels_last(d, total) for d in (dx, dresidual)
+    )
     return dx, dresidual, dweight, dbias
 
 
@@ -167,7 +161,7 @@ def add_norm_backward(
     n_dims, _, offset, p, centered = ctx.options
     upstream = [d for d in (dy, dsum) if d is not None]
     if dy is None or any(differentiated(d, total, weight, bias) for d in upstream):
-        return *_composed_grads(ctx, dy, dsum), *(None,) * 6
+        return *_composed_grads(ctx, (total, weight, bias, seed), dy, dsum), *(None,) * 6
     wanted = ctx.needs_input_grad[:4]
     tensors, options = (dy, dsum, total, weight, bias, stats, seed), (n_dims, offset, p, centered)
     args: tuple[Any, ...] = (*tensors, *options, *ctx.dtypes, wanted)
@@ -181,14 +175,16 @@ def add_norm_backward(
     return *(g if wants else None for g, wants in zip(found, wanted, strict=True)), *(None,) * 6
 
 
-def _composed_grads(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-    total, weight, bias, _, seed = ctx.saved_tensors
+def _composed_grads(
+    ctx: Any, saved: tuple[Any, ...], dy: Tensor | None, dsum: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    total, weight, bias, seed = saved
     n_dims, eps, offset, p, centered = ctx.options
     if dy is None:
         refuse_short(dsum, seed)
 
     def norm(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return normalized(total, weight, bias, n_dims, eps, offset, centered)
+        return norms.composed(total, weight, bias, n_dims, eps, offset, centered)
 
     d, dweight, dbias = dsum, None, None
     if dy is not None:
@@ -203,15 +199,18 @@ def _composed_grads(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[T
 def _fake(x: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, n_dims, _, _, _, centered = args
     y = torch.empty(x.shape, dtype=sum_dtype(x, residual), device=x.device)
-    return y, torch.empty_like(y), norms.stats_of(y, n_dims, centered)
+    return *_laid(y, torch.empty_like(y), x, centered), norms.stats_of(y, n_dims, centered)
 
 
 def _fake_grads(dy: Tensor, dsum: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     total, weight, bias, _, seed, *_, x_dtype, residual_dtype, wanted = args
-    alike = _alike(seed, (x_dtype, residual_dtype))
+    dtypes = (x_dtype, residual_dtype)
+    alike = _alike(seed, dtypes)
     flags = (wanted[0] and not alike, wanted[1] or (wanted[0] and alike), *wanted[2:])
-    likes = (total.to(x_dtype), total.to(residual_dtype), weight, bias)
-    return tuple(norms.given(dy, norms.wanted_of(*pair)) for pair in zip(flags, likes, strict=True))
+    likes = (*(layout.output(total).to(dtype) for dtype in dtypes), weight, bias)
+    grads = [norms.wanted_of(*pair) for pair in zip(flags, likes, strict=True)]
+    grads[:2] = (d if d is None else layout.kept_channels_last(d, total) for d in grads[:2])
+    return tuple(norms.given(dy, grad) for grad in grads)
 
 
 define(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,25 +81,25 @@ class Softmax(torch.autograd.Function):
 apply_softmax = apply_of(Softmax)
 
 
-def run_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(result in x's dtype, stats for the backward).
+def run_logsumexp(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(result in x's dtype, stats for the backward) over dimensions, which are sorted.
 
     stats: on CPU the maximum and log sum exp(x - max), in float64; on a GPU the result, unrounded
     """
-    out = torch.empty(_without(x.shape, dim), dtype=x.dtype, device=x.device)
+    out = torch.empty(_without(x.shape, dims), dtype=x.dtype, device=x.device)
     kernels, stats = backend.kernels_for(x, "softmax"), _stats(out)
     if not x.numel():
         out.fill_(-torch.inf)
     elif backend.by_numba(x):
-        kernels.logsumexp(*_walked(x, dim, out, stats))
+        kernels.logsumexp(*_walked(x, dims, out, stats))
     else:
-        kernels.logsumexp(*_walked(x, dim, stats))
+        kernels.logsumexp(*_walked(x, dims, stats))
         out.copy_(stats.view(out.shape))
     return out, stats
 
 
-def _walked(x: Tensor, dim: int, *outputs: Tensor) -> tuple[Any, ...]:
-    x, shape, strides = layout.along(x, dim)
+def _walked(x: Tensor, dims: Sequence[int], *outputs: Tensor) -> tuple[Any, ...]:
+    x, shape, strides = layout.along(*layout.merged(x, dims))
     return x, *outputs, shape, strides
 
 
@@ -108,27 +109,42 @@ def _stats(out: Tensor) -> Tensor:
     return torch.empty(out.numel(), dtype=compute_dtype(out.dtype), device=out.device)
 
 
-def _fake_logsumexp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    out = x.new_empty(_without(x.shape, dim))
+def _fake_logsumexp(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    out = x.new_empty(_without(x.shape, dims))
     return out, _stats(out)
 
 
-def _without(shape: torch.Size, dim: int) -> list[int]:
-    return [*shape[:dim], *shape[dim + 1 :]]
+def _without(shape: torch.Size, dims: Sequence[int]) -> list[int]:
+    return [size for d, size in enumerate(shape) if d not in dims]
 
 
-def run_logsumexp_backward(dlse: Tensor, x: Tensor, stats: Tensor, dim: int) -> Tensor:
+def run_logsumexp_backward(dlse: Tensor, x: Tensor, stats: Tensor, dims: Sequence[int]) -> Tensor:
     """dx = dlse exp(x - lse)."""
-    dx = layout.output(x)
+    dx = _like(x, dims)
     if x.numel():
-        x, shape, strides = layout.along(x, dim)
+        one, dim = layout.merged(x, dims)
+        in_place = dx.is_contiguous() and layout.neighbours(dims)
+        out = dx if in_place else layout.output(one)
+        one, shape, strides = layout.along(one, dim)
         kernels = backend.kernels_for(x, "softmax")
-        kernels.logsumexp_backward(dlse.contiguous(), x, stats, dx, shape, strides)
+        kernels.logsumexp_backward(dlse.contiguous(), one, stats, out, shape, strides)
+        if not in_place:
+            layout.unmerge_(dx, dims, out)
     return dx
 
 
-def keep_logsumexp(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
-    x, ctx.dim = inputs
+def _like(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """An empty dx, as torch lays it out: as x is, where the dimensions that are not reduced lie in
+    their order (those of dlse do), else contiguous."""
+    if not x.is_contiguous():
+        kept = [x.stride(d) for d in range(x.dim()) if d not in dims and x.shape[d] > 1]
+        if kept != sorted(kept, reverse=True):
+            return layout.output(x)
+    return torch.empty_like(x)
+
+
+def keep_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.dims = inputs
     ctx.save_for_backward(x, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -136,22 +152,22 @@ def keep_logsumexp(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, T
 def logsumexp_backward(ctx: Any, dlse: Tensor, _: Any) -> tuple[Tensor | None, None]:
     x, stats = ctx.saved_tensors
     if differentiated(dlse, x):
-        return by_torch(lambda x: torch.logsumexp(x, ctx.dim), [x], dlse)[0], None
+        return by_torch(lambda x: torch.logsumexp(x, ctx.dims), [x], dlse)[0], None
     run = run_logsumexp_backward if plain(dlse, x, stats) else torch.ops.fastopt.logsumexp_backward
-    return run(dlse, x, stats, ctx.dim), None
+    return run(dlse, x, stats, ctx.dims), None
 
 
 define(
-    "logsumexp(Tensor x, int dim) -> (Tensor, Tensor)",
+    "logsumexp(Tensor x, int[] dims) -> (Tensor, Tensor)",
     run_logsumexp,
     _fake_logsumexp,
     keep_logsumexp,
     logsumexp_backward,
 )
 define(
-    "logsumexp_backward(Tensor dlse, Tensor x, Tensor stats, int dim) -> Tensor",
+    "logsumexp_backward(Tensor dlse, Tensor x, Tensor stats, int[] dims) -> Tensor",
     run_logsumexp_backward,
-    lambda dlse, x, stats, dim: layout.output(x),
+    lambda dlse, x, stats, dims: _like(x, dims),
 )
 
 
@@ -159,9 +175,9 @@ class LogSumExp(torch.autograd.Function):
     """The op without the dispatcher, for plain tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        result, stats = run_logsumexp(x, dim)
-        ctx.dim = dim
+    def forward(ctx: Any, x: Tensor, dims: Sequence[int]) -> Tensor:
+        result, stats = run_logsumexp(x, dims)
+        ctx.dims = dims
         ctx.save_for_backward(x, stats)
         return result
 

@@ -98,7 +98,8 @@ def _entropy(
     a: Arguments, weighted: bool, backward: bool, z_loss: float = 0.0, softcap: float = 0.0
 ) -> None:
     weight, smoothing = (a.class_weight, 0.1) if weighted else (None, 0.0)
-    tail = (a.shape, a.strides, -100, (smoothing, z_loss, softcap))
+    share = a.wide.new_empty(1) if weighted and z_loss else None
+    tail = (a.shape, a.strides, -100, (smoothing, z_loss, softcap), share)
     if backward:
         losses.cross_entropy_backward(a.x, a.target, weight, a.wide, a.wide, a.x, *tail)
     else:

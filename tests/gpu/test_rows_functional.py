@@ -43,8 +43,18 @@ def losses() -> dict[str, Callable[[Any, Tensor], Tensor]]:
         for weighted in (False, True)
         for smoothing in (0.0, 0.1)
     }
+    found["z_loss"] = lambda f, x: _with_z_loss(f, x, weight)
     found["probabilities"] = lambda f, x: f.cross_entropy(x, probabilities.to(x.dtype))
     return found
+
+
+def _with_z_loss(f: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """The mean of a loss that is weighted, and of a z_loss that is not."""
+    scale = weight.to(x.dtype)
+    if f is functional:
+        return functional.cross_entropy(x, TARGET, scale, z_loss=0.1)
+    squares = torch.logsumexp(x, 1).square()[TARGET != -100].mean()
+    return F.cross_entropy(x, TARGET, scale) + 0.1 * squares
 
 
 CALLS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
@@ -97,21 +107,28 @@ def test_half_precision(name: str) -> None:
     check(name, functional, torch.float16)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_linear_cross_entropy(
-    dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, reduction: str, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In chunks of four tokens, with a gradient over the logits of each."""
+    weight = draw(C, seed=5).abs() + 0.5 if z_loss else None
     monkeypatch.setitem(linear_losses.CHUNK, "cpu", 4)
     given = [draw(*shape, seed=k).to(dtype) for k, shape in enumerate(((6, 5), (C, 5), (C,)))]
     sides = []
     for function, wide in ((functional.linear_cross_entropy, dtype), (None, torch.float64)):
         x, w, b = inputs = [x.to(wide).requires_grad_() for x in given]
         if function is None:
-            loss = F.cross_entropy(F.linear(x, w, b), TARGET, reduction=reduction)
+            scale = None if weight is None else weight.double()
+            logits = F.linear(x, w, b)
+            loss = F.cross_entropy(logits, TARGET, scale, reduction=reduction)
+            squares = z_loss * torch.logsumexp(logits, 1).square() * (TARGET != -100)
+            loss = loss + (squares.sum() / 5 if reduction == "mean" else squares)
         else:
-            loss = function(x, w, TARGET, linear_bias=b, reduction=reduction)
+            options = {"reduction": reduction, "weight": weight, "z_loss": z_loss}
+            loss = function(x, w, TARGET, linear_bias=b, **options)
         upstream = draw(*loss.shape, seed=9).to(dtype).to(wide)
         sides.append([loss, *torch.autograd.grad(loss, inputs, upstream)])
     for mine, exact in zip(*sides, strict=True):

@@ -26,6 +26,8 @@ def test_every_branch(what: str, probs: bool, terms: str) -> None:
     for weighted in (False, True):
         problem = make(shape, probs=probs, weighted=weighted, **TERMS[terms])
         problem.smoothing = 0.1 if weighted else 0.0
+        if weighted and not probs:
+            problem.z_share = torch.tensor([0.7])
         with short_walks(shape[2] > 1) if walked else nullcontext():
             assert problem.wrong() == []
 
@@ -71,6 +73,7 @@ def _no_slope(problem: Problem) -> Problem:
         lambda problem: replace(problem, z_loss=0.0),
         lambda problem: replace(problem, z_loss=-problem.z_loss),
         lambda problem: replace(problem, softcap=0.0),
+        lambda problem: replace(problem, z_share=torch.tensor([0.7])),
         _no_slope,
     ],
 )

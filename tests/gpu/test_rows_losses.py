@@ -47,6 +47,7 @@ class Problem:
     ignore_index: int = -100
     z_loss: float = 0.0
     softcap: float = 0.0
+    z_share: Tensor | None = None
 
     def run(self, in_place: bool = False) -> Values:
         x, shape = self.x.clone() if in_place else self.x, tuple(self.x.shape)
@@ -54,7 +55,7 @@ class Problem:
         dx = x if in_place else unwritten(*shape, dtype=x.dtype)
         tail: list[Any] = [shape, x.stride()[:2], (self.smoothing, self.z_loss, self.softcap)]
         if self.target is not None:
-            tail.insert(2, self.ignore_index)
+            tail = [*tail[:2], self.ignore_index, tail[2], self.z_share]
             losses.cross_entropy(x, self.target, self.weight, loss, lse, *tail)
             losses.cross_entropy_backward(x, self.target, self.weight, lse, self.dloss, dx, *tail)
         else:
@@ -73,13 +74,12 @@ class Problem:
         z = self.softcap * torch.tanh(x / self.softcap) if self.softcap else x
         loss = F.cross_entropy(z, target, weight, ignore_index=self.ignore_index, **options)
         if self.z_loss:
-            scale = torch.ones_like(loss)
+            squares = self.z_loss * torch.logsumexp(z, 1) ** 2
+            if self.z_share is not None:
+                squares = squares * self.z_share.to(dtype)
             if self.target is not None:
-                counts = self.target != self.ignore_index
-                scale = counts.to(dtype) * (
-                    1 if weight is None else weight[self.target.where(counts, 0)]
-                )
-            loss = loss + self.z_loss * scale * torch.logsumexp(z, 1) ** 2
+                squares = torch.where(self.target != self.ignore_index, squares, 0.0)
+            loss = loss + squares
         dloss = self.dloss if self.dloss.numel() > 1 else self.dloss.expand(loss.shape)
         (dx,) = torch.autograd.grad(loss, x, dloss.to(dtype).view(loss.shape))
         lse = torch.logsumexp(z.detach(), 1)

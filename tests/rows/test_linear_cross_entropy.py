@@ -97,11 +97,12 @@ def test_as_linear_and_cross_entropy(dtype: torch.dtype, reduction: str) -> None
     ask(dtype, bias=False, reduction=reduction, **BOTH).check()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_weight_smoothing_and_probabilities(reduction: str) -> None:
-    options = {"reduction": reduction, "label_smoothing": 0.1}
+@pytest.mark.parametrize("terms", [{}, BOTH], ids=["", "z_loss, softcap"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weight_smoothing_and_probabilities(reduction: str, terms: dict[str, Any]) -> None:
+    options = {"reduction": reduction, "label_smoothing": 0.1, **terms}
     ask(torch.float32, weight=True, **options).check()
-    ask(torch.bfloat16, probabilities=True, **options).check()
+    ask(torch.bfloat16, probabilities=True, weight=bool(terms), **options).check()
 
 
 @pytest.mark.parametrize("wanted", [("input",), ("linear_weight",), ("linear_bias",), WANTED[:2]])

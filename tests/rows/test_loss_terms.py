@@ -36,24 +36,24 @@ def reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """torch's operators: a row's loss, then the mean by hand."""
+    """torch's operators, and z_loss by hand: whatever the classes weigh, its mean is over the rows
+    that count."""
     dim = min(1, input.dim() - 1)
     x = input if softcap is None else softcap * torch.tanh(input / softcap)
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     loss = F.cross_entropy(x, target, weight, reduction=reduction, **options)  # type: ignore[arg-type]
     if not z_loss:
         return loss
-    share = torch.ones_like(torch.logsumexp(x, dim))
-    if not target.is_floating_point():
+    squares = z_loss * torch.logsumexp(x, dim) ** 2
+    if target.is_floating_point():
+        counts = torch.ones_like(squares, dtype=torch.bool)
+    else:
         counts = target != ignore_index
-        known = target.where(counts, torch.zeros_like(target))
-        share = (share if weight is None else weight[known]) * counts
-    squares = z_loss * share * torch.logsumexp(x, dim) ** 2
+    squares = torch.where(counts, squares, 0.0)
     if reduction == "none":
         return loss + squares
     # Where nothing counts the gradient is 0, as torch's.
-    least = torch.where((share != 0).any(), 0.0, 1.0)
-    return loss + squares.sum() / ((share.sum() + least) if reduction == "mean" else 1.0)
+    return loss + squares.sum() / (counts.sum().clamp(min=1) if reduction == "mean" else 1.0)
 
 
 class Extended(Problem):
@@ -96,12 +96,24 @@ def test_class_indices(dtype: torch.dtype, terms: str) -> None:
         ask(x, reduction=reduction, **TERMS[terms]).check()
 
 
-def test_weight_and_smoothing() -> None:
-    for reduction in ("mean", "none"):
-        x = draw(37, 67, scale=4.0)
-        options = {"reduction": reduction, "label_smoothing": 0.1, **TERMS["both"]}
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_classes_that_weigh_are_not_in_the_z_loss(smoothing: float, reduction: str) -> None:
+    """Its mean is over the rows that count, and the weighted mean of losses beside it."""
+    options = {"reduction": reduction, "label_smoothing": smoothing, **TERMS["both"]}
+    for shape, dtype in (((37, 67), DTYPES[0]), ((3, 67, 5), DTYPES[0]), ((5, 67), DTYPES[1])):
+        x = draw(*shape, dtype=dtype, scale=4.0)
         ask(x, weight=True, **options).check()
-        ask(x, probabilities(x), **options).check()
+        ask(x, probabilities(x), weight=True, **options).check()
+
+
+def test_a_mean_of_classes_that_weigh_nothing() -> None:
+    """NaN, as with torch: there is nothing to divide by."""
+    x, target = draw(5, 7), targets(5, classes=7)
+    found = OURS["cross_entropy"](x, target, torch.zeros(7), z_loss=0.1)
+    assert found.isnan()
+    found = OURS["cross_entropy"](x, target, torch.zeros(7), reduction="sum", z_loss=0.1)
+    torch.testing.assert_close(found, 0.1 * torch.logsumexp(x, 1).square().sum())
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.3, 30.0, 3e4])
@@ -199,6 +211,20 @@ def _by_count(input: Tensor, target: Tensor, **options: Any) -> Tensor:
         reference(input, target, **{**options, "z_loss": 0.0})
         + options["z_loss"] * torch.logsumexp(input, 1).square().mean()
     )
+
+
+def _weighted(input: Tensor, target: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    """z_loss times the weight of the target's class."""
+    z_loss = options.pop("z_loss")
+    weights = weight[target.clamp(min=0)] * (target != -100)
+    squares = (weights * torch.logsumexp(input, 1).square()).sum() / weights.sum()
+    return reference(input, target, weight, **options) + z_loss * squares
+
+
+def test_a_z_loss_of_weights_is_refused() -> None:
+    made = ask(draw(37, 67, scale=4.0), weight=True, reduction="mean", **TERMS["z_loss"])
+    with pytest.raises(AssertionError):
+        oracle.compare(made, made.run(_weighted), made.run(reference))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The gradients of cross entropy for CPU.
 
-    indices        dz_c = dloss ((h + s / C W + 2 z_loss w_t lse) p_c - h [c = t] - s / C w_c),
-                   h = (1 - s) w_t,  W = sum w
+    indices        dz_c = dloss ((h + s / C W + 2 z_loss r lse) p_c - h [c = t] - s / C w_c),
+                   h = (1 - s) w_t,  W = sum w,  r: what stats end with, the mean of w_t in a mean
     probabilities  dz_c = dloss ((sum_k w_k q_k + 2 z_loss lse) p_c - w_c q_c)
     dx = dz, or dz (1 - tanh(x / softcap)^2)
 
@@ -88,7 +88,7 @@ def _loss_backward(tag, kind, dloss_kind, weighted, smooth, squared, capped, in_
             mass = hard + share * weights if smooth else hard
             if squared:
                 lse = get_double(stats, 2 * row) + get_double(stats, 2 * row + 1)
-                mass = mass + compute(2.0 * z_loss * np.float64(w) * lse)
+                mass = mass + compute(2.0 * z_loss * get_double(stats, 2 * n_rows + 1) * lse)
             scale = upstream * mass
             z, slope = cap(load(x_row, t), caps)
             even = zero

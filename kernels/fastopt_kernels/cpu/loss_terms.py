@@ -1,7 +1,7 @@
 """What may stand around the logits of a cross entropy, for CPU: a cap, and the numbers of a loss.
 
 logits  z = softcap tanh(x / softcap)
-loss    += z_loss w_t logsumexp(z)^2
+loss    += z_loss logsumexp(z)^2
 """
 
 from __future__ import annotations

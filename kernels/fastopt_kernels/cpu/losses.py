@@ -1,9 +1,11 @@
 """Cross entropy for CPU, which never writes a softmax: a row leaves its logsumexp and its loss.
 
     z = x, or softcap tanh(x / softcap)
-    class indices  loss = (1 - s) w_t (lse - z_t) + s / C sum_c w_c (lse - z_c) + z_loss w_t lse^2
+    class indices  loss = (1 - s) w_t (lse - z_t) + s / C sum_c w_c (lse - z_c) + z_loss lse^2
     probabilities  loss = sum_c w_c q_c (lse - z_c) + z_loss lse^2,  q_c = (1 - s) probs_c + s / C
 
+The mean of a loss is its sum over that of w_t, and the mean of z_loss lse^2 that over the rows that
+count; they are summed apart.
 The maximum and log sum exp(z - max) are kept apart: the rounding of their sum would be an error in
 the loss and in every probability of the backward.
 Classes that are not the last dimension are moved there by a copy first.
@@ -52,26 +54,14 @@ def _loss(tag, kind, loss_kind, weighted, smooth, squared, capped):
     zero, one = compute(0), compute(1)
 
     def cross_entropy(args, task):
-        (
-            x,
-            target,
-            weight,
-            out,
-            stats,
-            sums,
-            n_rows,
-            n_cols,
-            stride,
-            ignore,
-            numbers,
-            _,
-            _,
-            n_task,
-        ) = _args(args, 0)
+        given = _args(args, 0)
+        x, target, weight, out, stats, sums = given[:6]
+        n_rows, n_cols, stride, ignore, numbers, _, _, n_task = given[6:]
         spread, z_loss = compute(scalar(numbers, SMOOTHING)), scalar(numbers, Z_LOSS)
         caps = caps_of(scalar(numbers, SOFTCAP))
         ahead = rows.ahead_of(n_rows, n_cols, stride, itemsize)
         sum_of_losses, sum_of_weights = np.float64(0), np.float64(0)
+        sum_of_squares, n_counted = np.float64(0), np.float64(0)
         first = task * n_task
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
@@ -80,7 +70,7 @@ def _loss(tag, kind, loss_kind, weighted, smooth, squared, capped):
             put_double(stats, 2 * row, np.float64(top))
             put_double(stats, 2 * row + 1, log_sum)
             log_total = compute(log_sum)
-            t, result = load_integer(target, row), zero
+            t, result, square = load_integer(target, row), zero, np.float64(0)
             if t != ignore and (t < 0 or t >= n_cols):
                 store_integer(sums, 0, 1)
             elif t != ignore:
@@ -100,13 +90,17 @@ def _loss(tag, kind, loss_kind, weighted, smooth, squared, capped):
                     result = result + spread / compute(n_cols) * compute(total)
                 if squared:
                     lse = np.float64(top) + log_sum
-                    result = compute(np.float64(result) + z_loss * np.float64(w) * lse * lse)
+                    square = z_loss * lse * lse
                 sum_of_weights = sum_of_weights + np.float64(w)
+                n_counted = n_counted + np.float64(1)
             sum_of_losses = sum_of_losses + np.float64(result)
+            sum_of_squares = sum_of_squares + square
             if out != 0:
-                store(out, row, result)
-        put_double(sums, 2 * task + 1, sum_of_losses)
-        put_double(sums, 2 * task + 2, sum_of_weights)
+                store(out, row, compute(np.float64(result) + square) if squared else result)
+        put_double(sums, 4 * task + 1, sum_of_losses)
+        put_double(sums, 4 * task + 2, sum_of_weights)
+        put_double(sums, 4 * task + 3, sum_of_squares)
+        put_double(sums, 4 * task + 4, n_counted)
 
     return cross_entropy
 
@@ -158,29 +152,38 @@ def _probs_loss(tag, kind, loss_kind, weighted, squared, capped):
             n_summed = n_summed + np.float64(1)
             if out != 0:
                 store(out, row, total)
-        put_double(sums, 2 * task + 1, sum_of_losses)
-        put_double(sums, 2 * task + 2, n_summed)
+        put_double(sums, 4 * task + 1, sum_of_losses)
+        put_double(sums, 4 * task + 2, n_summed)
+        put_double(sums, 4 * task + 3, np.float64(0))  # its squares are among its losses
+        put_double(sums, 4 * task + 4, n_summed)
 
     return cross_entropy_probs
 
 
 def _reduced(tag, kind, reduction):
-    """After all rows: the loss, and what its sum was divided by, behind the rows' statistics."""
+    """After all rows: the loss, and behind the rows' statistics what the sum of losses was divided
+    by, and how much more that is than what the sum of squares was divided by."""
     store, compute = rows.Codec(kind, 0).store, memory.compute_type(kind)
     get, put = rows.Codec("fp64", 1).load, rows.Codec("fp64", 2).store
     one = np.float64(1)
 
     def reduce_sums(args, task):
         _, _, _, _, stats, sums, n_rows, _, _, _, _, loss, n_sums, _ = _args(args, 0)
-        divisor = one
+        divisor, share = one, one
         if reduction != NONE:
             total, weights = np.float64(0), np.float64(0)
+            squares, counted = np.float64(0), np.float64(0)
             for i in range(n_sums):
-                total = total + get(sums, 2 * i + 1)
-                weights = weights + get(sums, 2 * i + 2)
-            divisor = weights if reduction == MEAN else one
-            store(loss, 0, compute(total / divisor))
+                total = total + get(sums, 4 * i + 1)
+                weights = weights + get(sums, 4 * i + 2)
+                squares = squares + get(sums, 4 * i + 3)
+                counted = counted + get(sums, 4 * i + 4)
+            if reduction == MEAN:
+                divisor, share = weights, weights / counted
+                total, squares = total / weights, squares / counted
+            store(loss, 0, compute(total + squares))
         put(stats, 2 * n_rows, divisor)
+        put(stats, 2 * n_rows + 1, share)
 
     return reduce_sums
 
@@ -215,8 +218,8 @@ def cross_entropy(
     """(stats, the first target that is out of range or None).
 
     loss: filled in, one a row, or a number; stats: the maximum and log sum exp(x - max) of each
-    row, and last what the sum was divided by; terms: label smoothing, z_loss and softcap, 0 for
-    what is not wanted
+    row, and last what the sum was divided by, and by how much more than the mean of squares;
+    terms: label smoothing, z_loss and softcap, 0 for what is not wanted
     """
     x, n_rows, n_cols, stride = as_rows(x, shape, strides)
     loss_dtype = loss.dtype if reduction == NONE else x.dtype
@@ -261,11 +264,12 @@ def _run_loss(
 ) -> tuple[Tensor, bool]:
     """(stats, whether all targets are classes)."""
     n_rows, n_cols, *_ = options
-    stats = torch.empty(2 * n_rows + 1, dtype=torch.float64, device="cpu")
+    stats = torch.empty(2 * n_rows + 2, dtype=torch.float64, device="cpu")
     n_task = rows.rows_of(n_cols)
     n_tasks = -(-n_rows // n_task)
-    # Whether a target is out of range, then of each task the sums of its losses and weights.
-    sums = array("q", bytes(8 + 16 * n_tasks))
+    # Whether a target is out of range, then of each task the sums of its losses, weights and
+    # squares, and how many rows counted.
+    sums = array("q", bytes(8 + 32 * n_tasks))
     each, all_of_them = (rows.address(loss), 0) if reduction == NONE else (0, rows.address(loss))
     pointers = (x.data_ptr(), target.data_ptr(), rows.address(weight), each, stats.data_ptr())
     tail = (terms.address, all_of_them, n_tasks, n_task)

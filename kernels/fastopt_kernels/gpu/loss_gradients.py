@@ -87,7 +87,9 @@ def _mass_of_probs(
 
 
 @triton.jit
-def _mass_sums(weight_sum_ptr, target_ptr, weight, most, share, z_loss, lse, COMPUTE: tl.constexpr):
+def _mass_sums(
+    weight_sum_ptr, z_share_ptr, weight, most, share, z_loss, lse, COMPUTE: tl.constexpr
+):
     """What p is weighted with where targets are classes; and what of it is of the z_loss."""
     # 1 - s + s where nothing is weighted.
     mass_sum = weight
@@ -95,9 +97,7 @@ def _mass_sums(weight_sum_ptr, target_ptr, weight, most, share, z_loss, lse, COM
         mass_sum = most + share * tl.load(weight_sum_ptr)
     beside = lse * 0.0
     if z_loss is not None:
-        if target_ptr is None:
-            weight += 1.0
-        _, beside = loss_terms.squared(z_loss, weight, lse, COMPUTE)
+        _, beside = loss_terms.squared(z_loss, z_share_ptr, lse, COMPUTE)
         mass_sum += beside
     return mass_sum, beside
 
@@ -182,14 +182,15 @@ def _walked(
 
 @triton.jit(do_not_specialize=[*rows.EXTENTS, "ignore_index", "dloss_step"])
 def cross_entropy_backward_kernel(
-    x_ptr, target_ptr, probs_ptr, weight_ptr, weight_sum_ptr, lse_ptr, dloss_ptr, dx_ptr, n_lines,
-    n_cols, stride_outer, stride_col, ignore_index, dloss_step, keep, share, z_loss, softcap,
-    SPREAD: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
-    LINES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, target_ptr, probs_ptr, weight_ptr, weight_sum_ptr, lse_ptr, dloss_ptr, dx_ptr,
+    z_share_ptr, n_lines, n_cols, stride_outer, stride_col, ignore_index, dloss_step, keep, share,
+    z_loss, softcap, SPREAD: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dloss_step: 1, or 0 where dloss holds one number for all; weight_sum_ptr: (1,), or None
 
-    z_loss, softcap: as `loss_terms.keywords`; dx may be x
+    z_loss, softcap: as `loss_terms.keywords`; z_share_ptr: as `loss_terms.squared`; dx may be x
     """
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
@@ -218,7 +219,7 @@ def cross_entropy_backward_kernel(
     dloss = rows.load(dloss_ptr, line * dloss_step, here & (ignored == 0), 0.0, COMPUTE)
     unread = tl.where(lse - lse == 0.0, 0.0, float("nan"))
     most = keep * weight
-    masses = _mass_sums(weight_sum_ptr, target_ptr, weight, most, share, z_loss, lse, COMPUTE)
+    masses = _mass_sums(weight_sum_ptr, z_share_ptr, weight, most, share, z_loss, lse, COMPUTE)
     of_line = (here, target, most, dloss, ignored, unread)
     dx_start, dx_stride = rows.packed(outer, lines, n_lines, n_cols, COLUMNS)
     where = (x_start, stride_col, dx_start, dx_stride)
@@ -246,6 +247,7 @@ def gradients(
     strides: tuple[int, int],
     ignore_index: int,
     terms: Terms,
+    z_share: Tensor | None = None,
 ) -> None:
     """Fill dx; of target and probs one is None. Tensors as in `losses`."""
     smoothing, _, softcap = terms
@@ -257,7 +259,7 @@ def gradients(
     weighted = target is not None and weight is not None and smoothing != 0.0
     lines.launch(
         cross_entropy_backward_kernel,
-        (x, target, probs, weight, weight.sum() if weighted else None, lse, dloss, dx),
+        (x, target, probs, weight, weight.sum() if weighted else None, lse, dloss, dx, z_share),
         ignore_index,
         int(dloss.numel() != 1),
         rows.parts(1.0 - smoothing),

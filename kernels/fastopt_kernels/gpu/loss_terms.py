@@ -1,7 +1,7 @@
 """What may stand around the logits of a cross entropy, for Triton.
 
     logits  z = softcap tanh(x / softcap),  dz/dx = 1 - tanh(x / softcap)^2
-    loss    += z_loss w_t logsumexp(z)^2
+    loss    += z_loss r logsumexp(z)^2, r: 1, or the mean of w_t where losses are divided by its sum
 
 A kernel that is given None for either does not have it.
 With e = exp(-2 |x| / softcap) tanh is (1 - e) / (1 + e) and its slope 4 e / (1 + e)^2. e - 1 is
@@ -126,9 +126,14 @@ def statistics(
 
 
 @triton.jit
-def squared(z_loss, weight, lse, COMPUTE: tl.constexpr):
-    """(z_loss w lse^2, 2 z_loss w lse): what it adds to a line's loss, and to the mass of p."""
-    scale = rows.scalar(z_loss, COMPUTE) * weight
+def squared(z_loss, share_ptr, lse, COMPUTE: tl.constexpr):
+    """(z_loss r lse^2, 2 z_loss r lse): what it adds to a line's loss, and to the mass of p.
+
+    share_ptr: (1,) in the compute type, r; None for 1
+    """
+    scale = rows.scalar(z_loss, COMPUTE)
+    if share_ptr is not None:
+        scale *= tl.load(share_ptr)
     return scale * lse * lse, 2.0 * scale * lse
 
 

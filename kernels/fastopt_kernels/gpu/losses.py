@@ -141,14 +141,15 @@ def _target_logit(
 
 @triton.jit(do_not_specialize=[*rows.EXTENTS, "ignore_index"])
 def cross_entropy_kernel(
-    x_ptr, target_ptr, probs_ptr, weight_ptr, loss_ptr, lse_ptr, n_lines, n_cols, stride_outer,
-    stride_col, ignore_index, keep, share, z_loss, softcap, SPREAD: tl.constexpr,
+    x_ptr, target_ptr, probs_ptr, weight_ptr, loss_ptr, lse_ptr, z_share_ptr, n_lines, n_cols,
+    stride_outer, stride_col, ignore_index, keep, share, z_loss, softcap, SPREAD: tl.constexpr,
     COMPUTE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
     COLS: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """SPREAD: there is mass on every class, of the probabilities or of smoothing.
 
-    keep: 1 - s; share: s / C; both as `rows.parts`; z_loss, softcap: as `loss_terms.keywords`
+    keep: 1 - s; share: s / C; both as `rows.parts`; z_loss, softcap: as `loss_terms.keywords`;
+    z_share_ptr: as `loss_terms.squared`
     """
     n_lines, n_cols, stride_outer, stride_col = rows.geometry(
         n_lines, n_cols, stride_outer, stride_col, VECTOR, COLUMNS
@@ -179,9 +180,7 @@ def cross_entropy_kernel(
         )
         loss += keep * weight * (total - (x_target - top))
     if z_loss is not None:
-        if target_ptr is None:
-            weight += 1.0
-        square, _ = loss_terms.squared(z_loss, weight, top + total, COMPUTE)
+        square, _ = loss_terms.squared(z_loss, z_share_ptr, top + total, COMPUTE)
         loss += square
     rows.store(loss_ptr, line, tl.where(ignored, 0.0, loss), here)
     rows.store(lse_ptr, line, top + total, here)
@@ -197,6 +196,7 @@ def _forward(
     strides: Strides,
     ignore_index: int,
     terms: Terms,
+    z_share: Tensor | None = None,
 ) -> None:
     smoothing = terms[0]
     spread = probs is not None or smoothing != 0.0
@@ -205,7 +205,7 @@ def _forward(
     )
     lines.launch(
         cross_entropy_kernel,
-        (x, target, probs, weight, *out),
+        (x, target, probs, weight, *out, z_share),
         ignore_index,
         rows.parts(1.0 - smoothing),
         rows.parts(smoothing / max(1, shape[1])),
@@ -225,14 +225,16 @@ def cross_entropy(
     strides: Strides,
     ignore_index: int,
     terms: Terms,
+    z_share: Tensor | None = None,
 ) -> None:
     """loss = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
 
     x: (n_outer, n_cols, n_inner) with `strides` of the first two; target: (n_outer, n_inner) int64;
     weight: (n_cols,) in the compute type; loss, lse: (n_outer, n_inner), likewise; the loss is
     0 where ignored. A target that is neither ignored nor a class makes loss and gradient NaN.
+    z_share: (1,), likewise, what z_loss is multiplied by; None for 1
     """
-    _forward(x, target, None, weight, (loss, lse), shape, strides, ignore_index, terms)
+    _forward(x, target, None, weight, (loss, lse), shape, strides, ignore_index, terms, z_share)
 
 
 def cross_entropy_backward(
@@ -246,13 +248,15 @@ def cross_entropy_backward(
     strides: Strides,
     ignore_index: int,
     terms: Terms,
+    z_share: Tensor | None = None,
 ) -> None:
     """dx_c = dloss ((1 - s) w_t (p_c - [c = t]) + s / C (W p_c - w_c))
 
     p = exp(x - lse), W = sum w
-    dloss: (n_outer, n_inner), or (1,) for all alike, in the compute type; dx: contiguous
+    dloss: (n_outer, n_inner), or (1,) for all alike, in the compute type; dx: contiguous;
+    z_share: as in `cross_entropy`
     """
-    gradients(x, target, None, weight, lse, dloss, dx, shape, strides, ignore_index, terms)
+    gradients(x, target, None, weight, lse, dloss, dx, shape, strides, ignore_index, terms, z_share)
 
 
 def cross_entropy_probs(
