@@ -209,7 +209,9 @@ class Averaging:
     def take(self, optimizer: FusedOptimizer) -> None:
         """Put the averages into the parameters."""
         held = optimizer.__dict__["state"]
-        chosen = [p for p in optimizer._all_params() if states.has_average(optimizer, p)]
+        groups = [g for g in optimizer.param_groups if g.get("ema_decay") is not None]
+        params = [param for group in groups for param in group["params"]]
+        chosen = [param for param in params if states.has_average(optimizer, param)]
         self.own = [(param, param.detach().clone()) for param in chosen]
         for param in chosen:
             _write(param, held[param][AVERAGED])

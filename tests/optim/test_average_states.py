@@ -155,6 +155,21 @@ def test_warm_up_counts_the_steps_of_the_average() -> None:
     check(optimizer, params, [average], room_of(torch.float32))
 
 
+def test_an_average_that_is_kept_no_longer_is_not_put_in() -> None:
+    params = make_params()
+    optimizer = fastopt.optim.AdamW(params, lr=0.1, ema_decay=DECAY)
+    run(optimizer, params, range(5))
+    groups = [{"params": params[:1], "ema_decay": DECAY}, {"params": params[1:]}]
+    other = fastopt.optim.AdamW(groups, lr=0.1)
+    saved = optimizer.state_dict()
+    split = [{**saved["param_groups"][0], "params": [0]}, {**saved["param_groups"][0]}]
+    split[1]["params"] = [1, 2, 3]
+    other.load_state_dict({**saved, "param_groups": split})
+    other.param_groups[1]["ema_decay"] = None
+    average = other.state[params[0]]["averaged"].double()
+    check(other, params, [average, *(p.detach().double() for p in params[1:])], 0.0)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_torch_goes_on_from_what_is_saved_for_it(case: str) -> None:
     """Of a parameter that was never stepped torch has no state, and makes one at its first step."""
