@@ -151,6 +151,27 @@ def _elements_spanned(tensor: Tensor) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def waves(tensors: Sequence[Tensor]) -> list[int]:
+    """0 for a tensor that shares no memory with an earlier one, else one more than the latest
+    such: torch updates those one after the other, one launch would let them race."""
+    found = [0] * len(tensors)
+    extents = [extent(tensor) for tensor in tensors]
+    order = sorted(range(len(tensors)), key=lambda k: extents[k])
+    cluster: list[int] = []
+    end = -1
+    for k in order:
+        first, last = extents[k]
+        if first >= end:
+            cluster = []
+        if first < last:
+            cluster.append(k)
+            end = max(end, last) if len(cluster) > 1 else last
+            if len(cluster) > 1:
+                for wave, one in enumerate(sorted(cluster)):
+                    found[one] = wave
+    return found
+
+
 class Staged(NamedTuple):
     """A tensor that enters a launch through a buffer."""
 

@@ -142,12 +142,11 @@ def build(
     """
     plan = Plan([place.param for place in places], keys)
     found: list[tuple[Tensor, Tensor, int, int]] = []
-    with_average: list[tuple[Tensor, int]] = []
+    idle: list[tuple[Tensor, int]] = []
     for (param, number, position), grad in zip(places, grads, strict=True):
         if grad is None:
             plan.idle.append(param)
-            if keys[number].extras.averaged and averages.can_follow(param):
-                with_average.append((param, number))
+            idle.append((param, number))
         else:
             _check_grad(optimizer, param, grad, optimizer.param_groups[number])
             _check_storages(optimizer, param, grad)
@@ -170,12 +169,7 @@ def build(
             # A sparse buffer begins as a sparse gradient (SGD), not as zeros.
             if grad.layout is torch.strided or keys[number].update.counted:
                 states.prepare(optimizer, param, group, keys[number], before)
-        for param, number in with_average:
-            group, key = optimizer.param_groups[number], keys[number]
-            on_device = counts_on_device(param.device, key)
-            state = states.prepare_idle(optimizer, param, group, key, on_device, before)
-            idle = Idle(param, number, on_device, state, state[AVERAGED])
-            plan.averages.append(idle)
+        plan.averages = _idle_averages(optimizer, idle, keys, before)
         members = [
             Member.make(
                 states.state_of(optimizer, p, keys[number]),
@@ -192,14 +186,26 @@ def build(
         if plan.looks and plan.buckets and looks_on_device(plan.buckets[0].targets[0].device):
             plan.look = DeviceLook(plan.buckets)
     except BaseException:
-        for state, was in reversed(before):
-            state.clear()
-            state.update(was)
-        # An entry without anything in it would pass for one that has been stepped.
-        while len(optimizer.__dict__["state"]) > n_states:
-            optimizer.__dict__["state"].popitem()
+        states.put_back(optimizer, before, n_states)
         raise
     return plan
+
+
+def _idle_averages(
+    optimizer: FusedOptimizer,
+    idle: list[tuple[Tensor, int]],
+    keys: list[GroupKey],
+    before: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> list[Idle]:
+    """Those of these parameters without gradient that have an average, which is made if missing."""
+    found = []
+    for param, number in idle:
+        group, key = optimizer.param_groups[number], keys[number]
+        if key.extras.averaged and averages.can_follow(param):
+            on_device = counts_on_device(param.device, key)
+            state = states.prepare_idle(optimizer, param, group, key, on_device, before)
+            found.append(Idle(param, number, on_device, state, state[AVERAGED]))
+    return found
 
 
 def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -> None:
@@ -299,8 +305,9 @@ def _make_buckets(
 ) -> list[Bucket]:
     """One launch for each device, rule and combination of dtypes; more where memory overlaps."""
     _check_passes(optimizer, members, keys)
+    waves = layout.waves([member.source for member in members])
     split: dict[_Kind, list[Member]] = defaultdict(list)
-    for member, wave in zip(members, _waves(members), strict=True):
+    for member, wave in zip(members, waves, strict=True):
         key = keys[member.group]
         device = member.target.device
         on_device = counts_on_device(device, key)
@@ -383,24 +390,3 @@ def _make_steps(
         for member, count in zip(members, held, strict=False):
             states.show_count(member.state, count)
     return steps
-
-
-def _waves(members: list[Member]) -> list[int]:
-    """0 for a parameter that shares no memory with an earlier one, else one more than the latest
-    such: torch updates those one after the other, one launch would let them race."""
-    waves = [0] * len(members)
-    extents = [layout.extent(member.source) for member in members]
-    order = sorted(range(len(members)), key=lambda k: extents[k])
-    cluster: list[int] = []
-    end = -1
-    for k in order:
-        first, last = extents[k]
-        if first >= end:
-            cluster = []
-        if first < last:
-            cluster.append(k)
-            end = max(end, last) if len(cluster) > 1 else last
-            if len(cluster) > 1:
-                for wave, one in enumerate(sorted(cluster)):
-                    waves[one] = wave
-    return waves

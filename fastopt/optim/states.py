@@ -82,6 +82,19 @@ def _take_count(
             numbers.setdefault(OWN_STEP, other.pop(OWN_STEP))
 
 
+def put_back(optimizer: FusedOptimizer, before: list[tuple[State, State]], n_states: int) -> None:
+    """Leave the states as they were before a plan that could not be built.
+
+    n_states: how many parameters had one
+    """
+    for state, was in reversed(before):
+        state.clear()
+        state.update(was)
+    # An entry without anything in it would pass for one that has been stepped.
+    while len(optimizer.__dict__["state"]) > n_states:
+        optimizer.__dict__["state"].popitem()
+
+
 def prepare_average(
     optimizer: FusedOptimizer,
     param: Tensor,
