@@ -1,10 +1,13 @@
 """softmax, losses and norms with the signatures of torch.nn.functional, as fused kernels.
 
 Plain tensors on a device with kernels run through them. What a kernel cannot see into goes to
-torch's own function: tensor subclasses, functorch transforms (vmap, jvp, grad), forward-mode AD,
-torch.jit.trace and torch.onnx.export; so their meaning is torch's. Under torch.compile,
-torch.export, fake tensors and dispatch modes the functions are the ops torch.ops.fastopt.*;
-torch.fx.symbolic_trace records a call as one node.
+torch's own function: tensor subclasses such as DTensor, functorch transforms (vmap, jvp, grad),
+forward-mode AD, torch.jit.trace and torch.onnx.export; so their meaning is torch's. The result of a
+collective, a view with a pending sign and zeros without memory are resolved first. Under
+torch.compile, torch.export, fake tensors and dispatch modes the functions are the ops
+torch.ops.fastopt.*; torch.fx.symbolic_trace records a call as one node.
+
+RuntimeError for tensors on different devices, and for one whose storage is too short for it.
 
 All of them: float32, bfloat16, float16 and float64 on CPU and CUDA; any strides. Sums and
 statistics are kept in float32 (float64 for float64). A result is bitwise the same in every run and

@@ -78,7 +78,8 @@ def _enter_others(
     """Where a transform or a tracer is active, or not all are in memory as kernels read it."""
     if any(isinstance(x, Proxy) for x in tensors):
         return AS_NODE, tensors
-    operands = list(zip(OPERANDS[function], tensors, strict=True))
+    names = OPERANDS.get(function) or [f"tensor {k}" for k in range(len(tensors))]
+    operands = list(zip(names, tensors, strict=True))
     guards.check_storages(f"fastopt's {function}", operands)
     if transformed or _handed_over(tensors):
         return BY_TORCH, tensors

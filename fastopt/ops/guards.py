@@ -38,8 +38,8 @@ def in_memory(*tensors: Tensor | None) -> bool:
     return _in_memory(tensors)
 
 
-# The check in compiled code, for tensors on the CPU, and the address of its table. It is loaded
-# with the kernels for the first of them; None until then, and where there is none.
+# The check in compiled code, and the address of its table. It is loaded with the kernels for the
+# first tensor on a CPU; None until then, and where there is none.
 _compiled: tuple[Callable[[int, int, int], bool], int] | None = None
 _is_loaded = False
 
@@ -56,16 +56,13 @@ def _load() -> None:
 def _in_memory(tensors: Sequence[Tensor | None]) -> bool:
     """The same, asked in Python: 0.6 us a tensor."""
     try:
-        device = None if tensors[0].is_cpu else tensors[0].device  # type: ignore[union-attr]
+        index, on_cpu = tensors[0].get_device(), tensors[0].is_cpu  # type: ignore[union-attr]
         for tensor in tensors:
             if tensor is None:
                 continue
-            if type(tensor) not in PLAIN or tensor.is_neg():
+            if type(tensor) not in PLAIN or tensor.is_neg() or tensor.get_device() != index:
                 return False
-            if device is None:
-                if not tensor.is_cpu:
-                    return False
-            elif not tensor.is_cuda or tensor.device != device:
+            if not (tensor.is_cpu if on_cpu else tensor.is_cuda):
                 return False
             storage = tensor.untyped_storage()
             if (
@@ -76,7 +73,7 @@ def _in_memory(tensors: Sequence[Tensor | None]) -> bool:
                 return False
     except (AttributeError, RuntimeError):  # no tensor, no storage, or no memory in it
         return False
-    if device is None and not _is_loaded:
+    if on_cpu and not _is_loaded:
         _load()
     return True
 

@@ -166,19 +166,19 @@ def _forward(
     n_lots, n_task = int(table[0]), rows.rows_of(channels.per_set)
     if channels.batch:
         n_task = rows.rows_of(int(table[6]) * channels.length)
-    n_tasks, table = -(-n_lots // n_task), table.ctypes.data
+    n_tasks, where = -(-n_lots // n_task), table.ctypes.data
     if given or not channels.batch:
-        numbers = (*inputs, rows.address(stats), *addresses, table, kinds, eps, 1 - given, n_task)
+        numbers = (*inputs, rows.address(stats), *addresses, where, kinds, eps, 1 - given, n_task)
         rows.run(task, n_tasks, n, numbers)
         return
     lots = torch.empty(n_lots, 2, dtype=torch.float64, device="cpu")
     if stats is None:
         stats = torch.empty(channels.channels, 2, dtype=torch.float64, device="cpu")
     only_x = inputs[0], 0, 0, 0
-    numbers = (*only_x, lots.data_ptr(), *addresses, table, kinds, eps, 1, n_task)
+    numbers = (*only_x, lots.data_ptr(), *addresses, where, kinds, eps, 1, n_task)
     numbers = (*numbers, stats.data_ptr(), momentum)
     rows.run(task, n_tasks, n, numbers, rows.task_of(_merge_lots), -(-channels.channels // MERGED))
-    numbers = (*inputs, stats.data_ptr(), 0, 0, table, kinds, eps, 0, n_task)
+    numbers = (*inputs, stats.data_ptr(), 0, 0, where, kinds, eps, 0, n_task)
     rows.run(task, n_tasks, n, numbers)
 
 
