@@ -160,7 +160,7 @@ def add_norm_backward(
     total, weight, bias, stats, seed = ctx.saved_tensors
     n_dims, _, offset, p, centered = ctx.options
     upstream = [d for d in (dy, dsum) if d is not None]
-    if dy is None or any(differentiated(d, total, weight, bias) for d in upstream):
+    if dy is None or any(differentiated(d, total, weight, bias, seed) for d in upstream):
         return *_composed_grads(ctx, (total, weight, bias, seed), dy, dsum), *(None,) * 6
     wanted = ctx.needs_input_grad[:4]
     tensors, options = (dy, dsum, total, weight, bias, stats, seed), (n_dims, offset, p, centered)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastopt.optim import layout, passes, states
-from fastopt.optim.look import DeviceVerdict
 from fastopt.optim.passes import AVERAGED, N_AVERAGED
+from fastopt.optim.verdicts import DeviceVerdict
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer

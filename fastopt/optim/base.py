@@ -22,17 +22,17 @@ from fastopt.optim import (
     saving,
     sharding,
 )
-from fastopt.optim import plan as plans
 from fastopt.optim.bucket import Bucket
 from fastopt.optim.counting import count
 from fastopt.optim.hooks import hooked
-from fastopt.optim.look import DeviceVerdict, Looking, Reported
+from fastopt.optim.look import Looking
 from fastopt.optim.passes import Verdict
-from fastopt.optim.plan import GroupKey, Place, Plan, build
+from fastopt.optim.plan import Plan
 from fastopt.optim.release import Released
 from fastopt.optim.scale import NO_SCALE, Scale
-from fastopt.optim.telemetry import ParameterTelemetry, Telemetry, collect, rows_of
+from fastopt.optim.telemetry import Telemetry, collect, rows_of
 from fastopt.optim.update import Update, number_dtype
+from fastopt.optim.verdicts import DeviceVerdict, Reported
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
 
@@ -75,23 +75,16 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     nonnegative_names: ClassVar[tuple[str, ...]] = ()
     eight_bit_names: ClassVar[tuple[str, ...]] = ()
 
-    _update: ClassVar[Update]
-    _plan: Plan | None = None
     # Held for a step: threads that step one optimizer take turns.
     _lock: threading.RLock
     # Steps of parameters whose state has none (SGD): {param: {"step": tensor}}.
     hidden: dict[Tensor, dict[str, Any]]
-    # Whether anybody else could have reached the states. Until somebody reads `state`, nobody can
-    # have replaced or saved one of them, and a step need not look.
-    _exposed: bool = True
     _released: Released | None = None
     # Set where a ZeroRedundancyOptimizer has given this one its rank's part of the parameters.
     _in_zero: bool = False
     _averaging: averages.Averaging | None = None
     # Options by keyword, while constructors run: each group begins with them.
     _given: Mapping[str, Any] = MappingProxyType({})
-    # Telemetry of the last step before this optimizer was copied or unpickled.
-    _watched: dict[Tensor, ParameterTelemetry] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -125,10 +118,6 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         self.__dict__.setdefault("_lock", threading.RLock())
 
     # What a subclass may say of itself.
-
-    def update_of(self, group: dict[str, Any]) -> Update:
-        """The update a parameter group is stepped by; the same object for the same settings."""
-        return self._update
 
     def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         """A state before the first step: zeros laid out like the parameter."""
@@ -361,75 +350,6 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
                 f"param_groups' capturable is False. Construct {name}(..., capturable=True): its "
                 "steps are then counted on the device, which is where a replay happens."
             )
-
-    def _current_plan(self, told: bool) -> Plan:
-        """The plan for the gradients that are there now, checked against every address it holds.
-
-        told: whether somebody else may skip the step
-        """
-        params = [param for group in self.param_groups for param in group["params"]]
-        grads = [param.grad for param in params]
-        keys, plan = self._keys(told, params[:1]), self._plan
-        # Whatever interrupts the check of a plan leaves it half updated: it is then built anew.
-        self._plan = None
-        if (
-            plan is not None
-            and plan.keys == keys
-            and not (self._exposed and not plan.holds(self.__dict__["state"]))
-            and plan.fits(params, grads, self._exposed)
-        ):
-            self._plan = plan
-            return plan
-        numbers = (k for k, group in enumerate(self.param_groups) for _ in group["params"])
-        places = list(map(Place, params, numbers, range(len(params))))
-        plan = self._make_plan(places, grads, keys)
-        plan.remember(self.__dict__["state"])
-        if not plan.odd:
-            self._plan = plan
-        return plan
-
-    def plan_of(self, place: Place, plan: Plan | None) -> Plan:
-        """A plan for one parameter alone; the one given, where it still holds."""
-        param, held = place.param, self.__dict__["state"]
-        keys, grads = self._keys(False, [param]), [param.grad]
-        if (
-            plan is None
-            or plan.keys != keys
-            or (self._exposed and not plan.holds({param: held.get(param)}))
-            or not plan.fits([param], grads, self._exposed)
-        ):
-            plan = self._make_plan([place], grads, keys)
-            plan.remember({param: held.get(param)})
-        return plan
-
-    def _keys(self, told: bool, params: list[Tensor]) -> list[Any]:
-        """What the plan of each group hangs on: a GroupKey, as a plain tuple."""
-        told = told or any(group.get("skip_nonfinite") for group in self.param_groups)
-        unknown = told and any(plans.looks_on_device(param.device) for param in params)
-        return [
-            (
-                self.update_of(group),
-                group.get("capturable", False),
-                group.get("fused", False),
-                group.get("differentiable", False),
-                passes.extras_of(group),
-                passes.measures((group,)),
-                formats.formats_of(self.update_of(group), group),
-                unknown,
-            )
-            for group in self.param_groups
-        ]
-
-    def _make_plan(self, places: list[Place], grads: list[Tensor | None], keys: list[Any]) -> Plan:
-        for group, key in zip(self.param_groups, keys, strict=True):
-            key[0].probe(group)
-        with torch.no_grad():
-            plan = build(self, places, grads, [GroupKey(*key) for key in keys])
-            for bucket in plan.buckets:
-                if not bucket.refresh(grads, exposed=False):
-                    raise AssertionError("a plan must fit the gradients it was just built for")
-        self._watched = None
-        return plan
 
     def _run(self, bucket: Bucket, scale: Scale, verdict: Verdict | DeviceVerdict | None) -> None:
         """One launch that was counted: stage, update, and tell autograd what was written."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastopt.optim.look import DeviceVerdict
 from fastopt.optim.passes import Verdict
 from fastopt.optim.scale import Scale
+from fastopt.optim.verdicts import DeviceVerdict
 
 if TYPE_CHECKING:
     from fastopt.optim.bucket import Bucket

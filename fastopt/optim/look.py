@@ -3,104 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt import backend
 from fastopt.optim import passes, skipped
 from fastopt.optim.hooks import pre_hooks
 from fastopt.optim.passes import LastStep, Verdict
+from fastopt.optim.planning import Planning
 from fastopt.optim.scale import NO_SCALE, Scale, ScalesInside
+from fastopt.optim.verdicts import DeviceVerdict, Reported
 
 if TYPE_CHECKING:
-    from fastopt.optim.bucket import Bucket
     from fastopt.optim.plan import Plan
     from fastopt.optim.telemetry import ParameterTelemetry
 
 
-class DeviceVerdict:
-    """A `Verdict` that no host has seen: launches read it, and skip, by themselves.
-
-    devices: what each device's launches read (`gpu.measure.Verdict`); the first also has the report
-    """
-
-    skip = False
-
-    def __init__(self, devices: dict[torch.device, Any], one_limit: bool) -> None:
-        self._devices, self._one_limit = devices, one_limit
-        self._first = next(iter(devices.values()))
-
-    def on(self, device: torch.device) -> Any:
-        """What the launches of a device read."""
-        return self._devices[device]
-
-    @property
-    def found_inf(self) -> Tensor:
-        """float32, not 0 where nothing is updated."""
-        return self._first.skip.reshape(())  # type: ignore[no-any-return]
-
-    def report(self) -> LastStep:
-        """The same as tensors of their own, on the device."""
-        coefficients = self._first.coefficients.float()
-        return LastStep(
-            self._first.wide[0].float(),
-            coefficients[0] if self._one_limit else coefficients,
-            self._first.wide[1].long(),
-            self.found_inf.bool(),
-        )
-
-
-class Reported:
-    """The findings of the last step of an optimizer that was copied or unpickled since."""
-
-    def __init__(self, last: LastStep) -> None:
-        self._last = last
-
-    def report(self) -> LastStep:
-        """As the original's."""
-        return self._last
-
-
-class DeviceLook:
-    """The launches of a plan whose gradients are on devices, each measured where it is."""
-
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
-        launches: dict[torch.device, list[Any]] = {}
-        for bucket in buckets:
-            bucket.launch.owners = bucket.group_of
-            launches.setdefault(bucket.launch.device, []).append(bucket.launch)
-        self._looks = {
-            device: backend.kernels(device.type, "measure").Look(device, here)
-            for device, here in launches.items()
-        }
-
-    def take(self, groups: Sequence[Mapping[str, Any]], scale: Scale, skips: bool) -> DeviceVerdict:
-        """Measure and judge, without waiting for it; skips: also where no group asks for it."""
-        maximum = passes.maximum_of(groups)
-        alone = np.array([bool(group.get(passes.ALONE)) for group in groups])
-        families = (np.cumsum(alone) * alone).astype(np.int64)
-        limits = [
-            0.0 if group.get("max_grad_norm") is None else group["max_grad_norm"]
-            for group in groups
-        ]
-        skips = skips or any(group.get("skip_nonfinite") for group in groups)
-        settings = (families, limits, maximum, skips, scale.grad_scale, scale.found_inf)
-        (first, look), *others = self._looks.items()
-        # What others have measured goes to the first device, and its verdict to all.
-        measured = [other.run(*settings).measured for _, other in others]
-        verdict = look.run(*settings, measured)
-        devices = {first: verdict} | {device: verdict.to(device) for device, _ in others}
-        return DeviceVerdict(devices, passes.one_limit(groups))
-
-
-class Looking:
+class Looking(Planning):
     """The part of an optimizer that looks at gradients, and tells what it saw."""
 
-    param_groups: list[dict[str, Any]]
     _verdict: Verdict | DeviceVerdict | Reported | None = None
     # A plan for the gradients that are there, and what the host has seen of them ahead of the step.
     _seen: tuple[Plan, Verdict | None] | None = None
@@ -109,9 +32,6 @@ class Looking:
     _finds: bool = False
     # Telemetry of parameters whose last step the host knew to be skipped; None: had no gradient.
     _skipped: dict[Tensor, ParameterTelemetry | None] | None = None
-
-    def _current_plan(self, told: bool) -> Plan:
-        raise NotImplementedError
 
     _step_supports_amp_scaling = ScalesInside()
 

@@ -17,10 +17,10 @@ from fastopt import backend
 from fastopt.optim import averages, formats, layout, passes, sharding, states
 from fastopt.optim.averages import Idle
 from fastopt.optim.bucket import Bucket, Member
-from fastopt.optim.look import DeviceLook
 from fastopt.optim.passes import AVERAGED
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
 from fastopt.optim.update import Update
+from fastopt.optim.verdicts import DeviceLook
 from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras
 
 if TYPE_CHECKING:

@@ -155,7 +155,8 @@ class Released:
         optimizer = self._optimizer
         self.averages.add(param)
         with optimizer._lock, torch.no_grad():
-            plan = optimizer.plan_of(self._places[param], self.plans.get(param))
+            # Out of the table while it is checked: an interrupt leaves it half updated.
+            plan = optimizer.plan_of(self._places[param], self.plans.pop(param, None))
             self._check_norms(plan.looks)
             self.plans[param] = plan
             # A gradient that was stepped and stays would be stepped again.

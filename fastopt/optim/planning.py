@@ -1,0 +1,102 @@
+"""The plans of an optimizer: kept between steps, checked before each one, rebuilt on a change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastopt.optim import formats, passes
+from fastopt.optim import plan as plans
+from fastopt.optim.plan import GroupKey, Place, Plan, build
+from fastopt.optim.update import Update
+
+if TYPE_CHECKING:
+    from fastopt.optim.telemetry import ParameterTelemetry
+
+
+class Planning:
+    """The part of an optimizer that keeps its plan."""
+
+    param_groups: list[dict[str, Any]]
+    _update: ClassVar[Update]
+    _plan: Plan | None = None
+    # Whether the states may have been replaced or saved from outside: only once `state` was read.
+    _exposed: bool = True
+    # Telemetry of the last step before this optimizer was copied or unpickled.
+    _watched: dict[Tensor, ParameterTelemetry] | None = None
+
+    def update_of(self, group: dict[str, Any]) -> Update:
+        """The update a parameter group is stepped by; the same object for the same settings."""
+        return self._update
+
+    def _current_plan(self, told: bool) -> Plan:
+        """The plan for the gradients that are there now, checked against every address it holds.
+
+        told: whether somebody else may skip the step
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        keys, plan = self._keys(told, params[:1]), self._plan
+        # Whatever interrupts the check of a plan leaves it half updated: it is then built anew.
+        self._plan = None
+        if (
+            plan is not None
+            and plan.keys == keys
+            and not (self._exposed and not plan.holds(self.__dict__["state"]))
+            and plan.fits(params, grads, self._exposed)
+        ):
+            self._plan = plan
+            return plan
+        numbers = (k for k, group in enumerate(self.param_groups) for _ in group["params"])
+        places = list(map(Place, params, numbers, range(len(params))))
+        plan = self._make_plan(places, grads, keys)
+        plan.remember(self.__dict__["state"])
+        if not plan.odd:
+            self._plan = plan
+        return plan
+
+    def plan_of(self, place: Place, plan: Plan | None) -> Plan:
+        """A plan for one parameter alone; the one given, where it still holds."""
+        param, held = place.param, self.__dict__["state"]
+        keys, grads = self._keys(False, [param]), [param.grad]
+        if (
+            plan is None
+            or plan.keys != keys
+            or (self._exposed and not plan.holds({param: held.get(param)}))
+            or not plan.fits([param], grads, self._exposed)
+        ):
+            plan = self._make_plan([place], grads, keys)
+            plan.remember({param: held.get(param)})
+        return plan
+
+    def _keys(self, told: bool, params: list[Tensor]) -> list[Any]:
+        """What the plan of each group hangs on: a GroupKey, as a plain tuple."""
+        told = told or any(group.get("skip_nonfinite") for group in self.param_groups)
+        unknown = told and any(plans.looks_on_device(param.device) for param in params)
+        return [
+            (
+                self.update_of(group),
+                group.get("capturable", False),
+                group.get("fused", False),
+                group.get("differentiable", False),
+                passes.extras_of(group),
+                passes.measures((group,)),
+                formats.formats_of(self.update_of(group), group),
+                unknown,
+            )
+            for group in self.param_groups
+        ]
+
+    def _make_plan(self, places: list[Place], grads: list[Tensor | None], keys: list[Any]) -> Plan:
+        for group, key in zip(self.param_groups, keys, strict=True):
+            key[0].probe(group)
+        with torch.no_grad():
+            made = [GroupKey(*key) for key in keys]
+            plan = build(self, places, grads, made)  # type: ignore[arg-type]
+            for bucket in plan.buckets:
+                if not bucket.refresh(grads, exposed=False):
+                    raise AssertionError("a plan must fit the gradients it was just built for")
+        self._watched = None
+        return plan
