@@ -7,13 +7,17 @@ READY := $(VENV)/.ready
 # A worker a core; a file's tests stay together, and with them the kernels they share.
 WORKERS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test lint bench gate clean
+.PHONY: demo test hostile lint bench gate clean
 
 demo: $(READY)
 	$(BIN)/fastopt demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Of `make test`: beside torch.compile, process groups, and a cache that others can write.
+hostile: $(READY)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m hostile -v tests/hostile
 
 lint: $(READY)
 	$(BIN)/ruff check .
