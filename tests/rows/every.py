@@ -40,6 +40,9 @@ POINTS = torch.tensor([[0, 2], [1, -100]])
 CLASSES = torch.tensor([0.5, 1.0, 1.5], dtype=F64)
 MEAN, VAR = x(4, seed=7), x(4, seed=8).square() + 0.5
 WEIGHT, BIAS = x(4, seed=5) + 1, x(4, seed=6)
+# Neighbours in memory, as the columns of a matrix are.
+APART = torch.stack([WEIGHT, BIAS], 1).unbind(1)
+PIXELS = x(2, 4, 2, 2).contiguous(memory_format=torch.channels_last)
 SEEN = torch.tensor([[True, False, True], [False] * 3])
 SEED = 7
 
@@ -273,9 +276,20 @@ FUNCTIONS: dict[str, Call] = {
         (x(3, 4), WEIGHT), lambda v, w: F.group_norm(v, 2, w), lambda v, w: group_norm(v, 2, w)
     ),
     "group_norm of pixels": Call(
-        (x(2, 4, 2, 2).contiguous(memory_format=torch.channels_last), WEIGHT, BIAS),
+        (PIXELS, WEIGHT, BIAS),
         lambda v, w, b: F.group_norm(v, 2, w, b),
         lambda v, w, b: group_norm(v, 2, w, b),
+    ),
+    "batch_norm of pixels": Call(
+        (PIXELS, WEIGHT, BIAS),
+        lambda v, w, b: F.batch_norm(v, None, None, w, b, True),
+        batch_norm,
+    ),
+    "batch_norm, given, of pixels": Call(
+        (PIXELS, *APART), lambda v, w, b: F.batch_norm(v, MEAN, VAR, w, b), given_norm
+    ),
+    "instance_norm, given, of pixels": Call(
+        (PIXELS, *APART), lambda v, w, b: F.instance_norm(v, MEAN, VAR, w, b, False), given_norm
     ),
     "weight_norm": Call(
         (x(3, 1), x(3, 4, seed=1)), WeightNorm(0), lambda g, v: weight_norm(g, v, 1)
@@ -290,7 +304,6 @@ FUNCTIONS: dict[str, Call] = {
 
 
 # Modules, and torch's of the same name beside them.
-
 _IMAGES = {1: (3, 4, 2), 2: (2, 4, 2, 2), 3: (2, 4, 1, 2, 2)}
 _SHAPES: dict[str, tuple[Callable[[Any], nn.Module], tuple[int, ...]]] = {
     "Softmax": (lambda n: n.Softmax(1), (4, 3)),
@@ -373,15 +386,14 @@ MODULES: dict[str, Call] = {
         lambda v, r, w: (_rms_norm(v + r, w, 1.0), v + r),
     ),
     # In training every call of spectral_norm is another function.
-    "parametrizations, weight_norm": parametrized("weight_norm"),
-    "parametrizations, spectral_norm": parametrized("spectral_norm"),
+    **{f"parametrizations, {n}": parametrized(n) for n in ("weight_norm", "spectral_norm")},
 }
 EVERY = FUNCTIONS | MODULES
 
 
 def leaves(call: Call) -> list[Tensor]:
-    """Copies that need gradients, with the strides of those they are of."""
-    return [t.clone().requires_grad_() for t in call.tensors]
+    """The tensors, that need gradients, with their strides."""
+    return [t.detach().requires_grad_() for t in call.tensors]
 
 
 def as_tuple(found: Outputs) -> tuple[Tensor, ...]:

@@ -160,6 +160,44 @@ def test_running_statistics_move_under_forward_mode(training: bool) -> None:
     same(*found)
 
 
+# Dtypes beside each other: whatever runs, the result is of the same dtype and near the same.
+
+LOW, WIDE = torch.bfloat16, torch.float32
+MIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "layer_norm": lambda v, w: functional.layer_norm(v, (4,), w),
+    "rms_norm": lambda v, w: functional.rms_norm(v, (4,), w),
+    "add_rms_norm": lambda v, w: functional.add_rms_norm(v, v.float(), (4,), w)[0],
+    "group_norm": lambda v, w: functional.group_norm(v, 2, w),
+    "batch_norm": lambda v, w: functional.batch_norm(v, None, None, w, training=True),
+    "batch_norm, given": lambda v, w: functional.batch_norm(v, w.detach(), w.detach() ** 2, w),
+    "cross_entropy": lambda v, w: functional.cross_entropy(
+        v, torch.tensor([0, 2, 3]), w.detach().abs(), z_loss=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize(("of_x", "of_weight"), [(LOW, WIDE), (WIDE, LOW), (WIDE, F64)], ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_dtypes(name: str, of_x: torch.dtype, of_weight: torch.dtype) -> None:
+    function = MIXED[name]
+    v, w = draw(3, 4, dtype=of_x), (draw(4, seed=1) + 2).to(of_weight)
+    given = [v.clone().requires_grad_(), w.clone().requires_grad_()]
+    y = function(*given)
+    dy = draw(*y.shape, dtype=y.dtype, seed=2)
+
+    def grads(**options: Any) -> list[Any]:
+        found = torch.autograd.grad(y, given, dy, allow_unused=True, retain_graph=True, **options)
+        return [g if g is None else g.detach() for g in found]
+
+    tolerance = 0.03 if LOW in (of_x, of_weight) else 1e-5
+    near = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(grads(create_graph=True), grads(), **near)
+    expected = y.detach()
+    torch.testing.assert_close(torch.vmap(function)(v[None], w[None])[0], expected, **near)
+    primal, _ = torch.func.jvp(function, (v, w), (v, w))
+    torch.testing.assert_close(primal, expected, **near)
+
+
 # Arguments that depend on each other: a gradient by one is not that by the other as well.
 
 
