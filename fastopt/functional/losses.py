@@ -59,9 +59,7 @@ def cross_entropy(
     a NaN on CUDA. Szegedy et al. 2016, section 7, for label smoothing. ValueError for a z_loss or
     a softcap that is not a positive number.
     """
-    extra = (0.0, 0.0)
-    if z_loss or softcap is not None:
-        extra = terms_of(z_loss, softcap)
+    extra = terms_of(z_loss, softcap) if z_loss or softcap is not None else (0.0, 0.0)
     route, (x, target, weight) = enter("cross_entropy", input, target, weight)
     args = (x, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if route == AS_NODE:
