@@ -66,8 +66,8 @@ def enter(function: str, *tensors: Tensor | None) -> tuple[int, tuple[Any, ...]]
     if _is_compiling():
         by_torch = _transforms_active() or _handed_over(tensors) or torch.onnx.is_in_onnx_export()
         return (BY_TORCH if by_torch else AS_OP), tensors
-    transformed = _jit_tracing() or _transforms_active() or forward_ad._current_level >= 0
-    if not transformed and in_memory(*tensors):
+    transformed = _transforms_active() or forward_ad._current_level >= 0
+    if not transformed and not _jit_tracing() and in_memory(*tensors):
         return (AS_OP if _n_dispatch_modes() else DIRECT), tensors
     return _enter_others(function, tensors, transformed)
 
@@ -78,6 +78,8 @@ def _enter_others(
     """Where a transform or a tracer is active, or not all are in memory as kernels read it."""
     if any(isinstance(x, Proxy) for x in tensors):
         return AS_NODE, tensors
+    if _jit_tracing():  # sizes and offsets are tensors there, and would be recorded
+        return BY_TORCH, tensors
     names = OPERANDS.get(function) or [f"tensor {k}" for k in range(len(tensors))]
     operands = list(zip(names, tensors, strict=True))
     guards.check_storages(f"fastopt's {function}", operands)
