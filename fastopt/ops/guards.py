@@ -23,6 +23,7 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _ASYNC = ("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
 _TRACED = (FakeTensor, FunctionalTensor)
 _NO_DISPATCH: Any = torch._C._disabled_torch_dispatch_impl
+_NO_FUNCTION: Any = torch._C._disabled_torch_function_impl
 # What it is called, and the tensor.
 Operand = tuple[str, Tensor | None]
 _overridden: Any = torch.overrides.has_torch_function_variadic
@@ -99,7 +100,10 @@ def takes_over(x: Any) -> bool:
     """
     if type(x) in PLAIN:
         return False
-    if not isinstance(x, Tensor) or _overridden(x):
+    if not isinstance(x, Tensor):
+        return True
+    # A mode overrides functions for all tensors: torch.export's, where fake ones go to the ops.
+    if _overridden(x) and type(x).__torch_function__ is not _NO_FUNCTION:
         return True
     return not (
         isinstance(x, _TRACED) or _is_async(x) or type(x).__torch_dispatch__ is _NO_DISPATCH
