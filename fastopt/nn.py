@@ -65,8 +65,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """
 
     # Of modules that were swapped, or pickled before there were these.
-    z_loss: float = 0.0
-    softcap: float | None = None
+    z_loss = 0.0
+    softcap = None  # type: float | None
 
     def __init__(
         self, *args: Any, z_loss: float = 0.0, softcap: float | None = None, **kwargs: Any
@@ -110,7 +110,7 @@ class LayerNorm(torch.nn.LayerNorm):
 class _OffsetRMSNorm(torch.nn.RMSNorm):
     """A weight that counts as weight + weight_offset, and starts at what makes that 1."""
 
-    weight_offset: float = 0.0
+    weight_offset = 0.0  # annotated, TorchScript would read "float" as a type it does not know
 
     def __init__(self, *args: Any, weight_offset: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
