@@ -161,7 +161,9 @@ def _count_of_loaded(
     """Steps in an average that was saved without their number, as if it moved in every step of its
     parameter; where these are not counted either, its warm-up is over."""
     if (step := state.get("step")) is not None:
-        return torch.as_tensor(step).detach().clamp(min=1.0)
+        if not isinstance(step, Tensor):  # else it would lie on torch's default device
+            step = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+        return step.detach().clamp(min=1.0)
     return optimizer.initial_number(max(1.0, group.get("ema_warmup") or 0), param, group)
 
 
