@@ -80,6 +80,10 @@ def _enter_others(
         return AS_NODE, tensors
     if _jit_tracing():  # sizes and offsets are tensors there, and would be recorded
         return BY_TORCH, tensors
+    if not transformed:
+        tensors = tuple(map(guards.without_class, tensors))
+        if in_memory(*tensors):
+            return (AS_OP if _n_dispatch_modes() else DIRECT), tensors
     names = OPERANDS.get(function) or [f"tensor {k}" for k in range(len(tensors))]
     operands = list(zip(names, tensors, strict=True))
     guards.check_storages(f"fastopt's {function}", operands)

@@ -105,9 +105,16 @@ def takes_over(x: Any) -> bool:
     # A mode overrides functions for all tensors: torch.export's, where fake ones go to the ops.
     if _overridden(x) and type(x).__torch_function__ is not _NO_FUNCTION:
         return True
-    return not (
-        isinstance(x, _TRACED) or _is_async(x) or type(x).__torch_dispatch__ is _NO_DISPATCH
-    )
+    if type(x).__torch_dispatch__ is _NO_DISPATCH:
+        return False
+    return not (isinstance(x, _TRACED) or _is_async(x))
+
+
+def without_class(x: Any) -> Any:
+    """A tensor of a class that takes nothing over, as one of torch's own class; else itself."""
+    if type(x) in PLAIN or not isinstance(x, Tensor) or _overridden(x):
+        return x
+    return x.as_subclass(Tensor) if type(x).__torch_dispatch__ is _NO_DISPATCH else x
 
 
 def _is_async(x: Tensor) -> bool:

@@ -39,10 +39,10 @@ def define(
     _library.define(schema)
     qualified = f"fastopt::{name}"
 
+    arguments = [text.split()[-1] for text in schema.partition("(")[2].split(")")[0].split(",")]
+
     def operands(args: Sequence[Any]) -> list[guards.Operand]:
-        arguments = getattr(torch.ops.fastopt, name).default._schema.arguments
-        pairs = zip(arguments, args, strict=False)
-        return [(argument.name, x) for argument, x in pairs if isinstance(x, Tensor)]
+        return [(k, x) for k, x in zip(arguments, args, strict=False) if isinstance(x, Tensor)]
 
     @outside_dynamo
     def checked(*args: Any) -> Any:

@@ -159,9 +159,10 @@ def add_norm_backward(
     differentiated again, and where y has no gradient."""
     total, weight, bias, stats, seed = ctx.saved_tensors
     n_dims, _, offset, p, centered = ctx.options
-    upstream = [d for d in (dy, dsum) if d is not None]
-    if dy is None or any(differentiated(d, total, weight, bias, seed) for d in upstream):
-        return *_composed_grads(ctx, (total, weight, bias, seed), dy, dsum), *(None,) * 6
+    saved = (total, weight, bias, seed)
+    composed = dy is None or differentiated(dy, *saved)
+    if composed or (dsum is not None and differentiated(dsum, *saved)):
+        return *_composed_grads(ctx, saved, dy, dsum), *(None,) * 6
     wanted = ctx.needs_input_grad[:4]
     tensors, options = (dy, dsum, total, weight, bias, stats, seed), (n_dims, offset, p, centered)
     args: tuple[Any, ...] = (*tensors, *options, *ctx.dtypes, wanted)
