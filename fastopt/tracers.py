@@ -13,9 +13,6 @@ from torch import nn
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=type[nn.Module])
 
-# Options of ours that torch's modules do not have, and the values at which they do nothing.
-_OPTIONS = {"z_loss": 0.0, "softcap": None, "weight_offset": 0.0}
-
 
 class _LeafModule(str):
     """`__module__` of a class whose instances answer torch.nn: torch.fx.Tracer, and those derived
@@ -55,17 +52,17 @@ def _prepare_scriptable(module: nn.Module) -> nn.Module:
     """
     if type(module).forward.__module__ != "fastopt.nn":  # of a subclass
         return module
+    from fastopt.nn import options_of
+
     name = f"fastopt.nn.{type(module).__name__}"
     remedy = "Use torch.jit.trace, which takes all of fastopt.nn."
     if not hasattr(module, "_scripted"):
         raise TypeError(f"torch.jit.script takes no {name}: torch has no such module. {remedy}")
-    for option, default in _OPTIONS.items():
-        value = getattr(module, option, default)
-        if value != default:
-            raise TypeError(
-                f"torch.jit.script takes no {name} with {option}={value}, which torch's module "
-                f"does not have. {remedy}"
-            )
+    for option, value in options_of(module).items():
+        raise TypeError(
+            f"torch.jit.script takes no {name} with {option}={value}, which torch's module "
+            f"does not have. {remedy}"
+        )
     return module
 
 

@@ -12,7 +12,8 @@ from torch.fx import Proxy
 
 from fastopt import backend
 from fastopt.ops import guards
-from fastopt.ops.guards import PLAIN, in_memory
+from fastopt.ops.guards import in_memory
+from fastopt.storage import PLAIN
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _LOW = frozenset({torch.bfloat16, torch.float16})
@@ -67,7 +68,7 @@ def enter(function: str, *tensors: Tensor | None) -> tuple[int, tuple[Any, ...]]
         by_torch = _transforms_active() or _handed_over(tensors) or torch.onnx.is_in_onnx_export()
         return (BY_TORCH if by_torch else AS_OP), tensors
     transformed = _transforms_active() or forward_ad._current_level >= 0
-    if not transformed and not _jit_tracing() and in_memory(*tensors):
+    if not transformed and not _jit_tracing() and in_memory(tensors):
         return (AS_OP if _n_dispatch_modes() else DIRECT), tensors
     return _enter_others(function, tensors, transformed)
 
@@ -82,7 +83,7 @@ def _enter_others(
         return BY_TORCH, tensors
     if not transformed:
         tensors = tuple(map(guards.without_class, tensors))
-        if in_memory(*tensors):
+        if in_memory(tensors):
             return (AS_OP if _n_dispatch_modes() else DIRECT), tensors
     names = OPERANDS.get(function) or [f"tensor {k}" for k in range(len(tensors))]
     operands = list(zip(names, tensors, strict=True))
@@ -96,7 +97,7 @@ def _enter_others(
         if type(x) in PLAIN and not (x.is_cpu or x.is_cuda or x.is_meta):
             backend.kernels(x.device.type, "softmax")  # refuses
     given = tuple(None if x is None else guards.resolved(x) for x in tensors)
-    return (DIRECT if in_memory(*given) and not _n_dispatch_modes() else AS_OP), given
+    return (DIRECT if in_memory(given) and not _n_dispatch_modes() else AS_OP), given
 
 
 def _handed_over(tensors: Sequence[Any]) -> bool:

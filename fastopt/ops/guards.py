@@ -8,7 +8,6 @@ storage that was resized may end before its views do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import mul
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastopt import backend
+from fastopt.storage import PLAIN, end_of
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 # An operation on one waits for the collective whose result it wraps.
 _ASYNC = ("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
 _TRACED = (FakeTensor, FunctionalTensor)
@@ -29,9 +28,9 @@ Operand = tuple[str, Tensor | None]
 _overridden: Any = torch.overrides.has_torch_function_variadic
 
 
-def in_memory(*tensors: Tensor | None) -> bool:
-    """Whether kernels may read these as they lie: plain tensors of one device, strided, without a
-    pending sign, each within its storage. The first is not None."""
+def in_memory(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Kernels may read these as they lie: plain tensors of one device, strided, without a pending
+    sign, each within its storage. The first is not None."""
     if _compiled is not None:
         check, table = _compiled
         if check(id(tensors), len(tensors), table):
@@ -54,7 +53,7 @@ def _load() -> None:
     _is_loaded = True
 
 
-def _in_memory(tensors: Sequence[Tensor | None]) -> bool:
+def _in_memory(tensors: tuple[Tensor | None, ...]) -> bool:
     """The same, asked in Python: 0.6 us a tensor."""
     try:
         index, on_cpu = tensors[0].get_device(), tensors[0].is_cpu  # type: ignore[union-attr]
@@ -83,14 +82,7 @@ def _lies_within(tensor: Tensor, storage: torch.UntypedStorage) -> bool:
     """Whether a strided tensor has an address, and ends where its storage does or before."""
     if not tensor.numel():
         return True
-    return tensor.data_ptr() != 0 and _end_of(tensor) <= storage.nbytes()
-
-
-def _end_of(tensor: Tensor) -> int:
-    """Bytes from where the storage of a strided tensor begins to the end of its last element."""
-    strides = tensor.stride()
-    last = tensor.storage_offset() + sum(map(mul, tensor.shape, strides)) - sum(strides)
-    return (last + 1) * tensor.itemsize if tensor.numel() else 0
+    return tensor.data_ptr() != 0 and end_of(tensor) <= storage.nbytes()
 
 
 def takes_over(x: Any) -> bool:
@@ -169,7 +161,7 @@ def check_storages(function: str, operands: Sequence[Operand]) -> None:
     for name, x in operands:
         if x is None or takes_over(x) or isinstance(x, _TRACED) or x.is_meta or opaque(x):
             continue
-        nbytes, needed = x.untyped_storage().nbytes(), _end_of(x)
+        nbytes, needed = x.untyped_storage().nbytes(), end_of(x)
         if nbytes < needed:
             raise RuntimeError(
                 f"{function} got {_describe(name, x)}, which needs a storage of {needed} bytes and "

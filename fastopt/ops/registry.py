@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from fastopt.compiler import outside_dynamo
 from fastopt.ops import guards
+from fastopt.ops.guards import in_memory
 
 _is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -46,7 +47,7 @@ def define(
 
     @outside_dynamo
     def checked(*args: Any) -> Any:
-        if not guards.in_memory(*(x for x in args if isinstance(x, Tensor))):
+        if not guards.in_memory(tuple(x for x in args if isinstance(x, Tensor))):
             guards.check(f"torch.ops.fastopt.{name}", operands(args))
         return run(*args)
 
@@ -100,9 +101,9 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether kernels may be run on these at once. Else the op is called: the dispatcher has
-    listeners, or it resolves what is not in memory as it is; or the op refuses it."""
-    return not _n_dispatch_modes() and guards.in_memory(*tensors)
+    """Kernels may be run on these at once. Else the op is called: the dispatcher has listeners, or
+    it resolves what is not in memory as it is; or the op refuses it."""
+    return not _n_dispatch_modes() and in_memory(tensors)
 
 
 def by_torch(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from fastopt.optim import averages
-from fastopt.optim.plan import Place, Plan
+from fastopt.optim import averages, interrupts
+from fastopt.optim.plan import Plan
 from fastopt.optim.scale import NO_SCALE
 
 if TYPE_CHECKING:
@@ -53,16 +52,17 @@ class BackwardSteps:
         """
         stepped, self._stepped, self._task = self._stepped, set(), None
         if stepped:
-            plan = self._plan(stepped, begun)
-            if moves := averages.moves_of(self._optimizer, plan, NO_SCALE, None):
-                moves.run()
+            with self._optimizer._lock:
+                plan = self._plan(stepped, begun)
+                if moves := averages.moves_of(self._optimizer, plan, NO_SCALE, None):
+                    with interrupts.deferred():
+                        moves.run()
 
     def _plan(self, stepped: set[Tensor], begun: Tensor | None) -> Plan:
         optimizer = self._optimizer
-        numbers = (k for k, group in enumerate(optimizer.param_groups) for _ in group["params"])
         places = [
             place
-            for place in map(Place, optimizer._all_params(), numbers, count())
+            for place in optimizer.places()
             # One with a gradient has its step before it.
             if place.param not in stepped and (place.param.grad is None or place.param is begun)
         ]

@@ -22,6 +22,7 @@ from fastopt.optim.passes import LOW_BITS, Verdict, bases_of, extra_hypers, keys
 from fastopt.optim.scale import Scale
 from fastopt.optim.steps import DeviceSteps, Steps
 from fastopt.optim.update import Update, sign
+from fastopt.storage import PLAIN
 
 
 def check_state(name: str, state: Any, param: Tensor) -> None:
@@ -145,7 +146,7 @@ def _like(grad: Tensor, member: Member) -> bool:
     """Whether a gradient may be read as the one the member was laid out with."""
     return (
         grad.layout is torch.strided
-        and type(grad) in layout.PLAIN
+        and type(grad) in PLAIN
         and grad.dtype == member.grad_dtype
         and grad.shape == member.target.shape
         and _readable(grad, member.target)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastopt.storage import PLAIN, end_of
+
 KINDS = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -24,7 +26,6 @@ KINDS = {
 }
 # Of states alone: the low bits of a bf16 parameter, and the codes of 8-bit states.
 INTEGERS = {torch.int16: "int16", torch.int8: "int8", torch.uint8: "uint8"}
-PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
 def kind(tensor: Tensor, role: str, integer: bool = False) -> str:
@@ -82,9 +83,8 @@ def check_storage(tensor: Tensor, role: str) -> None:
     for part in parts:
         if type(part) not in PLAIN or part.is_meta or part._is_zerotensor():
             continue
-        needed = part.element_size() * (part.storage_offset() + _elements_spanned(part))
-        held = part.untyped_storage().nbytes()
-        if part.numel() and held < needed and not torch._is_functional_tensor(part):
+        needed, held = end_of(part), part.untyped_storage().nbytes()
+        if held < needed and not torch._is_functional_tensor(part):
             raise RuntimeError(
                 f"{role} of shape {tuple(tensor.shape)} needs {needed} bytes of its storage, which "
                 f"has {held}: the storage was freed or shrunk (untyped_storage().resize_). Nothing "
@@ -143,12 +143,7 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     first = tensor.data_ptr()
     if tensor.numel() == 0:
         return first, first
-    return first, first + _elements_spanned(tensor) * tensor.element_size()
-
-
-def _elements_spanned(tensor: Tensor) -> int:
-    """Elements of the storage from the first to the last one of a tensor that is not empty."""
-    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + end_of(tensor) - int(tensor.storage_offset()) * tensor.element_size()
 
 
 def waves(tensors: Sequence[Tensor]) -> list[int]:

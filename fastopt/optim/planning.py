@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -31,6 +32,12 @@ class Planning:
         """The update a parameter group is stepped by; the same object for the same settings."""
         return self._update
 
+    def places(self) -> Iterator[Place]:
+        """Every parameter with its group's number and its own among all, in order."""
+        numbers = ((k, p) for k, group in enumerate(self.param_groups) for p in group["params"])
+        for position, (number, param) in enumerate(numbers):
+            yield Place(param, number, position)
+
     def _current_plan(self, told: bool) -> Plan:
         """The plan for the gradients that are there now, checked against every address it holds.
 
@@ -49,9 +56,7 @@ class Planning:
         ):
             self._plan = plan
             return plan
-        numbers = (k for k, group in enumerate(self.param_groups) for _ in group["params"])
-        places = list(map(Place, params, numbers, range(len(params))))
-        plan = self._make_plan(places, grads, keys)
+        plan = self._make_plan(list(self.places()), grads, keys)
         plan.remember(self.__dict__["state"])
         if not plan.odd:
             self._plan = plan

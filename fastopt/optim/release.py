@@ -73,12 +73,7 @@ class Released:
         whose gradient in backward is not that of all ranks.
         """
         self._check_norms(passes.measures(self._optimizer.param_groups))
-        places: dict[Tensor, Place] = {}
-        position = 0
-        for number, group in enumerate(self._optimizer.param_groups):
-            for param in group["params"]:
-                places[param] = Place(param, number, position)
-                position += 1
+        places = {place.param: place for place in self._optimizer.places()}
         for param in places:
             if param not in self._handles and (param.requires_grad or sharding.is_flattened(param)):
                 self._check_reduced(param)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.hostile import parallel
+from tests.processes import run_ranks
 from tests.rows.operands import CALLS
 
 TIMEOUT = 240
@@ -24,14 +23,7 @@ FUNCTIONS = [
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found; all in one pair of processes, which take long to start."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(parallel.work, args=(str(folder),), nprocs=parallel.WORLD, join=False)
-    try:
-        assert context.join(timeout=TIMEOUT) or context.join(timeout=TIMEOUT), "ranks hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(parallel.WORLD)]
+    return run_ranks(parallel.work, tmp_path_factory.mktemp("ranks"), parallel.WORLD, TIMEOUT)
 
 
 def check_trained(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.hostile import in_backward, in_parts, ranks, worker
+from tests.processes import run_ranks
 
 TIMEOUT = 240
 Found = dict[str, Any]
@@ -29,14 +28,7 @@ ROUNDED = {"ddp clipped": {"rtol": 1e-5, "atol": 1e-6}}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     """What each rank found; all scenarios in one pair of processes, which take long to start."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(worker.main, args=(str(folder),), nprocs=ranks.WORLD, join=False)
-    try:
-        assert context.join(timeout=TIMEOUT) or context.join(timeout=TIMEOUT), "ranks hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks.WORLD)]
+    return run_ranks(worker.main, tmp_path_factory.mktemp("ranks"), ranks.WORLD, TIMEOUT)
 
 
 def check_replicas(found: Sequence[Found], key: str) -> None:

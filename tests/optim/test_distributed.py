@@ -3,15 +3,14 @@ torch.optim gives there."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.optim import workers
 from tests.optim.pairs import TOLERANCE
+from tests.processes import run_ranks
 
 TIMEOUT = 120
 
@@ -20,15 +19,7 @@ TIMEOUT = 120
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found; all scenarios in one pair of processes, which take long to start."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(
-        workers.distributed_worker, args=(str(folder),), nprocs=workers.WORLD, join=False
-    )
-    try:
-        assert context.join(timeout=TIMEOUT) or context.join(timeout=TIMEOUT), "ranks hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(workers.WORLD)]
+    found = run_ranks(workers.distributed_worker, folder, workers.WORLD, TIMEOUT)
     assert not [(key, value) for key, value in found[0].items() if key.startswith("error")]
     return found
 

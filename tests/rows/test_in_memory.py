@@ -16,14 +16,14 @@ from fastopt_kernels.cpu import in_memory
 from tests.rows.cases import draw
 
 
-def compiled(*tensors: Any) -> bool:
+def compiled(tensors: tuple[Any, ...]) -> bool:
     found = in_memory.compiled()
     assert found is not None
     check, table = found
     return check(id(tensors), len(tensors), table)
 
 
-def in_python(*tensors: Any) -> bool:
+def in_python(tensors: tuple[Any, ...]) -> bool:
     return guards._in_memory(tensors)
 
 
@@ -74,11 +74,11 @@ NOT_READ: dict[str, Callable[[], Any]] = {
 def check_answers(check: Callable[..., bool]) -> None:
     x = draw(3)
     for make in READ.values():
-        assert check(make())
-        assert check(x, None, make(), x)
+        assert check((make(),))
+        assert check((x, None, make(), x))
     for make in NOT_READ.values():
         for tensors in ((make(), x), (x, None, make()), (x, make(), x, x)):
-            assert not check(*tensors)
+            assert not check(tuple(tensors))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -113,7 +113,7 @@ def test_a_compiled_check_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_check_that_looks_only_at_the_address_would_be_noticed() -> None:
-    def wrong(*tensors: Any) -> bool:
+    def wrong(tensors: tuple[Any, ...]) -> bool:
         given = [x for x in tensors if x is not None]
         return all(isinstance(x, Tensor) and (x.data_ptr() or not x.numel()) for x in given)
 
