@@ -247,22 +247,18 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             self._released.check_step()
         if _cuda_in_use() and torch.cuda.is_current_stream_capturing():
             self._check_capturable()
-        with self._lock:
-            self._step_once()
-        return loss
-
-    def _step_once(self) -> None:
-        """The step of the gradients that are there now."""
         scale = NO_SCALE
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        seen, self._seen = self._seen, None
-        if scale.on_host() and scale.skip():
-            self.note_skip(scale, seen and seen[1])
-            return
-        told = scale.found_inf is not None or self._finds
-        plan = self._current_plan(told) if seen is None else seen[0]
-        self.run_plan(plan, scale, seen and seen[1])
+        with self._lock:
+            seen, self._seen = self._seen, None
+            if scale.on_host() and scale.skip():
+                self.note_skip(scale, seen and seen[1])
+            else:
+                told = scale.found_inf is not None or self._finds
+                plan = self._current_plan(told) if seen is None else seen[0]
+                self.run_plan(plan, scale, seen and seen[1])
+        return loss
 
     def run_plan(self, plan: Plan, scale: Scale = NO_SCALE, seen: Verdict | None = None) -> None:
         """One step of what a plan holds, whole even where the user interrupts it.

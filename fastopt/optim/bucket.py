@@ -168,6 +168,8 @@ class Bucket:
         steps: Steps | DeviceSteps,
     ) -> None:
         self.members, self.update, self.launch, self.steps = members, update, launch, steps
+        # The device counts the steps.
+        self.on_device = isinstance(steps, DeviceSteps)
         self._draws = bool(launch.draws)
         # Of the step that was prepared: what chance follows from, and what a device computes with.
         self._seeds: Any = np.uint64(0)
@@ -198,6 +200,8 @@ class Bucket:
         # Of all gradients, and of the `active` ones where some are missing.
         self.grad_metadata: Metadata | None = None
         self.active: np.ndarray[Any, Any] | None = None
+        # Every gradient is missing this time.
+        self.empty = False
         self.some_metadata: Metadata | None = None
 
     def _take_states(self) -> None:
@@ -210,16 +214,6 @@ class Bucket:
         self.state_metadata = Metadata(self.state_tensors, self._walk)
         for row, member in enumerate(self.members):
             self.launch.tensors[row, 2:] = [state.data_ptr() for state in member.states]
-
-    @property
-    def empty(self) -> bool:
-        """Whether every gradient is missing this time."""
-        return self.active is not None and not self.active.any()
-
-    @property
-    def on_device(self) -> bool:
-        """Whether the device counts the steps."""
-        return isinstance(self.steps, DeviceSteps)
 
     def measure(self, verdict: Verdict) -> None:
         """Let the verdict see the gradients; their addresses are those taken last."""
@@ -251,16 +245,19 @@ class Bucket:
     def run(self, on_device: tuple[Any, ...] = ()) -> None:
         """Launch the step that was counted; on_device: a verdict with the factors that only the
         device knows, and the scale it takes out."""
-        self._stage(Staged.read)
+        if self.staged:
+            self._stage(Staged.read)
         self.launch.run(torch.get_num_threads(), *on_device)
-        self._stage(Staged.write)
+        if self.staged:
+            self._stage(Staged.write)
 
     def run_on_device(self, scale: Scale, verdict: Any) -> None:
         """Launch the step that was prepared without the host knowing its number: it is counted on
         the device. A verdict takes the scaler's word with it."""
         assert isinstance(self.steps, DeviceSteps)
         self.launch.keep_if_captured(self.buffers)
-        self._stage(Staged.read)
+        if self.staged:
+            self._stage(Staged.read)
         self.launch.run_on_device(
             self.update.scalars,
             self.steps.addresses(self.active),
@@ -271,13 +268,13 @@ class Bucket:
             verdict,
             bases_of(self._seeds, self._numbers) if self._draws else None,
         )
-        self._stage(Staged.write)
+        if self.staged:
+            self._stage(Staged.write)
 
     def _stage(self, move: Callable[[Staged], None]) -> None:
-        if self.staged:
-            with torch.no_grad():
-                for staged in self.staged:
-                    move(staged)
+        with torch.no_grad():
+            for staged in self.staged:
+                move(staged)
 
     def touched(self, states: bool) -> list[Tensor]:
         """What the last launch wrote: autograd must know, or a stale backward is silently wrong."""
@@ -332,7 +329,7 @@ class Bucket:
                 return self._take_some_grads(grads)
             if not self.grad_metadata.take(grads):  # type: ignore[arg-type]
                 return False
-            self.active, self.some_metadata = None, None
+            self.active, self.some_metadata, self.empty = None, None, False
             self.launch.select(None)
         self.launch.tensors[:, 1] = self.grad_metadata.addresses
         return True
@@ -345,7 +342,7 @@ class Bucket:
             chosen = [self.members[k] for k in np.flatnonzero(active)]
             if not all(map(_like, present, chosen)):
                 return False
-            self.active = active
+            self.active, self.empty = active, not present
             self.some_metadata = Metadata(present, self._walk, "a gradient")
             self.launch.select(active)
         elif self.some_metadata is None or not self.some_metadata.take(present):

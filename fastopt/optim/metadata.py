@@ -18,12 +18,14 @@ from torch import Tensor
 
 from fastopt.optim import layout
 
-Walk: TypeAlias = Callable[[list[Tensor], int, int, int], int]
+Walk: TypeAlias = Callable[[int, int, int, int, int], int]
 
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 # A C function, void *(PyObject *): the data pointer of any tensor that has memory.
 _address_of: Any = getattr(_guards, "_torchinductor_pyobject_tensor_data_ptr", None)
 _data_ptr: Callable[[Tensor], int] = Tensor.data_ptr
+# What the walk finds: an address that is not what it was, and one below the lowest there may be.
+_MOVED, _LOW = 1, 2
 
 
 def _lowest_mapped() -> int:
@@ -60,7 +62,7 @@ class Metadata:
     """What is known of some tensors, in order; it holds none of them.
 
     addresses: (n,) int64, of the tensors seen last; always the same array
-    walk: the compiled walk over a list, where there is one
+    walk: the compiled walk over a list (`fastopt_kernels.cpu.walk`), where there is one
     role: what the tensors are, in errors
     """
 
@@ -75,38 +77,37 @@ class Metadata:
         self._filled = np.array([tensor.numel() > 0 for tensor in tensors], dtype=bool)
         on_host = all(tensor.device.type == "cpu" for tensor in tensors)
         self._lowest = _LOWEST if on_host else _NEVER_MAPPED
-        self._low = False
 
     def unmoved(self, tensors: list[Tensor]) -> bool:
         """Whether these tensors are alike and lie where those lay."""
-        return self._look(tensors) is False
+        found = self._look(tensors)
+        return found is not None and not found & _MOVED
 
     def take(self, tensors: list[Tensor]) -> bool:
         """Whether these tensors may stand where those stood; their addresses are taken over.
 
         Raises RuntimeError for a tensor whose storage was freed.
         """
-        moved = self._look(tensors)
-        if moved is not None and self._low:
+        found = self._look(tensors)
+        if found is None:
+            return False
+        if found & _LOW:
             for k in np.flatnonzero(self._filled & (self.addresses < self._lowest)):
                 layout.check_storage(tensors[k], self._role)
-        return moved is not None
+        return True
 
-    def _look(self, tensors: list[Tensor]) -> bool | None:
-        """None for tensors that are not alike, else whether any address is new."""
+    def _look(self, tensors: list[Tensor]) -> int | None:
+        """None for tensors that are not alike, else what the walk finds in their addresses."""
         guarded = self._guards is not None and self._guards.check(*tensors)
         # The walk asks for addresses without asking whether there are any: guards see to that.
         if guarded and self._walk is not None and _address_of is not None:
-            flags = self._walk(tensors, _address_of, self._where, self._lowest)
-            self._low = flags > 1
-            return bool(flags & 1)
+            return self._walk(id(tensors), len(tensors), _address_of, self._where, self._lowest)
         if not guarded and not self._alike(tensors):
             return None
         now = np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
-        moved = not np.array_equal(now, self.addresses)
+        moved, low = not np.array_equal(now, self.addresses), (now < self._lowest).any()
         self.addresses[:] = now
-        self._low = bool((now < self._lowest).any())
-        return moved
+        return _MOVED * moved | _LOW * bool(low)
 
     def _alike(self, tensors: list[Tensor]) -> bool:
         for tensor, facts, strides in zip(tensors, self._facts, self._strides, strict=True):

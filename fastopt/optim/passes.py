@@ -248,10 +248,12 @@ def extra_hypers(group: Mapping[str, Any], extras: Extras) -> list[Any]:
 
 def measures(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a step must look at all gradients before it begins."""
-    for group in groups:
-        if group.get("max_grad_norm") is not None or group.get("skip_nonfinite"):
-            return True
-    return False
+    return any(map(looks, groups))
+
+
+def looks(group: Mapping[str, Any]) -> bool:
+    """A step of this group needs all gradients to be looked at first."""
+    return group.get("max_grad_norm") is not None or bool(group.get("skip_nonfinite"))
 
 
 def maximum_of(groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -313,16 +315,23 @@ class Verdict:
         return self
 
     def _norm(self, parts: Any) -> float:
-        merged = float(np.max(parts, initial=0.0) if self.maximum else np.sum(parts))
+        if len(parts) == 1:
+            merged = float(parts[0])
+        else:
+            merged = float(np.max(parts, initial=0.0) if self.maximum else np.sum(parts))
         return abs(self._inverse_scale) * (merged if self.maximum else math.sqrt(merged))
 
     def _coefficient(self, index: int) -> float:
         limit = self._groups[index].get("max_grad_norm")
         if limit is None:
             return 1.0
-        alone = bool(self._groups[index].get(ALONE))
-        shared = [k for k, group in enumerate(self._groups) if not group.get(ALONE)]
-        coefficient = number(limit) / (self._norm(self._parts[[index] if alone else shared]) + 1e-6)
+        if len(self._groups) == 1:
+            parts = self._parts
+        elif self._groups[index].get(ALONE):
+            parts = self._parts[[index]]
+        else:
+            parts = self._parts[[not group.get(ALONE) for group in self._groups]]
+        coefficient = number(limit) / (self._norm(parts) + 1e-6)
         # As torch's clamp: NaN stays.
         return 1.0 if coefficient > 1.0 else coefficient
 

@@ -78,17 +78,19 @@ class Planning:
 
     def _keys(self, told: bool, params: list[Tensor]) -> list[Any]:
         """What the plan of each group hangs on: a GroupKey, as a plain tuple."""
-        told = told or any(group.get("skip_nonfinite") for group in self.param_groups)
+        for group in self.param_groups:
+            if group.get("skip_nonfinite"):
+                told = True
         unknown = told and any(plans.looks_on_device(param.device) for param in params)
         return [
             (
-                self.update_of(group),
+                update := self.update_of(group),
                 group.get("capturable", False),
                 group.get("fused", False),
                 group.get("differentiable", False),
                 passes.extras_of(group),
-                passes.measures((group,)),
-                formats.formats_of(self.update_of(group), group),
+                passes.looks(group),
+                () if group.get("state_dtype") is None else formats.formats_of(update, group),
                 unknown,
             )
             for group in self.param_groups

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastopt.optim.passes import N_AVERAGED, extra_scalars
 from fastopt.optim.update import Update, sign
+from fastopt_kernels.chunks import NO_EXTRAS
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -227,20 +228,26 @@ class Steps:
         n = self.update.n_scalars
         self._carried = []
         for row, (group, first, kin) in enumerate(self._find_classes(launch)):
-            step, *numbers = [array.item(first) for array in self._arrays]
-            values = self.update.scalars(step + 1.0, *numbers, *self.update.floats(groups[group]))
-            count = 0.0 if self._averaged is None else self._averaged.item(first)
-            extra = extra_scalars(groups[group], launch.extras, count + 1.0)
-            launch.scalars[row] = (sign(groups[group]) * factors[group], *values[:n], *extra)
+            step = self._arrays[0].item(first) + 1.0
             if self.update.carried:
+                numbers = [array.item(first) for array in self._arrays[1:]]
+                values = self.update.scalars(step, *numbers, *self.update.floats(groups[group]))
                 self._carried.append((kin, list(map(float, values[n:]))))
+                values = values[:n]
+            else:
+                values = self.update.scalars(step, *self.update.floats(groups[group]))
+            if launch.extras is not NO_EXTRAS:
+                count = 0.0 if self._averaged is None else self._averaged.item(first)
+                values = (*values, *extra_scalars(groups[group], launch.extras, count + 1.0))
+            launch.scalars[row] = (sign(groups[group]) * factors[group], *values)
 
     def count(self) -> None:
         """Count the step that was prepared."""
         for kin, values in self._carried:
             for array, value in zip(self._arrays[1:], values, strict=True):
                 array[kin] = value
-        self._count_averages()
+        if self._averaged is not None:
+            self._count_averages(self._averaged)
         steps, self._expected = self._arrays[0], None
         if self._active is not None:
             steps[self.rows[self._active]] += 1
@@ -253,15 +260,13 @@ class Steps:
         if self.numbers.shared:
             self.numbers.push()
 
-    def _count_averages(self) -> None:
-        if self._averaged is None:
-            return
+    def _count_averages(self, counts: Array) -> None:
         if self._active is not None:
-            self._averaged[self.rows[self._active]] += 1
+            counts[self.rows[self._active]] += 1
         elif self._averaged_view is not None:
             np.add(self._averaged_view, 1, out=self._averaged_view)
         else:
-            self._averaged[self._all] += 1
+            counts[self._all] += 1
 
     def _find_classes(self, launch: Any) -> list[tuple[int, int, Array]]:
         """The partition of the active parameters, made anew where it may have changed."""

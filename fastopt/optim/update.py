@@ -156,7 +156,10 @@ class Update:
         """The values of `hyper_names`, those in tensors too; TypeError for what is no number."""
         hypers = self.hypers(group)
         try:
-            return [x if type(x) is float else number(x) for x in hypers]
+            for k, x in enumerate(hypers):
+                if type(x) is not float:
+                    hypers[k] = number(x)
+            return hypers
         except (TypeError, ValueError) as error:
             raise self._no_number(hypers) from error
 

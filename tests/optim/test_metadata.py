@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from fastopt.optim import metadata
 from fastopt.optim.metadata import Metadata, Walk
-from fastopt_kernels.cpu.walk import take_addresses
+from fastopt_kernels.cpu.walk import LOW, MOVED, compiled
 
 
 @pytest.fixture(params=["guards and walk", "guards", "questions"])
@@ -21,7 +21,7 @@ def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Wal
     """As torch is here, and as it is where it tells us less."""
     if request.param == "guards and walk":
         assert metadata._address_of is not None, "this torch has the function the walk calls"
-        return take_addresses
+        return compiled()  # type: ignore[no-any-return]
     if request.param == "questions":
         monkeypatch.setattr(metadata, "_guards", None)
     return None
@@ -104,12 +104,17 @@ def test_what_a_kernel_does_not_see_may_change(walk: Walk | None) -> None:
 def test_the_walk_reads_every_item_and_says_whether_one_is_new() -> None:
     import numpy as np
 
-    tensors = make()
     into = np.zeros(3, dtype=np.int64)
-    where = into.ctypes.data
-    assert take_addresses(tensors, metadata._address_of, where)
+
+    def walked(tensors: list[Tensor], lowest: int = 0) -> int:
+        arguments = (id(tensors), len(tensors), metadata._address_of, into.ctypes.data, lowest)
+        return int(compiled()(*arguments))
+
+    tensors = make()
+    assert walked(tensors) == MOVED
     assert into.tolist() == [tensor.data_ptr() for tensor in tensors]
-    assert not take_addresses(tensors, metadata._address_of, where)
+    assert walked(tensors) == 0
     into[2] += 8
-    assert take_addresses(tensors, metadata._address_of, where)
-    assert not take_addresses([], metadata._address_of, where)
+    assert walked(tensors) == MOVED
+    assert walked(tensors, lowest=into.max() + 1) == LOW
+    assert walked([]) == 0

@@ -92,8 +92,7 @@ def _over_chunks(launch: Launch, task: rows.Task, merge: np.ufunc) -> np.ndarray
     chunks = launch.chunks
     parts = np.zeros(len(chunks))
     if len(chunks):
-        numbers = (launch.tensors.ctypes.data, chunks.ctypes.data, parts.ctypes.data)
-        rows.run(task, len(chunks), launch.n_elements, numbers)
+        rows.run(task, len(chunks), launch.n_elements, (*launch.where, parts.ctypes.data))
     found = np.zeros(len(launch.tensors))
     with np.errstate(invalid="ignore"):
         merge.at(found, chunks[:, 0], parts)

@@ -61,8 +61,19 @@ def _exchange(typingctx, address, value):
     return signature, codegen
 
 
+# What the walk finds: an address that is not what it was, and one below the lowest there may be.
+MOVED, LOW = 1, 2
+
+
 @cache
-def _compiled() -> Any:
+def compiled() -> Any:
+    """The walk, compiled: (id(items), len(items), address_of, addresses, lowest) -> flags.
+
+    It writes address_of(item) of each item of a list to the int64 array that lies at `addresses`,
+    and returns MOVED where any was another before, LOW where one is below `lowest`, or both.
+    address_of is a C function, void *(PyObject *), that must know what to do with each item.
+    """
+
     def walk(items, n, address_of, addresses, lowest):
         changed, low = 0, 0
         for i in range(n):
@@ -76,16 +87,3 @@ def _compiled() -> Any:
         return next(iter(jitted.overloads.values()))
 
     return disk.obtain(disk.key(walk), make).entry_point
-
-
-# What `take_addresses` has found: an address that is new, and one below the lowest there may be.
-MOVED, LOW = 1, 2
-
-
-def take_addresses(items: list[Any], address_of: int, into: int, lowest: int = 0) -> int:
-    """Write address_of(item) of each item to the int64 array at `into`; returns MOVED | LOW where
-    any was another before, or is below `lowest`.
-
-    address_of: a C function, void *(PyObject *), that must know what to do with each item
-    """
-    return int(_compiled()(id(items), len(items), address_of, into, lowest))
