@@ -78,7 +78,7 @@ def _stats(x: Tensor, n_sets: int) -> Tensor:
     """Room for mean and variance of each set, the mean not rounded to float32, where a large one
     would be off: on CPU both in float64, on GPU the mean in two parts."""
     if backend.by_numba(x):
-        return torch.empty(n_sets, 2, dtype=torch.float64, device="cpu")
+        return torch.empty(n_sets, 2, dtype=torch.float64, device=backend.CPU)
     return torch.empty(3, n_sets, dtype=compute_dtype(x.dtype), device=x.device)
 
 
@@ -181,11 +181,10 @@ def _room(
     wanted: Sequence[bool], x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Empty tensors for those of dx, dweight and dbias that are wanted."""
-    dweight, dbias = (
-        layout.output(like) if wants and like is not None else None
-        for wants, like in zip(wanted[1:], (weight, bias), strict=True)
-    )
-    return _output(x) if wanted[0] else None, dweight, dbias
+    dx = _output(x) if wanted[0] else None
+    dweight = layout.output(weight) if wanted[1] and weight is not None else None
+    dbias = layout.output(bias) if wanted[2] and bias is not None else None
+    return dx, dweight, dbias
 
 
 def _given(dy: Tensor, grad: Tensor | None) -> Tensor:

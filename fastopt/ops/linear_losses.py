@@ -131,6 +131,8 @@ def _sum(x: Tensor, chunk: int) -> Tensor:
     """In float64 on CPU, chunk by chunk: torch sums more at once in an order that depends on the
     threads."""
     wide = torch.float64 if x.is_cpu else compute_dtype(x.dtype)
+    if x.numel() <= chunk:
+        return x.sum(dtype=wide)
     total = x.new_zeros((), dtype=wide)
     for part in torch.split(x, chunk):
         total = total + part.sum(dtype=wide)
@@ -264,9 +266,9 @@ def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     """The derivatives by x, linear_weight and linear_bias."""
     *tensors, divisor, dx, dweight, dbias = ctx.saved_tensors
     reduction, ignore_index, *terms, chunk, _, wanted = ctx.options
-    rest = [None] * (2 + len(ctx.options))
     wanted = [wants and needs for wants, needs in zip(wanted, _needed(ctx), strict=True)]
     x, linear_weight, target, linear_bias, weight = tensors
+    found: Sequence[Tensor | None]
     if differentiated(dloss, *tensors):
 
         def loss(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
@@ -274,26 +276,24 @@ def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
             found = composed(x, linear_weight, target, linear_bias, weight, *options)
             return found.to(dloss.dtype)
 
-        dx, dweight, dbias = by_torch(loss, [x, linear_weight, linear_bias], dloss)
+        found = by_torch(loss, [x, linear_weight, linear_bias], dloss)
     elif reduction == NONE:
         args = (dloss, *tensors, ignore_index, *terms, chunk, wanted)
-        run = run_linear_cross_entropy_backward
-        found = (
-            run(*args)
-            if plain(dloss, *tensors)
-            else torch.ops.fastopt.linear_cross_entropy_backward(*args)
-        )
-        dx, dweight, dbias = found
+        if plain(dloss, *tensors):
+            found = run_linear_cross_entropy_backward(*args)
+        else:
+            found = torch.ops.fastopt.linear_cross_entropy_backward(*args)
     else:
         if not plain(dloss, divisor, dx, dweight, dbias):
             refuse_short(dloss, divisor, dx, dweight, dbias)
-        scale, spare = dloss.to(divisor.dtype) / divisor, ctx.private and not _graph_is_kept()
-        dx, dweight, dbias = (
-            _scaled(grad, scale, x.dtype, spare) if wants else None
-            for grad, wants in zip((dx, dweight, dbias), wanted, strict=True)
-        )
-    grads = [g if wants else None for g, wants in zip((dx, dweight, dbias), wanted, strict=True)]
-    return grads[0], grads[1], None, grads[2], *rest[1:]
+        found, spare = (dx, dweight, dbias), ctx.private and not _graph_is_kept()
+        scale = dloss.to(divisor.dtype) / divisor
+        found = [
+            _scaled(grad, scale, x.dtype, spare) if wants and grad is not None else None
+            for grad, wants in zip(found, wanted, strict=True)
+        ]
+    dx, dweight, dbias = [g if w else None for g, w in zip(found, wanted, strict=True)]
+    return dx, dweight, None, dbias, *[None] * (1 + len(ctx.options))
 
 
 _saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks

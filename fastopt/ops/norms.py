@@ -52,7 +52,7 @@ def _stats(x: Tensor, n_rows: int, centered: bool) -> Tensor:
     if not centered:
         return torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device)
     if backend.by_numba(x):
-        return torch.empty(n_rows, 2, dtype=torch.float64, device="cpu")
+        return torch.empty(n_rows, 2, dtype=torch.float64, device=backend.CPU)
     return torch.empty(2, n_rows, dtype=compute_dtype(x.dtype), device=x.device)
 
 
@@ -138,14 +138,16 @@ def _rms_norm_grads(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, dweight; None where one is not wanted. dx is in channels_last where dy is."""
-    dx, dweight = map(wanted_of, wanted, (x, weight))
+    dx, dweight, rows = wanted_of(wanted[0], x), wanted_of(wanted[1], weight), dy.contiguous()
     if x.numel():
         x, sizes = layout.rows(x, n_dims)
-        kernels, rows, weight = backend.kernels_for(x, "norms"), dy.contiguous(), flat(weight)
+        kernels, weight = backend.kernels_for(x, "norms"), flat(weight)
         kernels.rms_norm_backward(rows, x, weight, stats, dx, dweight, sizes, offset)
     else:
         zero(dweight)
-    return None if dx is None else layout.kept_channels_last(dx, dy), dweight
+    if rows is not dy and dx is not None:
+        dx = layout.kept_channels_last(dx, dy)
+    return dx, dweight
 
 
 def zero(*grads: Tensor | None) -> None:

@@ -106,14 +106,12 @@ def _grads(
 ) -> tuple[Tensor | None, ...]:
     """(dx, dresidual, dweight, dbias); None where one is not wanted, and for dx where it is
     dresidual."""
-    dtypes = (x_dtype, residual_dtype)
-    alike = _alike(seed, dtypes)
-    wants_dx, wants_dresidual = wanted[0] and not alike, wanted[1] or (wanted[0] and alike)
-    rows = total.contiguous()
-    dx, dresidual = (
-        torch.empty_like(rows, dtype=dtype) if wants else None
-        for wants, dtype in zip((wants_dx, wants_dresidual), dtypes, strict=True)
-    )
+    alike = _alike(seed, (x_dtype, residual_dtype))
+    rows, dx, dresidual = total.contiguous(), None, None
+    if wanted[0] and not alike:
+        dx = torch.empty_like(rows, dtype=x_dtype)
+    if wanted[1] or (wanted[0] and alike):
+        dresidual = torch.empty_like(rows, dtype=residual_dtype)
     dweight, dbias = map(norms.wanted_of, wanted[2:], (weight, bias))
     if total.numel():
         kernels, n_cols = backend.kernels_for(total, "residual_norms"), _n_cols(total, n_dims)
@@ -124,9 +122,10 @@ def _grads(
         kernels.add_norm_backward(*inputs, *weights, *outputs, sizes, *options)
     else:
         norms.zero(dweight, dbias)
-    dx, dresidual = (
-        d if d is None else layout.kept_channels_last(d, total) for d in (dx, dresidual)
-    )
+    if rows is not total:
+        dx, dresidual = (
+            d if d is None else layout.kept_channels_last(d, total) for d in (dx, dresidual)
+        )
     return dx, dresidual, dweight, dbias
 
 

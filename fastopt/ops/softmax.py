@@ -105,7 +105,7 @@ def _walked(x: Tensor, dims: Sequence[int], *outputs: Tensor) -> tuple[Any, ...]
 
 def _stats(out: Tensor) -> Tensor:
     if backend.by_numba(out):
-        return torch.empty(out.numel(), 2, dtype=torch.float64, device="cpu")
+        return torch.empty(out.numel(), 2, dtype=torch.float64, device=backend.CPU)
     return torch.empty(out.numel(), dtype=compute_dtype(out.dtype), device=out.device)
 
 

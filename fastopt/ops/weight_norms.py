@@ -82,9 +82,9 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     v, g, norms = ctx.saved_tensors
     if differentiated(dy, v, g, norms):
         return *by_torch(lambda v, g: composed(v, g, ctx.dim), [v, g], dy), None
-    op = torch.ops.fastopt.weight_norm_backward
-    run = run_weight_norm_backward if plain(dy, v, g, norms) else op
-    return *run(dy, v, g, norms, ctx.dim), None
+    if plain(dy, v, g, norms):
+        return *run_weight_norm_backward(dy, v, g, norms, ctx.dim), None
+    return *torch.ops.fastopt.weight_norm_backward(dy, v, g, norms, ctx.dim), None
 
 
 define(

@@ -217,12 +217,14 @@ def gradients(
         channel_pixel_gradients.gradients(x, inputs, results, channels, rest, summed)
         return
     table, task = planes_table(channels), rows.task_of(_planes, rows.kind_of(x))
-    n_lots, per_lot = int(table[0]), int(table[6])
+    n_lots, per_lot = table.numbers[0], table.numbers[6]
     # Sums of dy and dy x_hat of each lot, or of each of its channels; means, where it is no set.
-    parts = torch.empty(2 * n_lots * (1 if batch else per_lot), dtype=torch.float64, device="cpu")
-    means = torch.empty(2 * channels.channels if batch else 0, dtype=torch.float64, device="cpu")
+    parts = torch.empty(
+        2 * n_lots * (1 if batch else per_lot), dtype=torch.float64, device=rows.CPU
+    )
+    means = torch.empty(2 * channels.channels if batch else 0, dtype=torch.float64, device=rows.CPU)
     n_task = rows.rows_of(per_lot * channels.length)
-    n_tasks, n, rest = -(-n_lots // n_task), x.numel(), (table.ctypes.data, *rest)
+    n_tasks, n, rest = -(-n_lots // n_task), x.numel(), (table.address, *rest)
     tail, now = (*results, *rest, means.data_ptr(), n_task), 0 if batch else rows.address(dx)
     if summed or not given:
         last, n_last = rows.task_of(_sum_parts), -(-channels.channels // SUMMED)

@@ -163,17 +163,17 @@ def _forward(
     """inputs: addresses of x, y, weight and bias; rest: kinds, eps, momentum, given"""
     task, table, n = rows.task_of(_planes, rows.kind_of(x)), planes_table(channels), x.numel()
     (kinds, eps, momentum, given), addresses = rest, tuple(map(rows.address, running))
-    n_lots, n_task = int(table[0]), rows.rows_of(channels.per_set)
+    n_lots, n_task = table.numbers[0], rows.rows_of(channels.per_set)
     if channels.batch:
-        n_task = rows.rows_of(int(table[6]) * channels.length)
-    n_tasks, where = -(-n_lots // n_task), table.ctypes.data
+        n_task = rows.rows_of(table.numbers[6] * channels.length)
+    n_tasks, where = -(-n_lots // n_task), table.address
     if given or not channels.batch:
         numbers = (*inputs, rows.address(stats), *addresses, where, kinds, eps, 1 - given, n_task)
         rows.run(task, n_tasks, n, numbers)
         return
-    lots = torch.empty(n_lots, 2, dtype=torch.float64, device="cpu")
+    lots = torch.empty(n_lots, 2, dtype=torch.float64, device=rows.CPU)
     if stats is None:
-        stats = torch.empty(channels.channels, 2, dtype=torch.float64, device="cpu")
+        stats = torch.empty(channels.channels, 2, dtype=torch.float64, device=rows.CPU)
     only_x = inputs[0], 0, 0, 0
     numbers = (*only_x, lots.data_ptr(), *addresses, where, kinds, eps, 1, n_task)
     numbers = (*numbers, stats.data_ptr(), momentum)

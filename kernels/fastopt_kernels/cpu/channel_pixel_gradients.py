@@ -327,13 +327,13 @@ def gradients(
     """inputs: addresses of dy, x, weight, stats and dx; results: of dweight and dbias; rest: kinds,
     eps, given; summed: whether any of the results is wanted"""
     table, kind, n, given = pixels_table(channels), rows.kind_of(x), x.numel(), rest[-1]
-    n_blocks, needed = channels.images * int(table[8]), summed or not given
+    n_blocks, needed = channels.images * table.numbers[8], summed or not given
     # Sums of dy and dy x_hat of each channel in each block; their means over each set.
     partial = torch.empty(
-        2 * n_blocks * channels.channels if needed else 0, dtype=torch.float64, device="cpu"
+        2 * n_blocks * channels.channels if needed else 0, dtype=torch.float64, device=rows.CPU
     )
-    means = torch.empty(2 * channels.n_sets, dtype=torch.float64, device="cpu")
-    numbers = (*inputs, partial.data_ptr(), means.data_ptr(), *results, table.ctypes.data, *rest)
+    means = torch.empty(2 * channels.n_sets, dtype=torch.float64, device=rows.CPU)
+    numbers = (*inputs, partial.data_ptr(), means.data_ptr(), *results, table.address, *rest)
     sums, means_of = rows.task_of(_pixel_sums, kind), rows.task_of(_pixel_means)
     dx, weights = rows.task_of(_pixel_dx, kind), rows.task_of(_pixel_weights)
     n_dx, n_means = n_blocks if inputs[-1] else 0, -(-channels.n_sets // sets_a_task(channels))

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from fastopt_kernels.channels import Channels
 from fastopt_kernels.cpu import memory, outputs, rows
-from fastopt_kernels.cpu.channel_sets import kind_at, load_any, merge, move, off, poor, tidy
+from fastopt_kernels.cpu.channel_sets import (
+    Table,
+    kind_at,
+    load_any,
+    merge,
+    move,
+    off,
+    poor,
+    tidy,
+)
 from fastopt_kernels.cpu.vecmath import bits_to_double
 from fastopt_kernels.cpu.xp import JIT
 
@@ -43,15 +52,14 @@ table_row = memory.make_row(types.int64, 10)
 
 
 @lru_cache(maxsize=512)
-def pixels_table(c: Channels) -> np.ndarray:
+def pixels_table(c: Channels) -> Table:
     """The numbers of `table_row` for a geometry."""
     pixels = max(1, WIDTH // c.channels) if c.stride_element == c.channels else 1
     n_blocks = -(-c.length // max(1, BLOCK // c.channels))
     block = -(-c.length // n_blocks)
     block = min(c.length, block + -block % pixels)
     n_blocks = -(-c.length // block)
-    table = (*c[:4], c.stride_element, c.groups, int(c.batch), block, n_blocks, pixels)
-    return np.array(table, dtype=np.int64)
+    return Table.of((*c[:4], c.stride_element, c.groups, int(c.batch), block, n_blocks, pixels))
 
 
 def sets_a_task(c: Channels) -> int:
@@ -349,12 +357,14 @@ def forward(
 ) -> None:
     """inputs: addresses of x, y, weight and bias; rest: kinds, eps, momentum, given"""
     table, kind, given = pixels_table(channels), rows.kind_of(x), rest[-1]
-    n_blocks, addresses = channels.images * int(table[8]), tuple(map(rows.address, running))
-    tail, norms = (table.ctypes.data, *rest, 0), rows.task_of(_pixel_norms, kind)
+    n_blocks, addresses = channels.images * table.numbers[8], tuple(map(rows.address, running))
+    tail, norms = (table.address, *rest, 0), rows.task_of(_pixel_norms, kind)
     if not given:
-        partial = torch.empty(n_blocks * 2 * channels.channels, dtype=torch.float64, device="cpu")
+        partial = torch.empty(
+            n_blocks * 2 * channels.channels, dtype=torch.float64, device=rows.CPU
+        )
         if stats is None:
-            stats = torch.empty(channels.n_sets, 2, dtype=torch.float64, device="cpu")
+            stats = torch.empty(channels.n_sets, 2, dtype=torch.float64, device=rows.CPU)
         sets, n_last = rows.task_of(_pixel_sets), -(-channels.n_sets // sets_a_task(channels))
         numbers = (*inputs, partial.data_ptr(), stats.data_ptr(), *addresses, *tail)
         moments = rows.task_of(_pixel_moments, kind)

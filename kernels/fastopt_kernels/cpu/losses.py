@@ -264,7 +264,7 @@ def _run_loss(
 ) -> tuple[Tensor, bool]:
     """(stats, whether all targets are classes)."""
     n_rows, n_cols, *_ = options
-    stats = torch.empty(2 * n_rows + 2, dtype=torch.float64, device="cpu")
+    stats = torch.empty(2 * n_rows + 2, dtype=torch.float64, device=rows.CPU)
     n_task = rows.rows_of(n_cols)
     n_tasks = -(-n_rows // n_task)
     # Whether a target is out of range, then of each task the sums of its losses, weights and

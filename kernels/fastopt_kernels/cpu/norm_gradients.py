@@ -323,9 +323,12 @@ def gradients(
         n_task = rows.rows_of(n_cols)
         n_blocks = -(-n_rows // n_task)
     # Of each block: dweight and dbias in float64, and room to sum them in the compute type.
-    blocks = torch.empty(4 * n_blocks * n_cols if n_last else 0, dtype=torch.float64, device="cpu")
+    blocks = torch.empty(
+        4 * n_blocks * n_cols if n_last else 0, dtype=torch.float64, device=rows.CPU
+    )
     inputs = (dy.data_ptr(), x.data_ptr(), rows.address(weight), stats.data_ptr())
     results = (rows.address(dx), blocks.data_ptr(), rows.address(dweight), rows.address(dbias))
-    numbers = (*inputs, *results, *sizes, n_task, n_blocks, double_bits(weight_offset))
-    numbers += (rows.address(dropped), rows.address(dsum), *numbers_of(dropout))
+    offset = double_bits(weight_offset) if weight_offset else 0
+    more = (n_task, n_blocks, offset, rows.address(dropped), rows.address(dsum))
+    numbers = (*inputs, *results, *sizes, *more, *numbers_of(dropout))
     rows.run(task, n_blocks, n_rows * n_cols, numbers, last, n_last)

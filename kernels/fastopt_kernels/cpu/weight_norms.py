@@ -215,9 +215,9 @@ def _run(
     n_cols = n_kept * n_inner
     n_task = max(BLOCK_ROWS, -(-n_outer // BLOCKS))
     n_blocks = -(-n_outer // n_task)
-    blocks = torch.empty(n_blocks * n_cols, dtype=torch.float64, device="cpu")
+    blocks = torch.empty(n_blocks * n_cols, dtype=torch.float64, device=rows.CPU)
     scales = torch.empty(
-        2 * n_cols, dtype=torch.float64 if kind == "fp64" else torch.float32, device="cpu"
+        2 * n_cols, dtype=torch.float64 if kind == "fp64" else torch.float32, device=rows.CPU
     )
     numbers = (*pointers, blocks.data_ptr(), scales.data_ptr(), n_outer, n_cols, n_inner)
     task, fold = rows.task_of(_column_sums, kind, backward), rows.task_of(_fold, kind, backward)
