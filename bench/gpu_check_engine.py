@@ -37,7 +37,7 @@ ON_DEVICE = (KINDS[0], KINDS[3])
 
 def rows(device: Device, quick: bool) -> Iterator[Row]:
     """quick: small sizes and few dtypes, for the interpreter."""
-    from fastopt_kernels.gpu import engine  # needs triton
+    from fastopt_kernels.gpu.step import engine  # needs triton
 
     for case in cases(quick):
         here = [KINDS[0], KINDS[1 + CASES.index(case) % 7]] if quick else KINDS

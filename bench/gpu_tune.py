@@ -31,7 +31,7 @@ CANDIDATES = (
 
 
 def rows(device: Device, quick: bool) -> Iterator[Row]:
-    from fastopt_kernels.gpu import engine  # needs triton
+    from fastopt_kernels.gpu.step import engine  # needs triton
 
     for dtype in list(DTYPES)[: 1 if quick else None]:
         for threads, width, chunk in CANDIDATES[:1] if quick else CANDIDATES:

@@ -1,4 +1,5 @@
-"""From which size on results should leave past the caches: what decides `cpu/outputs.py`'s PAST.
+"""From which size on results should leave past the caches: what decides PAST of
+`cpu/base/streaming_stores.py`.
 
     python -m bench.output_report --out bench/results
 
@@ -27,7 +28,7 @@ from bench.measure import copy_gb_per_s
 from bench.render import conditions, markdown_table, ms, spread
 from bench.sections import publish
 from bench.timing import Ratio, Subject
-from fastopt_kernels.cpu import memory, outputs
+from fastopt_kernels.cpu.base import memory, streaming_stores
 
 MEGABYTES = (1, 2, 4, 8, 16, 32, 64, 128)
 LAYERS, ELEMENTS = 5, 16384
@@ -35,8 +36,8 @@ Record = dict[str, Any]
 
 _load = memory.make_loader("fp32", types.float32, 0)
 _store = memory.make_storer("fp32", types.float32, True, 1)
-_place, _send = outputs.make_outputs(4)
-_room, _settle, SPAN = outputs.room, outputs.settle, outputs.SPAN
+_place, _send = streaming_stores.make_outputs(4)
+_room, _settle, SPAN = streaming_stores.room, streaming_stores.settle, streaming_stores.SPAN
 
 
 @njit(nogil=True, fastmath={"contract"})

@@ -64,4 +64,4 @@ def kernels_for(x: Tensor, module: str) -> ModuleType:
 
 def engine(device_type: str) -> ModuleType:
     """The engine of the optimizers on a device type."""
-    return kernels(device_type, "engine")
+    return kernels(device_type, "step.engine")

@@ -23,7 +23,8 @@ import pytest
 
 from fastopt_kernels import rules
 from fastopt_kernels.chunks import NO_EXTRAS
-from fastopt_kernels.cpu import cache, engine
+from fastopt_kernels.cpu.base import cache
+from fastopt_kernels.cpu.step import engine
 from tests.optim.workers import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ PRELUDE = """
     import json, os
     import numpy as np
     from fastopt_kernels import rules, xp
-    from fastopt_kernels.cpu import engine
+    from fastopt_kernels.cpu.step import engine
 
     compiled = []
     make_kernel = engine._make_kernel
@@ -167,7 +168,7 @@ def test_an_edited_rule_gets_another_file_and_its_old_one_is_found_again(tmp_pat
 def test_edited_kernel_sources_get_other_files(tmp_path: Path) -> None:
     """And a process that imported them before the edit keeps its kernels under the old name."""
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pyc*"))
-    source = tmp_path / "kernels" / "fastopt_kernels" / "cpu" / "xp.py"
+    source = tmp_path / "kernels" / "fastopt_kernels" / "cpu" / "base" / "xp.py"
     folder = tmp_path / "kept"
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "kernels"), str(ROOT)])}
     edit = f"""

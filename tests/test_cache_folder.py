@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fastopt_kernels.cpu import cache
+from fastopt_kernels.cpu.base import cache
 from tests.test_cache import TIMEOUT, compiled_here, run, start
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of POSIX")

@@ -20,7 +20,7 @@ from numba import njit, types
 
 import fastopt
 import fastopt_kernels
-from fastopt_kernels.cpu import cache, memory
+from fastopt_kernels.cpu.base import cache, memory
 from tests.optim.workers import environment
 
 PACKAGES = {
@@ -69,7 +69,7 @@ EDITS = """
     def key():
         for name in [name for name in sys.modules if name.startswith("fastopt")]:
             del sys.modules[name]
-        cache = importlib.import_module("fastopt_kernels.cpu.cache")
+        cache = importlib.import_module("fastopt_kernels.cpu.base.cache")
         assert cache.__file__.startswith(str(root))
         return cache.key(importlib.import_module("fastopt_kernels.rules").sgd, ("fp32", "fp32"), 3)
 
@@ -116,7 +116,7 @@ def check_edits(keys: dict[str, str]) -> None:
 def test_an_edited_constant_in_any_source_or_another_version_is_another_key(
     keys: dict[str, str],
 ) -> None:
-    assert {"chunks.py", "channels.py", "rules.py", "xp.py", "cpu/engine.py"} < set(SOURCES)
+    assert {"chunks.py", "channels.py", "rules.py", "xp.py", "cpu/step/engine.py"} < set(SOURCES)
     check_edits(keys)
 
 
@@ -159,7 +159,7 @@ SETTINGS = """
     warnings.simplefilter("ignore")  # where there is no YAML
     from numba.core import config
     from fastopt_kernels import rules
-    from fastopt_kernels.cpu import cache, memory
+    from fastopt_kernels.cpu.base import cache, memory
 
     def key():
         return cache.key(rules.sgd, ("fp32", "fp32"), 3)
@@ -299,7 +299,7 @@ def test_a_rule_that_refers_to_itself_has_a_key() -> None:
 def test_the_key_of_what_cannot_be_described_holds_in_one_process(tmp_path: Path) -> None:
     code = """
         import json
-        from fastopt_kernels.cpu import cache, memory
+        from fastopt_kernels.cpu.base import cache, memory
         class Unknown:
             def __repr__(self):
                 return "the same"
@@ -322,7 +322,7 @@ def test_a_key_is_the_name_of_a_file_whatever_a_rule_is_called() -> None:
 def test_a_key_does_not_depend_on_the_seed_of_hashes(tmp_path: Path) -> None:
     code = """
         import json
-        from fastopt_kernels.cpu import cache, memory
+        from fastopt_kernels.cpu.base import cache, memory
         scope = {"NAMES": frozenset(map(str, range(50)))}
         exec("def rule(p, g, lr): return (p if 'x' in {'a', 'b', 'c'} else NAMES,)", scope)
         print(json.dumps(cache.key(scope["rule"])))
@@ -333,6 +333,6 @@ def test_a_key_does_not_depend_on_the_seed_of_hashes(tmp_path: Path) -> None:
 def test_these_checks_see_a_key_that_covers_too_little(keys: dict[str, str]) -> None:
     with pytest.raises(AssertionError):
         check_rules(lambda rule: repr((rule.__code__.co_code, rule.__code__.co_consts)))
-    engine = os.path.join("fastopt_kernels", "cpu", "engine.py")
+    engine = os.path.join("fastopt_kernels", "cpu", "step", "engine.py")
     with pytest.raises(AssertionError):
         check_edits({**keys, engine: keys[""]})

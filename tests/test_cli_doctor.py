@@ -343,7 +343,7 @@ def test_a_container_may_use_its_quota(
 FORKED = """
 import os, sys
 from fastopt.cli import main
-from fastopt_kernels.cpu import threads
+from fastopt_kernels.cpu.base import threads
 child = os.fork()
 if child == 0:
     sys.exit(main(["doctor"]))

@@ -25,7 +25,7 @@ from fastopt.cli.clock import Breakdown
 from fastopt.cli.subjects import Subject, Traffic
 from fastopt.optim.update import Update
 from fastopt_kernels import launches, rules
-from fastopt_kernels.cpu import streams
+from fastopt_kernels.cpu.base import bandwidth
 
 CPU = torch.device("cpu")
 SMALL = {"batch_norm": "4x8x5x3", "group_norm": "4x8x5x3", "instance_norm": "4x8x5x3"}
@@ -209,8 +209,8 @@ def test_the_bound_is_what_explains_most(
 @pytest.mark.parametrize("n_pieces", [1, 7])
 @pytest.mark.parametrize("n", [1, 40_003])
 def test_streams_move_every_byte_once(n: int, n_pieces: int) -> None:
-    modes = (streams.READ, streams.WRITE, streams.COPY, streams.UPDATE)
-    moved = streams.Streams([(mode, 4 * n) for mode in modes])
+    modes = (bandwidth.READ, bandwidth.WRITE, bandwidth.COPY, bandwidth.UPDATE)
+    moved = bandwidth.Streams([(mode, 4 * n) for mode in modes])
     for source, target in moved.memory:
         source[:], target[:] = np.arange(n) % 7, -3
     moved.run(n_pieces)

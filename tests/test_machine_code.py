@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastopt.cli import clock, main, subjects
-from fastopt_kernels.cpu import inspect as cpu_inspect
-from fastopt_kernels.gpu import inspect as gpu_inspect
+from fastopt_kernels.cpu import machine_code as cpu_inspect
+from fastopt_kernels.gpu import machine_code as gpu_inspect
 
 CPU = torch.device("cpu")
 SCALAR = """

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _clear_cache(as_json: bool) -> int:
     """Removes the kernels on disk; the status is 1 where that is not possible."""
-    from fastopt_kernels.cpu import cache_folder
+    from fastopt_kernels.cpu.base import cache_folder
 
     folder = cache_folder.folder()
     try:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import fastopt
-from fastopt_kernels.cpu import cache_folder
+from fastopt_kernels.cpu.base import cache_folder
 
 from . import hardware, memory
 from .record import cpu_name
@@ -155,7 +155,7 @@ def _threads(forked: bool) -> Facts:
         facts["layer"] = numba.threading_layer()
     except ValueError:  # not started: one thread, or nothing ran
         return facts
-    if missing := importlib.import_module("fastopt_kernels.cpu.threads").missing:
+    if missing := importlib.import_module("fastopt_kernels.cpu.base.threads").missing:
         facts["missing"] = missing
     try:
         importlib.import_module("numba.np.ufunc.omppool")
@@ -174,7 +174,7 @@ def _openmp() -> list[str]:
 def _forked() -> bool:
     """Whether this is a child that was forked after fastopt's CPU kernels had been imported."""
     try:
-        from fastopt_kernels.cpu import threads
+        from fastopt_kernels.cpu.base import threads
     except Exception:
         return False
     return bool(threads._forked)

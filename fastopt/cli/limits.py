@@ -33,16 +33,18 @@ def bytes_per_s(traffic: Traffic, device: torch.device, budget: float = 0.4) -> 
 
 
 def _by_numba(mix: Traffic) -> dict[str, Callable[[], object]]:
-    from fastopt_kernels.cpu import streams
+    from fastopt_kernels.cpu.base import bandwidth
 
     copied = min(mix.read, mix.written)
     wanted = {
-        streams.COPY: copied,
-        streams.READ: mix.read - copied,
-        streams.WRITE: mix.written - copied,
-        streams.UPDATE: mix.updated,
+        bandwidth.COPY: copied,
+        bandwidth.READ: mix.read - copied,
+        bandwidth.WRITE: mix.written - copied,
+        bandwidth.UPDATE: mix.updated,
     }
-    chosen = streams.Streams([(mode, n) for mode, n in wanted.items() if n] or [(streams.COPY, 8)])
+    chosen = bandwidth.Streams(
+        [(mode, n) for mode, n in wanted.items() if n] or [(bandwidth.COPY, 8)]
+    )
     passes: dict[str, Callable[[], object]] = {
         f"{n} pieces": partial(chosen.run, n) for n in PIECES
     }

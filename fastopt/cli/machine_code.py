@@ -21,9 +21,9 @@ def by_numba(launches: Sequence[Launched]) -> dict[str, dict[str, Any]]:
 
 
 def _read(key: str) -> dict[str, Any]:
-    from fastopt_kernels.cpu import inspect
+    from fastopt_kernels.cpu import machine_code
 
-    read = inspect.read(key)
+    read = machine_code.read(key)
     return {
         "threads": torch.get_num_threads(),
         "vector_bits": read.loops.bits,
@@ -39,9 +39,9 @@ def targets() -> tuple[str, ...]:
     """GPUs that kernels can be compiled for here; none without Triton."""
     if importlib.util.find_spec("triton") is None:
         return ()
-    from fastopt_kernels.gpu import inspect
+    from fastopt_kernels.gpu import machine_code
 
-    return tuple(inspect.TARGETS)
+    return tuple(machine_code.TARGETS)
 
 
 def target_of(device: torch.device) -> str:
@@ -55,10 +55,10 @@ def target_of(device: torch.device) -> str:
 
 def for_target(target: str, make: Callable[[], Subject]) -> dict[str, dict[str, Any]]:
     """What a step of a subject on CPU tensors would launch on that GPU: compiled, read, not run."""
-    from fastopt_kernels.gpu import inspect
+    from fastopt_kernels.gpu import machine_code
 
     try:
-        with _cpu_as_gpu(), inspect.compiling(target) as launched:
+        with _cpu_as_gpu(), machine_code.compiling(target) as launched:
             subject = make()
             launched.clear()
             subject.step()
@@ -95,17 +95,17 @@ def _cpu_as_gpu() -> Iterator[None]:
 
 
 def _by_triton(kernel: Any, target: str, n_warps: int) -> dict[str, Any]:
-    from fastopt_kernels.gpu import inspect
+    from fastopt_kernels.gpu import machine_code
 
-    read, shared = inspect.read(kernel), int(kernel.metadata.shared)
-    loads, stores = inspect.access_bits(kernel)
+    read, shared = machine_code.read(kernel), int(kernel.metadata.shared)
+    loads, stores = machine_code.access_bits(kernel)
     return {
         "target": target,
         "registers": read.registers,
         "shared_bytes": shared,
         "spills": read.spilled,
         "warps": n_warps,
-        "occupancy": inspect.occupancy(target, read.registers, shared, n_warps),
+        "occupancy": machine_code.occupancy(target, read.registers, shared, n_warps),
         "load_bits": max(loads, default=0),
         "store_bits": max(stores, default=0),
         "float64_instructions": read.float64,

@@ -95,7 +95,7 @@ def _enter_others(
         return BY_TORCH, tensors
     for x in tensors:
         if type(x) in PLAIN and not (x.is_cpu or x.is_cuda or x.is_meta):
-            backend.kernels(x.device.type, "softmax")  # refuses
+            backend.kernels(x.device.type, "rows.softmax")  # refuses
     given = tuple(None if x is None else guards.resolved(x) for x in tensors)
     return (DIRECT if in_memory(given) and not _n_dispatch_modes() else AS_OP), given
 

@@ -127,7 +127,7 @@ def run_channel_norm(
     if not x.numel():
         return y, stats
     x, channels = walk(x, groups, batch)
-    backend.kernels_for(x, "channel_norms").channel_norm(
+    backend.kernels_for(x, "rows.channel_norms").channel_norm(
         x,
         _flat(weight),
         _flat(bias),
@@ -167,7 +167,7 @@ def _grads(
     if x.numel():
         dy = _in_order(dy, _output(x) if dx is None else dx)
         x, channels = walk(x, groups, batch)
-        backend.kernels_for(x, "channel_norms").channel_norm_backward(
+        backend.kernels_for(x, "rows.channel_norms").channel_norm_backward(
             dy, x, _flat(weight), stats, dx, dweight, dbias, channels, eps, given
         )
     else:

@@ -47,7 +47,7 @@ _is_loaded = False
 def _load() -> None:
     global _compiled, _is_loaded
     try:
-        _compiled = backend.kernels("cpu", "in_memory").compiled()
+        _compiled = backend.kernels("cpu", "base.in_memory").compiled()
     except ImportError:  # other kernels say what is missing
         _compiled = None
     _is_loaded = True

@@ -43,7 +43,7 @@ def run_cross_entropy(
     Of a row, on CPU: its maximum and log sum exp(x - max), in float64; on a GPU: its logsumexp.
     """
     logits, shape, strides = layout.along(x, _dim(x))
-    kernels, terms = backend.kernels_for(x, "losses"), (smoothing, z_loss, softcap)
+    kernels, terms = backend.kernels_for(x, "rows.cross_entropy"), (smoothing, z_loss, softcap)
     if not backend.by_numba(x):
         args = (logits, target.contiguous(), _weight(weight, x), shape, strides)
         return _by_rows(kernels, args, _positions(x), reduction, ignore_index, terms)
@@ -123,7 +123,7 @@ class Block(NamedTuple):
     def losses(self, out: Tensor) -> Tensor:
         """Fill out, (N,) in the compute type; what `gradients` needs of each row."""
         x, target, weight, ignore_index, terms, z_share = self
-        kernels, walk = backend.kernels_for(x, "losses"), self._walk()
+        kernels, walk = backend.kernels_for(x, "rows.cross_entropy"), self._walk()
         probs = target.is_floating_point()
         if not backend.by_numba(x):
             stats = torch.empty_like(out)
@@ -144,7 +144,10 @@ class Block(NamedTuple):
     def gradients(self, stats: Tensor, dloss: Tensor) -> None:
         """dloss: (N,), or (1,) for all alike, in the compute type."""
         x, target, weight, ignore_index, terms, z_share = self
-        kernels, args = backend.kernels_for(x, "losses"), (x, target, weight, stats, dloss, x)
+        kernels, args = (
+            backend.kernels_for(x, "rows.cross_entropy"),
+            (x, target, weight, stats, dloss, x),
+        )
         if target.is_floating_point():
             kernels.cross_entropy_probs_backward(*args, *self._walk(), terms)
             return
@@ -200,7 +203,7 @@ def run_cross_entropy_backward(
     dx = layout.output(x)
     if not x.numel():
         return dx
-    kernels = backend.kernels_for(x, "losses")
+    kernels = backend.kernels_for(x, "rows.cross_entropy")
     logits, shape, strides = layout.along(x, _dim(x))
     targets = (target.contiguous(), _weight(weight, x))
     share: tuple[Tensor | None, ...] = ()

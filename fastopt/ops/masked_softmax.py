@@ -58,7 +58,7 @@ def run_masked_softmax(x: Tensor, mask: Tensor | None, scale: float, is_causal: 
         if mask is not None:
             mask, walk = walk_of(mask, x.shape)
         x, sizes = layout.rows(x, 1)
-        kernels = backend.kernels_for(x, "masked_softmax")
+        kernels = backend.kernels_for(x, "rows.masked_softmax")
         kernels.masked_softmax(x, mask, y, sizes, walk, scale, n_queries)
     return y
 
@@ -68,7 +68,7 @@ def run_masked_softmax_backward(dy: Tensor, y: Tensor, scale: float) -> Tensor:
     dx = layout.output(y)
     if y.numel():
         n_cols = y.shape[-1]
-        kernels = backend.kernels_for(y, "softmax")
+        kernels = backend.kernels_for(y, "rows.softmax")
         shape = (y.numel() // n_cols, n_cols, 1)
         kernels.softmax_backward(dy.contiguous(), y.contiguous(), dx, shape, False, scale)
     return dx

@@ -75,7 +75,7 @@ def run_layer_norm(
         return y, stats_of(x, n_dims, True)
     x, sizes = layout.rows(x, n_dims)
     stats = _stats(x, sizes[0], True) if keep else None
-    kernels = backend.kernels_for(x, "norms")
+    kernels = backend.kernels_for(x, "rows.layer_norm")
     kernels.layer_norm(x, flat(weight), flat(bias), y, stats, sizes, eps)
     return y, stats
 
@@ -95,7 +95,9 @@ def run_rms_norm(
         return y, stats_of(x, n_dims, False)
     rows, sizes = layout.rows(x, n_dims)
     stats = _stats(x, sizes[0], False) if keep else None
-    backend.kernels_for(x, "norms").rms_norm(rows, flat(weight), y, stats, sizes, eps, offset)
+    backend.kernels_for(x, "rows.layer_norm").rms_norm(
+        rows, flat(weight), y, stats, sizes, eps, offset
+    )
     return layout.kept_channels_last(y, x), stats
 
 
@@ -121,7 +123,11 @@ def _layer_norm_grads(
     dx, dweight, dbias = map(wanted_of, wanted, (x, weight, bias))
     if x.numel():
         x, sizes = layout.rows(x, n_dims)
-        kernels, dy, weight = backend.kernels_for(x, "norms"), dy.contiguous(), flat(weight)
+        kernels, dy, weight = (
+            backend.kernels_for(x, "rows.layer_norm"),
+            dy.contiguous(),
+            flat(weight),
+        )
         kernels.layer_norm_backward(dy, x, weight, stats, dx, dweight, dbias, sizes)
     else:
         zero(dweight, dbias)
@@ -141,7 +147,7 @@ def _rms_norm_grads(
     dx, dweight, rows = wanted_of(wanted[0], x), wanted_of(wanted[1], weight), dy.contiguous()
     if x.numel():
         x, sizes = layout.rows(x, n_dims)
-        kernels, weight = backend.kernels_for(x, "norms"), flat(weight)
+        kernels, weight = backend.kernels_for(x, "rows.layer_norm"), flat(weight)
         kernels.rms_norm_backward(rows, x, weight, stats, dx, dweight, sizes, offset)
     else:
         zero(dweight)

@@ -72,7 +72,7 @@ def run_add_norm(
         residual, (_, _, residual_stride) = layout.rows(residual, n_dims)
         weights, sizes = (norms.flat(weight), norms.flat(bias)), (n_rows, n_cols)
         strides, dropout = (stride, residual_stride), _dropout(seed, p)
-        kernels = backend.kernels_for(x, "residual_norms")
+        kernels = backend.kernels_for(x, "rows.add_layer_norm")
         outputs, options = (y, total, stats), (eps, offset, dropout, centered)
         kernels.add_norm(rows, residual, *weights, *outputs, (*sizes, *strides), *options)
     return *_laid(y, total, x, centered), stats
@@ -114,7 +114,7 @@ def _grads(
         dresidual = torch.empty_like(rows, dtype=residual_dtype)
     dweight, dbias = map(norms.wanted_of, wanted[2:], (weight, bias))
     if total.numel():
-        kernels, n_cols = backend.kernels_for(total, "residual_norms"), _n_cols(total, n_dims)
+        kernels, n_cols = backend.kernels_for(total, "rows.add_layer_norm"), _n_cols(total, n_dims)
         inputs = (dy.contiguous(), None if dsum is None else dsum.contiguous(), rows)
         sizes = (total.numel() // n_cols, n_cols)
         weights, outputs = (norms.flat(weight), stats), (dx, dresidual, dweight, dbias)

@@ -18,7 +18,7 @@ def run_softmax(x: Tensor, dim: int, log: bool) -> Tensor:
     y = layout.output(x)
     if x.numel():
         x, shape, strides = layout.along(x, dim)
-        backend.kernels_for(x, "softmax").softmax(x, y, shape, strides, log)
+        backend.kernels_for(x, "rows.softmax").softmax(x, y, shape, strides, log)
     return y
 
 
@@ -27,7 +27,7 @@ def run_softmax_backward(dy: Tensor, y: Tensor, dim: int, log: bool) -> Tensor:
     dx = layout.output(y)
     if y.numel():
         y, shape, _ = layout.along(y.contiguous(), dim)
-        kernels = backend.kernels_for(y, "softmax")
+        kernels = backend.kernels_for(y, "rows.softmax")
         kernels.softmax_backward(dy.contiguous(), y, dx, shape, log)
     return dx
 
@@ -87,7 +87,7 @@ def run_logsumexp(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     stats: on CPU the maximum and log sum exp(x - max), in float64; on a GPU the result, unrounded
     """
     out = torch.empty(_without(x.shape, dims), dtype=x.dtype, device=x.device)
-    kernels, stats = backend.kernels_for(x, "softmax"), _stats(out)
+    kernels, stats = backend.kernels_for(x, "rows.softmax"), _stats(out)
     if not x.numel():
         out.fill_(-torch.inf)
     elif backend.by_numba(x):
@@ -126,7 +126,7 @@ def run_logsumexp_backward(dlse: Tensor, x: Tensor, stats: Tensor, dims: Sequenc
         in_place = dx.is_contiguous() and layout.neighbours(dims)
         out = dx if in_place else layout.output(one)
         one, shape, strides = layout.along(one, dim)
-        kernels = backend.kernels_for(x, "softmax")
+        kernels = backend.kernels_for(x, "rows.softmax")
         kernels.logsumexp_backward(dlse.contiguous(), one, stats, out, shape, strides)
         if not in_place:
             layout.unmerge_(dx, dims, out)

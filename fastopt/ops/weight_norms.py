@@ -45,7 +45,7 @@ def run_weight_norm(v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """(y, norms)"""
     y, sizes = layout.output(v), sizes_of(v, dim)
     norms = _norms(v, sizes[1])
-    kernels = backend.kernels_for(v, "weight_norms")
+    kernels = backend.kernels_for(v, "rows.weight_norm")
     kernels.weight_norm(v.contiguous(), g.contiguous(), y, norms, sizes)
     return y, norms
 
@@ -55,7 +55,7 @@ def run_weight_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dv, dg)"""
     dv, dg = layout.output(v), layout.output(g)
-    kernels, g = backend.kernels_for(v, "weight_norms"), g.contiguous()
+    kernels, g = backend.kernels_for(v, "rows.weight_norm"), g.contiguous()
     args = (dy.contiguous(), v.contiguous(), g, norms, dv, dg, sizes_of(v, dim))
     kernels.weight_norm_backward(*args)
     return dv, dg
@@ -120,4 +120,4 @@ apply_weight_norm = apply_of(WeightNorm)
 
 def run_unit(x: Tensor, out: Tensor, eps: float) -> None:
     """out = x / max(||x||, eps) of a vector."""
-    backend.kernels_for(x, "weight_norms").unit(x, out, eps)
+    backend.kernels_for(x, "rows.weight_norm").unit(x, out, eps)

@@ -10,7 +10,8 @@
 A state of 8 bits is `<name>_codes`, an int8 tensor (of either sign) or a uint8 one (never below
 zero) of the parameter's shape, and `<name>_scale`, one float32 for 256 elements as they lie in
 memory. torch's name of the state is not used: torch would take codes for the state itself.
-Dettmers et al. 2022 (arXiv:2110.02861); the codes are described in fastopt_kernels/cpu/eightbit.py.
+Dettmers et al. 2022 (arXiv:2110.02861); the codes are described in
+fastopt_kernels/cpu/step/eight_bit.py.
 """
 
 from __future__ import annotations

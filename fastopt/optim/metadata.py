@@ -62,7 +62,7 @@ class Metadata:
     """What is known of some tensors, in order; it holds none of them.
 
     addresses: (n,) int64, of the tensors seen last; always the same array
-    walk: the compiled walk over a list (`fastopt_kernels.cpu.walk`), where there is one
+    walk: the compiled walk over a list (`fastopt_kernels.cpu.base.data_ptrs`), where there is one
     role: what the tensors are, in errors
     """
 

@@ -70,7 +70,7 @@ class DeviceLook:
             bucket.launch.owners = bucket.group_of
             launches.setdefault(bucket.launch.device, []).append(bucket.launch)
         self._looks = {
-            device: backend.kernels(device.type, "measure").Look(device, here)
+            device: backend.kernels(device.type, "step.reduce").Look(device, here)
             for device, here in launches.items()
         }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastopt_kernels.gpu import extents, inspect
-from fastopt_kernels.gpu.inspect import Launched, Read
+from fastopt_kernels.gpu import machine_code
+from fastopt_kernels.gpu.base import extents
+from fastopt_kernels.gpu.machine_code import Launched, Read
 from tests.gpu import ranges
 
 
@@ -41,7 +42,7 @@ class Checked:
 
 def checked(launched: Launched) -> Checked:
     """No kernel spills, or computes offsets in 32 bits that may not hold them."""
-    found, ttir = inspect.read(launched.compiled), launched.compiled.asm["ttir"]
+    found, ttir = machine_code.read(launched.compiled), launched.compiled.asm["ttir"]
     faults = ranges.faults_of(ttir, extents.limits(launched.constants))
     faults = [f"32 bits {text}" for text in faults]
     if found.spilled:

@@ -11,8 +11,8 @@ import torch
 
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras
-from fastopt_kernels.gpu import measure
-from fastopt_kernels.gpu.inspect import Launched, compiling
+from fastopt_kernels.gpu.machine_code import Launched, compiling
+from fastopt_kernels.gpu.step import reduce
 from tests.gpu.checked import Case, Checked, checked
 from tests.gpu.gate import (
     CPU,
@@ -31,7 +31,7 @@ from tests.gpu.gate import (
 def checked_measure(launched: Launched, kind: str) -> Checked:
     """What keeps a kernel that measures gradients from passing."""
     found = checked(launched)
-    found.wide(measure.UNROLL[kind], 0)
+    found.wide(reduce.UNROLL[kind], 0)
     if found.read.approximate:
         found.faults.append(f"approximate: {' '.join(found.read.approximate)}")
     return found
@@ -48,7 +48,7 @@ def check_clipped(
     with compiling(target) as compiled:
         launch = launch_of(update, kinds, update.rule, extras)
         one = torch.ones(1)
-        look = measure.Look(CPU, [launch])
+        look = reduce.Look(CPU, [launch])
         verdict = look.run(np.zeros(1, dtype=np.int64), [1.0], maximum, True, one, one)
         run_on_device(launch, update, False, verdict)
         launch.run(1, verdict)

@@ -31,11 +31,12 @@ import torch
 import fastopt.optim
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, n_codes
-from fastopt_kernels.gpu import engine, inspect, measure
-from fastopt_kernels.gpu.inspect import Launched, compiling
+from fastopt_kernels.gpu import machine_code
+from fastopt_kernels.gpu.machine_code import Launched, compiling
+from fastopt_kernels.gpu.step import engine, reduce
 from tests.gpu.checked import Case, Checked, checked
 
-TARGETS = inspect.TARGETS
+TARGETS = machine_code.TARGETS
 # p, g, every state.
 KINDS = (
     ("fp32", "fp32", "fp32"),
@@ -158,7 +159,7 @@ def check_scalars(
 
 
 def run_on_device(
-    launch: engine.Launch, update: Update, scaled: bool, verdict: measure.Verdict | None = None
+    launch: engine.Launch, update: Update, scaled: bool, verdict: reduce.Verdict | None = None
 ) -> None:
     one = torch.ones(1) if scaled else None
     n_numbers = 1 + len(update.carried) + launch.extras.averaged

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import triton
 
-from fastopt_kernels.gpu import inspect
-from fastopt_kernels.gpu.inspect import TARGETS
+from fastopt_kernels.gpu import machine_code
+from fastopt_kernels.gpu.machine_code import TARGETS
 from tests.gpu.checked import Case, Checked
 
 PATH = Path(__file__).parents[2] / "bench" / "results" / "gate.tsv"
@@ -36,7 +36,7 @@ def compilers() -> str:
     found = [f"triton {triton.__version__}"]
     for name in names:
         said = subprocess.run(
-            [inspect.nvidia_tool(name), "--version"], capture_output=True, text=True
+            [machine_code.nvidia_tool(name), "--version"], capture_output=True, text=True
         )
         found.append(f"{name} {said.stdout.split()[-1]}")
     return ", ".join(found)

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from fastopt_kernels.channels import Channels
-from fastopt_kernels.gpu import (
+from fastopt_kernels.gpu.machine_code import TARGETS, Launched, compiling
+from fastopt_kernels.gpu.rows import (
+    add_layer_norm,
     channel_norms,
-    losses,
+    cross_entropy,
+    layer_norm,
     masked_softmax,
-    norms,
-    residual_norms,
     softmax,
-    weight_norms,
+    weight_norm,
 )
-from fastopt_kernels.gpu.inspect import TARGETS, Launched, compiling
 from tests.gpu.checked import Case, Checked, checked
 from tests.gpu.gate import Checks
 
@@ -101,22 +101,24 @@ def _entropy(
     share = a.wide.new_empty(1) if weighted and z_loss else None
     tail = (a.shape, a.strides, -100, (smoothing, z_loss, softcap), share)
     if backward:
-        losses.cross_entropy_backward(a.x, a.target, weight, a.wide, a.wide, a.x, *tail)
+        cross_entropy.cross_entropy_backward(a.x, a.target, weight, a.wide, a.wide, a.x, *tail)
     else:
-        losses.cross_entropy(a.x, a.target, weight, a.wide, a.wide, *tail)
+        cross_entropy.cross_entropy(a.x, a.target, weight, a.wide, a.wide, *tail)
 
 
 def _probs(a: Arguments, backward: bool, z_loss: float = 0.0, softcap: float = 0.0) -> None:
     tail = (a.shape, a.strides, (0.1, z_loss, softcap))
     if backward:
-        losses.cross_entropy_probs_backward(a.x, a.x, a.class_weight, a.wide, a.wide, a.x, *tail)
+        cross_entropy.cross_entropy_probs_backward(
+            a.x, a.x, a.class_weight, a.wide, a.wide, a.x, *tail
+        )
     else:
-        losses.cross_entropy_probs(a.x, a.x, a.class_weight, a.wide, a.wide, *tail)
+        cross_entropy.cross_entropy_probs(a.x, a.x, a.class_weight, a.wide, a.wide, *tail)
 
 
 def _layer_norm_backward(a: Arguments, sums: bool) -> None:
     out = (a.x, a.weight, a.weight) if sums else (a.x, None, None)
-    a.norm(norms.layer_norm_backward, a.x, a.x, a.weight, a.both, *out)
+    a.norm(layer_norm.layer_norm_backward, a.x, a.x, a.weight, a.both, *out)
 
 
 def _channels(a: Arguments, pixels: bool, batch: bool) -> Channels:
@@ -148,14 +150,14 @@ def _add_norm(a: Arguments, centered: bool, drops: bool) -> None:
     sizes, stats = (a.shape[0], a.n_cols, a.n_cols, a.n_cols), a.both if centered else a.wide
     weights = (a.weight, a.weight if centered else None)
     options = (1e-5, 0.0 if centered else 1.0, a.dropout if drops else None, centered)
-    residual_norms.add_norm(a.x, a.x, *weights, a.x, a.x, stats, sizes, *options)
+    add_layer_norm.add_norm(a.x, a.x, *weights, a.x, a.x, stats, sizes, *options)
 
 
 def _add_norm_backward(a: Arguments, centered: bool, drops: bool) -> None:
     stats, dropout = a.both if centered else a.wide, a.dropout if drops else None
     outputs = (a.x if drops else None, a.x, a.weight, a.weight if centered else None)
     options = ((a.shape[0], a.n_cols), 0.0 if centered else 1.0, dropout, centered)
-    residual_norms.add_norm_backward(a.x, a.x, a.x, a.weight, stats, *outputs, *options)
+    add_layer_norm.add_norm_backward(a.x, a.x, a.x, a.weight, stats, *outputs, *options)
 
 
 def _masked_softmax(a: Arguments, mask: Tensor | None, n_queries: int = 0) -> None:
@@ -167,13 +169,13 @@ def _weight_norm(a: Arguments, backward: bool) -> None:
     n_outer, n_cols, n_inner = a.shape
     sizes = (1, n_outer, n_cols) if n_inner == 1 else (n_cols, n_outer * n_inner, 1)
     if backward:
-        weight_norms.weight_norm_backward(a.x, a.x, a.line, a.wide, a.x, a.line, sizes)
+        weight_norm.weight_norm_backward(a.x, a.x, a.line, a.wide, a.x, a.line, sizes)
     else:
-        weight_norms.weight_norm(a.x, a.line, a.x, a.wide, sizes)
+        weight_norm.weight_norm(a.x, a.line, a.x, a.wide, sizes)
 
 
 def _unit(a: Arguments) -> None:
-    weight_norms.unit(a.x, a.x, 1e-12)
+    weight_norm.unit(a.x, a.x, 1e-12)
 
 
 # What each function launches, and the needs of its kernels.
@@ -209,17 +211,17 @@ OVER_DIM |= {
 }
 NORMS: dict[str, tuple[Callable[[Arguments], None], Needs]] = {
     "layer_norm": (
-        lambda a: a.norm(norms.layer_norm, a.x, a.weight, a.weight, a.x, a.both, eps=1e-5),
+        lambda a: a.norm(layer_norm.layer_norm, a.x, a.weight, a.weight, a.x, a.both, eps=1e-5),
         Needs(1, 2, 1),
     ),
     "rms_norm": (
-        lambda a: a.norm(norms.rms_norm, a.x, a.weight, a.x, a.wide, eps=1e-5),
+        lambda a: a.norm(layer_norm.rms_norm, a.x, a.weight, a.x, a.wide, eps=1e-5),
         Needs(1, 2, 1),
     ),
     "layer_norm_backward": (lambda a: _layer_norm_backward(a, True), Needs(2, 4, 1)),
     "layer_norm_backward dx": (lambda a: _layer_norm_backward(a, False), Needs(2, 4, 1)),
     "rms_norm_backward": (
-        lambda a: a.norm(norms.rms_norm_backward, a.x, a.x, a.weight, a.wide, a.x, a.weight),
+        lambda a: a.norm(layer_norm.rms_norm_backward, a.x, a.x, a.weight, a.wide, a.x, a.weight),
         Needs(2, 4, 1),
     ),
 }

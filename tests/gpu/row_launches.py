@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt_kernels.gpu import rows
+from fastopt_kernels.gpu.rows import shared
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -46,13 +46,13 @@ CASES = [
 @contextmanager
 def short_walks(columns: bool = False) -> Iterator[None]:
     """Tables with which a row of 67 is walked in tiles of 32, and a few columns likewise."""
-    kept = rows.WIDEST, rows.STEP
-    rows.WIDEST = dict.fromkeys(rows.WIDEST, 32)
-    rows.STEP = dict.fromkeys(rows.STEP, 256 if columns else 32)
+    kept = shared.WIDEST, shared.STEP
+    shared.WIDEST = dict.fromkeys(shared.WIDEST, 32)
+    shared.STEP = dict.fromkeys(shared.STEP, 256 if columns else 32)
     try:
         yield
     finally:
-        rows.WIDEST, rows.STEP = kept
+        shared.WIDEST, shared.STEP = kept
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,17 @@ class Launched:
 @contextmanager
 def recorded() -> Iterator[list[Launched]]:
     """The launches of row kernels inside, which run."""
-    kept, launched = rows.launch, []
+    kept, launched = shared.launch, []
 
     def launch(kernel: Any, grid: tuple[int], args: Any, **constants: Any) -> None:
         launched.append(Launched(kernel.fn.__name__, grid, constants))
         kept(kernel, grid, args, **constants)
 
-    rows.launch = launch
+    shared.launch = launch
     try:
         yield launched
     finally:
-        rows.launch = kept
+        shared.launch = kept
 
 
 def assert_branch(launched: list[Launched], what: str, dtype: torch.dtype) -> None:
@@ -90,7 +90,7 @@ def assert_branch(launched: list[Launched], what: str, dtype: torch.dtype) -> No
     if "short" in what or what == "one column":
         assert constants["LINES"] > 1
     if what == "long":
-        walked = rows.STEP[rows.COMPUTE[dtype]]
+        walked = shared.STEP[shared.COMPUTE[dtype]]
         assert constants["COLS"] in (walked, 2 * walked)
         assert constants["num_warps"] == 16
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastopt.cli.files import output_file, write_whole
-from fastopt_kernels.gpu.inspect import TARGETS
+from fastopt_kernels.gpu.machine_code import TARGETS
 from tests.gpu import clip_gate, format_gate, gate, gate_table, row_gate
 from tests.gpu.checked import Case
 

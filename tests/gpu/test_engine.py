@@ -15,7 +15,7 @@ from bench.gpu_oracle import CASES, Case
 from bench.gpu_streams import Streams
 from fastopt_kernels import rules, xp
 from fastopt_kernels.chunks import chunk_table
-from fastopt_kernels.gpu import engine, update
+from fastopt_kernels.gpu.step import engine, update
 
 CPU = torch.device("cpu")
 # Empty, one element and several chunks with a tail; the third begins off a 16-byte boundary.

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastopt_kernels.gpu import extents, rows
-from fastopt_kernels.gpu.inspect import driving
+from fastopt_kernels.gpu.base import extents
+from fastopt_kernels.gpu.machine_code import driving
+from fastopt_kernels.gpu.rows import shared
 from tests.gpu import row_gate
 from tests.gpu.test_run_gate import functions, kernels
 
@@ -19,7 +20,7 @@ TOO_LONG = extents.LONGEST + 16
 def launched(name: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The kernels of a function, of tensors without memory."""
     found: list[Any] = []
-    monkeypatch.setattr(rows, "launch", lambda kernel, *rest, **constants: found.append(kernel))
+    monkeypatch.setattr(shared, "launch", lambda kernel, *rest, **constants: found.append(kernel))
     with torch.device("meta"), driving("sm_90"):
         row_gate.FUNCTIONS[name][0](row_gate.Arguments(shape, torch.bfloat16))
     return found

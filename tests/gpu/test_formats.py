@@ -16,9 +16,9 @@ import fastopt
 from bench.gpu_interpret import is_interpreted
 from fastopt.optim import formats, passes
 from fastopt_kernels.chunks import BLOCK_8BIT, Extras
-from fastopt_kernels.cpu import eightbit as cpu
-from fastopt_kernels.cpu import engine as cpu_engine
-from fastopt_kernels.gpu import eightbit, engine
+from fastopt_kernels.cpu.step import eight_bit as cpu
+from fastopt_kernels.cpu.step import engine as cpu_engine
+from fastopt_kernels.gpu.step import eight_bit, engine
 from tests.gpu.test_passes import bits, give, given_in_turn, gradients, same
 from tests.optim import pairs
 
@@ -54,11 +54,11 @@ def _codec_kernel(x_ptr, code_ptr, scale_ptr, back_ptr, n, first, key, BLOCK: tl
     lanes = tl.arange(0, BLOCK)
     mask = lanes < n
     x = tl.load(x_ptr + lanes, mask=mask, other=float("inf"))
-    drawn = eightbit.draw(first + lanes, key)
-    codes, scale = eightbit.encode(x, mask, drawn, code_ptr.dtype.element_ty)
+    drawn = eight_bit.draw(first + lanes, key)
+    codes, scale = eight_bit.encode(x, mask, drawn, code_ptr.dtype.element_ty)
     tl.store(code_ptr + lanes, codes, mask=mask)
     tl.store(scale_ptr, scale)
-    tl.store(back_ptr + lanes, eightbit.decode(codes, scale), mask=mask)
+    tl.store(back_ptr + lanes, eight_bit.decode(codes, scale), mask=mask)
 
 
 def by_triton(x: Tensor, kind: str, first: int, key: int) -> tuple[Tensor, float, Tensor]:
@@ -161,13 +161,13 @@ def test_a_launch_gives_the_bits_of_the_cpus() -> None:
 
 
 def test_a_launch_without_chance_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eightbit, "draw", _to_nearest)
+    monkeypatch.setattr(eight_bit, "draw", _to_nearest)
     assert not same(launch_of(engine), launch_of(cpu_engine))
 
 
 @triton.jit
 def _to_nearest(i, key):
-    return i.to(tl.int32) * 0 + (1 << 18) - eightbit._ORIGIN
+    return i.to(tl.int32) * 0 + (1 << 18) - eight_bit._ORIGIN
 
 
 # Whole optimizers.

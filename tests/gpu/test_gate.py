@@ -14,9 +14,10 @@ import triton.language as tl
 
 from fastopt_kernels import rules
 from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras
-from fastopt_kernels.gpu import engine, measure, memory
-from fastopt_kernels.gpu import update as kernels
-from fastopt_kernels.gpu.inspect import compiling
+from fastopt_kernels.gpu.base import memory
+from fastopt_kernels.gpu.machine_code import compiling
+from fastopt_kernels.gpu.step import engine, reduce
+from fastopt_kernels.gpu.step import update as kernels
 from tests.gpu import clip_gate, format_gate, gate
 
 UPDATES = gate.updates()
@@ -166,11 +167,11 @@ def test_a_kernel_without_the_promise_of_alignment_fails(
 @pytest.mark.usefixtures("kept_apart")
 def test_measuring_without_the_promise_of_alignment_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "pointer", _promises_nothing)
-    own = measure.measure_kernel
+    own = reduce.measure_kernel
     fresh = triton.jit(own.fn, do_not_specialize=own.do_not_specialize)
-    monkeypatch.setattr(measure, "measure_kernel", fresh)
+    monkeypatch.setattr(reduce, "measure_kernel", fresh)
     with compiling("sm_90") as compiled:
-        look = measure.Look(gate.CPU, [gate.launch_of(ADAM, FLOAT32, ADAM.rule, NO_EXTRAS)])
+        look = reduce.Look(gate.CPU, [gate.launch_of(ADAM, FLOAT32, ADAM.rule, NO_EXTRAS)])
         look.run(np.zeros(1, dtype=np.int64), [1.0], False, True, None, None)
     found = clip_gate.checked_measure(compiled.of("measure_kernel")[0], "fp32")
     assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in found.faults] == ["loads"]

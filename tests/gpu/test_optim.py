@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastopt
 from bench.gpu_oracle import CASES, Case, Checked
 from fastopt.optim import FusedOptimizer, xp
-from fastopt_kernels.gpu import engine, tables
+from fastopt_kernels.gpu.step import engine, tables
 from tests.optim.test_averages import Oracle
 
 # The last has a full block, and a tail.
@@ -306,7 +306,7 @@ def test_clipping_by_value_and_averages(name: str, dtype: torch.dtype) -> None:
 def test_roundings_are_those_of_the_cpu(how: str) -> None:
     """SGD's steps one by one, with the functions that the CPU's kernels are made of."""
     from fastopt.optim import passes
-    from fastopt_kernels.cpu import rounding
+    from fastopt_kernels.cpu.step import rounding
 
     params = parameters(torch.bfloat16)
     start = [p.detach().float().numpy().reshape(-1).copy() for p in params]

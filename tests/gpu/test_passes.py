@@ -15,7 +15,7 @@ import fastopt
 from bench.gpu_oracle import CASES, Checked
 from fastopt.optim import plan
 from fastopt.optim.scale import Scale
-from fastopt_kernels.gpu import engine, measure
+from fastopt_kernels.gpu.step import engine, reduce
 from tests.gpu.test_optim import Launches, in_two_groups, parameters
 
 INF, NAN = math.inf, math.nan
@@ -73,8 +73,8 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     counted = Launches(monkeypatch)
     counted.counts["measure_kernel"] = 0
-    kernel = counted._counted("measure_kernel", measure.measure_kernel)
-    monkeypatch.setattr(measure, "measure_kernel", kernel)
+    kernel = counted._counted("measure_kernel", reduce.measure_kernel)
+    monkeypatch.setattr(reduce, "measure_kernel", kernel)
     return counted
 
 
@@ -123,12 +123,12 @@ def test_clipping_is_torchs_in_two_launches(how: str, maximum: bool, launches: L
 
 @pytest.mark.parametrize("wrong", [1e9, LIMIT * 1.01])
 def test_this_comparison_sees_a_wrong_limit(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = measure.Look.run
+    take = reduce.Look.run
 
     def with_another_limit(self: Any, families: Any, limits: Any, *rest: Any) -> Any:
         return take(self, families, [wrong for _ in limits], *rest)
 
-    monkeypatch.setattr(measure.Look, "run", with_another_limit)
+    monkeypatch.setattr(reduce.Look, "run", with_another_limit)
     with pytest.raises(AssertionError, match="off, the worst at"):
         run(maximum=False)
 
@@ -138,9 +138,9 @@ def test_one_norm_over_dtypes_groups_and_spans(
     maximum: bool, monkeypatch: pytest.MonkeyPatch, launches: Launches
 ) -> None:
     """A launch for each dtype; groups 1 and 3 have limits of their own, 2 has none of its norm."""
-    monkeypatch.setattr(measure, "PROGRAMS", 3)
-    monkeypatch.setattr(measure, "PARTS", 2)
-    monkeypatch.setattr(measure, "GROUPS", 2)
+    monkeypatch.setattr(reduce, "PROGRAMS", 3)
+    monkeypatch.setattr(reduce, "PARTS", 2)
+    monkeypatch.setattr(reduce, "GROUPS", 2)
     dtypes = (torch.float32, torch.float16, torch.float64, torch.bfloat16)
     params = [
         parameters(dtype, [(n,)])[0]
@@ -229,7 +229,7 @@ def test_what_another_device_measured_counts() -> None:
     launch = engine.Launch(ADAMW.update.rule, ("fp32",) * 4, [3000], 9, torch.device("cpu"))
     x = torch.randn(3000)
     launch.tensors[0, 1] = x.data_ptr()
-    look = measure.Look(launch.device, [launch])
+    look = reduce.Look(launch.device, [launch])
     settings = (launch.owners, [LIMIT], False, False, None, None)
     verdict = look.run(*settings, [torch.tensor([9.0, 2.0], dtype=torch.float64)] * 2)
     right = float((x.double().square().sum() + 18.0).sqrt())

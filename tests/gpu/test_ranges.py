@@ -8,7 +8,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from fastopt_kernels.gpu.inspect import driving
+from fastopt_kernels.gpu.machine_code import driving
 from tests.gpu import ranges
 
 

@@ -11,26 +11,34 @@ import torch
 import triton
 import triton.language as tl
 
-from fastopt_kernels.gpu import (
+from fastopt_kernels.gpu.machine_code import compiling, driving
+from fastopt_kernels.gpu.rows import (
+    add_layer_norm,
     channel_norm_gradients,
     channel_norms,
-    loss_gradients,
-    losses,
+    cross_entropy,
+    cross_entropy_gradients,
+    layer_norm,
+    layer_norm_gradients,
     masked_softmax,
-    norm_gradients,
-    norms,
-    residual_norms,
-    rows,
+    shared,
     softmax,
-    weight_norms,
+    weight_norm,
 )
-from fastopt_kernels.gpu.inspect import compiling, driving
 from tests.gpu import gate, row_gate
 from tests.gpu.row_gate import Arguments
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-PUBLIC = (softmax, losses, norms, residual_norms, masked_softmax, channel_norms, weight_norms)
-MODULES = (*PUBLIC, loss_gradients, norm_gradients, channel_norm_gradients)
+PUBLIC = (
+    softmax,
+    cross_entropy,
+    layer_norm,
+    add_layer_norm,
+    masked_softmax,
+    channel_norms,
+    weight_norm,
+)
+MODULES = (*PUBLIC, cross_entropy_gradients, layer_norm_gradients, channel_norm_gradients)
 # Each function once, with branches, dtypes and targets in turn, and the longest walks on sm_90.
 SAMPLE = [
     (name, branch, dtype, target)
@@ -87,13 +95,13 @@ def test_every_function_and_every_kernel_is_checked() -> None:
 
 def names_launched(name: str, branch: str) -> list[str]:
     """Without compiling them."""
-    kept, found = rows.launch, []
-    rows.launch = lambda kernel, *rest, **constants: found.append(kernel.fn.__name__)
+    kept, found = shared.launch, []
+    shared.launch = lambda kernel, *rest, **constants: found.append(kernel.fn.__name__)
     try:
         with driving("sm_90"):
             row_gate.FUNCTIONS[name][0](Arguments(row_gate.BRANCHES[branch], FLOAT32))
     finally:
-        rows.launch = kept
+        shared.launch = kept
     return found
 
 
@@ -118,11 +126,11 @@ def test_the_batch_compiles_nothing_anew() -> None:
             # Triton asks no more of them than their dtype and their address.
             shape, strides = (n_outer, *a.shape[1:]), (a.strides[0] * 4, 1)
             terms = (0.1, 0.0, 0.0)
-            losses.cross_entropy(
+            cross_entropy.cross_entropy(
                 a.x, a.target, None, a.wide, a.wide, shape, strides, ignored, terms
             )
             sizes = (n_outer, a.n_cols, a.n_cols)
-            norms.layer_norm(a.x, a.weight, a.weight, a.x, a.both, sizes, 1e-5)
+            layer_norm.layer_norm(a.x, a.weight, a.weight, a.x, a.both, sizes, 1e-5)
 
         made |= {id(kernel) for kernel in compiled(function, (1, 1024, 1))}
     assert len(made) == 2
@@ -139,7 +147,7 @@ def test_a_row_held_in_too_few_registers_fails(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """128 elements a thread."""
-    monkeypatch.setitem(rows.WIDEST, tl.float32, 65536)
+    monkeypatch.setitem(shared.WIDEST, tl.float32, 65536)
     monkeypatch.setitem(row_gate.BRANCHES, "row", (1, 65536, 1))
     faults = row_gate.faults("cross_entropy_probs_backward", "row", FLOAT32, target)
     assert any("spills" in text for text in faults), faults
@@ -150,7 +158,7 @@ def test_a_row_held_in_too_few_registers_fails(
 def test_a_kernel_without_vectors_fails(
     branch: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "vector_of", lambda *_: 1)
+    monkeypatch.setattr(shared, "vector_of", lambda *_: 1)
     faults = row_gate.faults("softmax", branch, BFLOAT16, target)
     kinds = {text.split()[2] for text in faults if "128 bits" in text}
     assert kinds == {"loads", "stores"}, faults
@@ -178,9 +186,9 @@ def _approximate(x):
 def test_bad_arithmetic_fails(
     name: str, replacement: Any, fault: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, name, replacement)
+    monkeypatch.setattr(shared, name, replacement)
     # Triton remembers a kernel by the source of what it calls: a fresh one sees the replacement.
-    fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=rows.EXTENTS)
+    fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=shared.EXTENTS)
     monkeypatch.setattr(softmax, "softmax_kernel", fresh)
     faults = row_gate.faults("softmax", "row", FLOAT32, target)
     assert any(fault in text for text in faults), faults
@@ -195,10 +203,10 @@ def test_a_tile_that_goes_through_shared_memory_fails(monkeypatch: pytest.Monkey
         half = tl.reshape(x, (x.shape[0], WIDTH, x.shape[1] // WIDTH))
         return tl.trans(half, (0, 2, 1))
 
-    monkeypatch.setattr(rows, "tiled", tiled)
+    monkeypatch.setattr(shared, "tiled", tiled)
     for name in ("online", "statistics"):
-        monkeypatch.setattr(rows, name, triton.jit(getattr(rows, name).fn))
-    fresh = triton.jit(softmax.logsumexp_kernel.fn, do_not_specialize=rows.EXTENTS)
+        monkeypatch.setattr(shared, name, triton.jit(getattr(shared, name).fn))
+    fresh = triton.jit(softmax.logsumexp_kernel.fn, do_not_specialize=shared.EXTENTS)
     monkeypatch.setattr(softmax, "logsumexp_kernel", fresh)
     faults = row_gate.faults("logsumexp", "walked", BFLOAT16, "sm_90")
     assert any("shared memory" in text for text in faults), faults
@@ -216,7 +224,7 @@ def test_instructions_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> 
     counts = []
     for without_lines in "01":
         monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", without_lines)
-        fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=rows.EXTENTS)
+        fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=shared.EXTENTS)
         monkeypatch.setattr(softmax, "softmax_kernel", fresh)
         counts.append(row_gate.check("softmax", "row", FLOAT32, "sm_90")[0].read.instructions)
     assert counts[0] == counts[1]
@@ -225,8 +233,8 @@ def test_instructions_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("kept_apart")
 def test_offsets_in_32_bits_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than 2^31 elements in all, where no row is long."""
-    monkeypatch.setattr(rows, "place", _place_in_32_bits)
-    fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=rows.EXTENTS)
+    monkeypatch.setattr(shared, "place", _place_in_32_bits)
+    fresh = triton.jit(softmax.softmax_kernel.fn, do_not_specialize=shared.EXTENTS)
     monkeypatch.setattr(softmax, "softmax_kernel", fresh)
     faults = row_gate.faults("softmax", "row", FLOAT32, "sm_90")
     assert any("32 bits" in text and "arith.muli" in text for text in faults), faults

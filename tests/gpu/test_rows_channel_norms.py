@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fastopt import functional
-from fastopt_kernels.gpu import channel_norms, channel_tiles
+from fastopt_kernels.gpu.rows import channel_norms, channel_tiles
 from tests.gpu.row_launches import all_wrong, draw, recorded, same_bits
 
 Values = dict[str, Tensor]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fastopt_kernels.gpu import losses, rows
+from fastopt_kernels.gpu.rows import cross_entropy, shared
 from tests.gpu.row_launches import (
     CASES,
     DTYPES,
@@ -56,11 +56,13 @@ class Problem:
         tail: list[Any] = [shape, x.stride()[:2], (self.smoothing, self.z_loss, self.softcap)]
         if self.target is not None:
             tail = [*tail[:2], self.ignore_index, tail[2], self.z_share]
-            losses.cross_entropy(x, self.target, self.weight, loss, lse, *tail)
-            losses.cross_entropy_backward(x, self.target, self.weight, lse, self.dloss, dx, *tail)
+            cross_entropy.cross_entropy(x, self.target, self.weight, loss, lse, *tail)
+            cross_entropy.cross_entropy_backward(
+                x, self.target, self.weight, lse, self.dloss, dx, *tail
+            )
         else:
-            losses.cross_entropy_probs(x, self.probs, self.weight, loss, lse, *tail)
-            losses.cross_entropy_probs_backward(
+            cross_entropy.cross_entropy_probs(x, self.probs, self.weight, loss, lse, *tail)
+            cross_entropy.cross_entropy_probs_backward(
                 x, self.probs, self.weight, lse, self.dloss, dx, *tail
             )
         return {"loss": loss, "lse": lse, "dx": dx}
@@ -243,13 +245,13 @@ def test_adversarial_lines(columns: bool, walked: bool) -> None:
 def test_a_large_lse_is_not_trusted(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward walks once more for it, and only for it."""
     walks = []
-    statistics = rows.statistics
+    statistics = shared.statistics
 
     def counting(*args: Any) -> Any:
         walks.append(args)
         return statistics(*args)
 
-    monkeypatch.setattr(rows, "statistics", counting)
+    monkeypatch.setattr(shared, "statistics", counting)
     problem = make((2, 67, 1), x=draw(2, 67, 1) + offset)
     problem.target = torch.tensor([[1], [66]])
     with short_walks():
@@ -259,9 +261,9 @@ def test_a_large_lse_is_not_trusted(offset: float, monkeypatch: pytest.MonkeyPat
 
 
 def test_trusting_it_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastopt_kernels.gpu import loss_gradients
+    from fastopt_kernels.gpu.rows import cross_entropy_gradients
 
-    monkeypatch.setattr(loss_gradients, "TRUSTED_LSE", 1e30)
+    monkeypatch.setattr(cross_entropy_gradients, "TRUSTED_LSE", 1e30)
     with short_walks():
         assert make((2, 67, 1), x=draw(2, 67, 1) + 1000.0).wrong() != []
 

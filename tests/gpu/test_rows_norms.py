@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fastopt_kernels.gpu import norm_gradients, norms, rows
+from fastopt_kernels.gpu.rows import layer_norm, layer_norm_gradients, shared
 from tests.gpu.row_launches import (
     DTYPES,
     INF,
@@ -71,11 +71,11 @@ class Problem:
             for key, like in (("w", weight), ("b", self.bias))
         )
         if self.rms:
-            norms.rms_norm(x, weight, found["y"], rstd, sizes, self.eps)
-            norms.rms_norm_backward(self.dy, x, weight, rstd, dx, dweight, sizes)
+            layer_norm.rms_norm(x, weight, found["y"], rstd, sizes, self.eps)
+            layer_norm.rms_norm_backward(self.dy, x, weight, rstd, dx, dweight, sizes)
         else:
-            norms.layer_norm(x, weight, self.bias, found["y"], stats, sizes, self.eps)
-            norms.layer_norm_backward(self.dy, x, weight, stats, dx, dweight, dbias, sizes)
+            layer_norm.layer_norm(x, weight, self.bias, found["y"], stats, sizes, self.eps)
+            layer_norm.layer_norm_backward(self.dy, x, weight, stats, dx, dweight, dbias, sizes)
             found["mean"] = mean
         made = {"rstd": rstd, "dx": dx, "dweight": dweight, "dbias": dbias}
         return found | {name: value for name, value in made.items() if value is not None}
@@ -116,13 +116,13 @@ def make(
 @contextmanager
 def walking_back() -> Iterator[None]:
     """Rows of more than 32 are walked, forward and backward."""
-    kept = norm_gradients.WIDEST
-    norm_gradients.WIDEST = dict.fromkeys(kept, 32)
+    kept = layer_norm_gradients.WIDEST
+    layer_norm_gradients.WIDEST = dict.fromkeys(kept, 32)
     try:
         with short_walks():
             yield
     finally:
-        norm_gradients.WIDEST = kept
+        layer_norm_gradients.WIDEST = kept
 
 
 @pytest.mark.parametrize(("what", "dtype", "rms"), CASES)
@@ -138,7 +138,7 @@ def test_norms(what: str, dtype: torch.dtype, rms: bool) -> None:
     forward = launched[0].constants
     assert forward["WHOLE"] == (what not in WALKS_BACK)
     assert (forward["VECTOR"] > 1) == ("vectors" in what)
-    assert (forward["LINES"] > 1) == (2 * SHAPES[what][1] <= rows.LEAST[forward["COMPUTE"]])
+    assert (forward["LINES"] > 1) == (2 * SHAPES[what][1] <= shared.LEAST[forward["COMPUTE"]])
     backward = ["norm_backward_kernel", "norm_sum_kernel"]
     if what in WALKS_BACK:
         backward = ["norm_dx_kernel"]
@@ -152,7 +152,7 @@ def test_a_row_between_the_forward_and_the_backward_limit(rms: bool, walked: boo
     problem = make((19, 67), rms=rms)
     with walking_back(), recorded() as launched:
         if not walked:
-            rows.WIDEST = dict.fromkeys(rows.WIDEST, 128)
+            shared.WIDEST = dict.fromkeys(shared.WIDEST, 128)
         assert problem.wrong() == []
     assert launched[0].constants["WHOLE"] is not walked
     names = [each.name for each in launched[1:]]
@@ -183,9 +183,9 @@ def test_without_statistics(rms: bool) -> None:
     problem = make((9, 67), rms=rms)
     y, sizes = unwritten(9, 67, dtype=torch.float32), (9, 67, 67)
     if rms:
-        norms.rms_norm(problem.x, problem.weight, y, None, sizes, problem.eps)
+        layer_norm.rms_norm(problem.x, problem.weight, y, None, sizes, problem.eps)
     else:
-        norms.layer_norm(problem.x, problem.weight, problem.bias, y, None, sizes, problem.eps)
+        layer_norm.layer_norm(problem.x, problem.weight, problem.bias, y, None, sizes, problem.eps)
     assert same_bits(y, problem.run()["y"])
 
 
@@ -221,8 +221,8 @@ def test_weight_gradients_of_many_rows(rms: bool) -> None:
         assert problem.wrong() == []
     backward, total = launched[1:]
     tile = backward.constants
-    assert 1 < backward.grid[0] <= norm_gradients.SUMMING_THREADS // (32 * tile["num_warps"])
-    assert backward.grid[0] * tile["LINES"] * norm_gradients.TILES_EACH >= 1500
+    assert 1 < backward.grid[0] <= layer_norm_gradients.SUMMING_THREADS // (32 * tile["num_warps"])
+    assert backward.grid[0] * tile["LINES"] * layer_norm_gradients.TILES_EACH >= 1500
     assert total.name == "norm_sum_kernel"
 
 
@@ -237,11 +237,11 @@ def test_weight_gradients_are_the_same_bits_in_every_run() -> None:
 def test_the_shares_of_a_sum_are_those_of_the_shape() -> None:
     for n_rows in (1, 7, 1000, 10**6):
         for lines, programs in ((1, 256), (32, 512), (8, 1)):
-            n_shares, each = norm_gradients._share(n_rows, lines, programs)
+            n_shares, each = layer_norm_gradients._share(n_rows, lines, programs)
             assert n_shares <= programs
             assert each % lines == 0
             assert (n_shares - 1) * each < n_rows <= n_shares * each
-    assert norm_gradients._share(0, 8, 4) == (0, 8)
+    assert layer_norm_gradients._share(0, 8, 4) == (0, 8)
 
 
 @pytest.mark.parametrize("walked", [False, True], ids=["whole", "walked"])
@@ -347,7 +347,7 @@ def _one_pass(x: Tensor, mask: Tensor, n: Any, compute: Any, centered: Any) -> A
 
 
 def test_a_variance_in_one_pass_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "_moments", _one_pass)
+    monkeypatch.setattr(layer_norm, "_moments", _one_pass)
     problem = make((9, 67), x=draw(9, 67) + 1e4)
     found = problem.run()
     assert wrong("rstd", found["rstd"], problem.exact()["rstd"]) != []

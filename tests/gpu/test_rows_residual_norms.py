@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastopt import functional
 from fastopt.ops.dropout import dropped, mask
-from fastopt_kernels.gpu import norm_gradients
+from fastopt_kernels.gpu.rows import layer_norm_gradients
 from tests.gpu.row_launches import DTYPES, all_wrong, draw, recorded, same_bits, short_walks
 
 SEED = torch.tensor(-7)
@@ -87,7 +87,9 @@ def test_rows_that_are_walked(rms: bool, p: float, monkeypatch: pytest.MonkeyPat
     """Of the same values: the mask does not know of tiles."""
     given, upstream = draw_all((5, 67), torch.float32, rms)
     whole = run(rms, p, given, upstream)
-    monkeypatch.setattr(norm_gradients, "WIDEST", dict.fromkeys(norm_gradients.WIDEST, 32))
+    monkeypatch.setattr(
+        layer_norm_gradients, "WIDEST", dict.fromkeys(layer_norm_gradients.WIDEST, 32)
+    )
     with short_walks(), recorded() as launched:
         found = run(rms, p, given, upstream)
     assert not launched[0].constants["WHOLE"]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastopt_kernels.gpu import rows, softmax
+from fastopt_kernels.gpu.rows import shared, softmax
 from tests.gpu.row_launches import (
     CASES,
     DTYPES,
@@ -200,9 +200,9 @@ def test_empty(shape: Shape) -> None:
 
 @triton.jit
 def _without_rescaling(top, total, x, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):  # noqa: N803
-    x = rows.tiled(x, WIDTH)
-    new = tl.maximum(top, tl.max(rows.finite(x, COMPUTE), 2))
-    return new, total + tl.sum(rows.exp_term(x - new[:, :, None]), 2)
+    x = shared.tiled(x, WIDTH)
+    new = tl.maximum(top, tl.max(shared.finite(x, COMPUTE), 2))
+    return new, total + tl.sum(shared.exp_term(x - new[:, :, None]), 2)
 
 
 @triton.jit
@@ -229,18 +229,18 @@ def test_a_wrong_kernel_does_not_pass(kernel: Kernel, dtype: torch.dtype) -> Non
 def test_a_walk_that_does_not_rescale_does_not_pass(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "online", _without_rescaling)
+    monkeypatch.setattr(shared, "online", _without_rescaling)
     x = draw(*SHAPES[what], scale=3)
     assert wrong_softmax(x, False) != []
     assert wrong("lse", run_logsumexp(x), torch.logsumexp(x.double(), 1)) != []
 
 
 def test_a_coarse_exponential_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "exp", _coarse)
+    monkeypatch.setattr(shared, "exp", _coarse)
     assert wrong_softmax(draw(*SHAPES["short"], scale=3), False) != []
 
 
 def test_numbers_of_the_host_arrive_whole() -> None:
     for x in (1e-5, 0.1, 0.9, 1 / 3, 1.0, 0.0, 1e-12):
-        assert sum(rows.parts(x)) == x
-        assert all(torch.tensor(part).item() == part for part in rows.parts(x))
+        assert sum(shared.parts(x)) == x
+        assert all(torch.tensor(part).item() == part for part in shared.parts(x))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastopt_kernels.gpu import weight_norms
+from fastopt_kernels.gpu.rows import weight_norm
 from tests.gpu.row_launches import (
     DTYPES,
     draw,
@@ -47,8 +47,8 @@ def run(given: Given, in_place: bool = False) -> dict[str, Tensor]:
     v, g, dy = given
     y, dv = (unwritten(*v.shape, dtype=v.dtype) for _ in range(2))
     dg, norms = unwritten(*g.shape, dtype=v.dtype), unwritten(*g.shape, dtype=wide(v.dtype))
-    weight_norms.weight_norm(v, g, y, norms, tuple(v.shape))
-    weight_norms.weight_norm_backward(dy, v, g, norms, dv, dg, tuple(v.shape))
+    weight_norm.weight_norm(v, g, y, norms, tuple(v.shape))
+    weight_norm.weight_norm_backward(dy, v, g, norms, dv, dg, tuple(v.shape))
     return {"y": y, "norms": norms, "dv": dv, "dg": dg}
 
 
@@ -83,9 +83,9 @@ def test_forward_and_backward(what: str, dtype: torch.dtype) -> None:
 def test_unit_vectors(n: int) -> None:
     x = draw(n, scale=3.0)
     out = x.clone()
-    weight_norms.unit(out, out, 1e-12)
+    weight_norm.unit(out, out, 1e-12)
     assert wrong("unit", out, x.double() / x.double().norm()) == []
-    weight_norms.unit(x, out, 1e3)
+    weight_norm.unit(x, out, 1e3)
     assert wrong("unit", out, x.double() / 1e3) == []
 
 

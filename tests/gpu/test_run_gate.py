@@ -14,8 +14,9 @@ import triton
 from triton.runtime import JITFunction
 
 import fastopt_kernels.gpu
-from fastopt_kernels.gpu import inspect, softmax
-from fastopt_kernels.gpu.inspect import TARGETS, Launched, Read
+from fastopt_kernels.gpu import machine_code
+from fastopt_kernels.gpu.machine_code import TARGETS, Launched, Read
+from fastopt_kernels.gpu.rows import softmax
 from tests.gpu import clip_gate, gate, gate_table, row_gate, run_gate
 from tests.gpu.checked import Case, Checked
 from tests.gpu.test_gate import TURNS
@@ -64,7 +65,7 @@ def launching(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     def passed(launched: Launched) -> Checked:
         return Checked(launched.name, 1, NOTHING_WRONG, [])
 
-    monkeypatch.setattr(inspect._Recorder, "__getitem__", launch)
+    monkeypatch.setattr(machine_code._Recorder, "__getitem__", launch)
     for module in (gate, clip_gate, row_gate):
         monkeypatch.setattr(module, "checked", passed)
     return names

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastopt
 from fastopt.optim.scale import Scale
-from fastopt_kernels.gpu import engine, telemetry
+from fastopt_kernels.gpu.step import engine, telemetry
 from tests.gpu.test_optim import parameters
 from tests.gpu.test_passes import LIMIT, bits, give, given_in_turn, gradients, same
 

@@ -253,7 +253,7 @@ def test_chunks_are_counted_in_int64() -> None:
 
 def test_elements_beyond_2_to_the_31_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the last chunk is stepped: the memory before it is reserved and never touched."""
-    from fastopt_kernels.cpu import engine
+    from fastopt_kernels.cpu.step import engine
 
     numel = 2**31 + 100
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE

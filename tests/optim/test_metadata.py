@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from fastopt.optim import metadata
 from fastopt.optim.metadata import Metadata, Walk
-from fastopt_kernels.cpu.walk import LOW, MOVED, compiled
+from fastopt_kernels.cpu.base.data_ptrs import LOW, MOVED, compiled
 
 
 @pytest.fixture(params=["guards and walk", "guards", "questions"])

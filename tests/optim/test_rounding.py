@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastopt
-from fastopt_kernels.cpu import rounding
+from fastopt_kernels.cpu.step import rounding
 from tests.optim.pairs import give_grads, make_params
 
 KEEPING = ["stochastic", "kahan", "master"]

@@ -1,0 +1,1 @@
+"""softmax, losses and norms: reductions along rows, columns and channels."""

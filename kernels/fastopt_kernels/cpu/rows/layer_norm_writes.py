@@ -1,0 +1,83 @@
+"""How the gradients of a norm by its input are written: dx, and dx through a dropout, or one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastopt_kernels.cpu.base import memory, tasks
+from fastopt_kernels.cpu.base.streaming_stores import ROOM, make_outputs, make_rooms
+from fastopt_kernels.cpu.rows.dropout import make_dropper
+
+# Rows written together, at most.
+TOGETHER = 4
+rooms = make_rooms(2 * TOGETHER)
+
+
+class Outputs(NamedTuple):
+    """What a kernel of the gradients is compiled for: kinds of dx and of dx through the dropout,
+    None where one is not wanted; whether the sum has a gradient of its own; and which more there
+    are."""
+
+    dx: str | None
+    dropped: str | None
+    summed: bool
+    drops: bool
+    dweight: bool
+    dbias: bool
+
+    @property
+    def wants_dx(self) -> bool:
+        return self.dx is not None or self.dropped is not None
+
+
+def make_put(tag, kind, weight_kind, outputs, streams):
+    """put(dx, dropped, dsum, j, d, chance): d, the gradient by what was normalized, on its way."""
+    compute = memory.compute_type(kind)
+    own_nan = weight_kind in (None, kind)
+    store, store_dropped = (
+        memory.make_storer(to or kind, compute, own_nan and to == kind, stream)
+        for to, stream in zip((outputs.dx, outputs.dropped), streams, strict=True)
+    )
+    load_dsum, drop = tasks.Codec(kind, 16).load, make_dropper(tag, compute, outputs.drops)
+    summed, stores = outputs.summed, outputs.dx is not None
+    stores_dropped = outputs.dropped is not None
+
+    @tasks.inlined(tag)
+    def put(dx, dropped, dsum, j, d, chance):
+        if summed:
+            d = d + load_dsum(dsum, j)
+        if stores:
+            store(dx, j, d)
+        if stores_dropped:
+            store_dropped(dropped, j, drop(d, j, chance))
+
+    return put
+
+
+def make_places(tag, kind, outputs):
+    """place(dx, dropped, row, n, scratch, k, start, past): where elements from `start` on of a row
+    of dx and of dropped are stored, the k-th of those made at a time; send(dx, dropped, row, n,
+    scratch, k, start, stop, past): from there to where they belong."""
+    stores, stores_dropped = outputs.dx is not None, outputs.dropped is not None
+    sizes = [tasks.ITEMSIZE[to or kind] for to in (outputs.dx, outputs.dropped)]
+    dx_size, dropped_size = sizes
+    (place_dx, send_dx), (place_dropped, send_dropped) = map(make_outputs, sizes)
+
+    @tasks.inlined(tag)
+    def place(dx, dropped, row, n, scratch, k, start, past):
+        return (
+            place_dx(dx + row * n * dx_size, scratch + k * ROOM, start, past),
+            place_dropped(
+                dropped + row * n * dropped_size, scratch + (k + TOGETHER) * ROOM, start, past
+            ),
+        )
+
+    @tasks.inlined(tag)
+    def send(dx, dropped, row, n, scratch, k, start, stop, past):
+        if stores:
+            send_dx(dx + row * n * dx_size, scratch + k * ROOM, start, stop, past)
+        if stores_dropped:
+            at, waiting = row * n * dropped_size, scratch + (k + TOGETHER) * ROOM
+            send_dropped(dropped + at, waiting, start, stop, past)
+
+    return place, send
