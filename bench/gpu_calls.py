@@ -17,7 +17,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from bench.row_ops import torchs
 from fastopt import functional, parametrizations
-from fastopt.ops import masked_softmax, residual_norms
+from fastopt.functional import masked_softmax
+from fastopt.functional.add_layer_norm import composed as composed_add_norm
 
 Function = Callable[..., Any]
 Shapes = Sequence[tuple[int, ...]]
@@ -194,7 +195,7 @@ def _ours_rms(x: Tensor, r: Tensor, w: Tensor, p: float = 0.0) -> Any:
 def _composed(x: Tensor, r: Tensor, w: Tensor, b: Any = None, p: float = 0.0) -> Any:
     """By torch's operators, the dropout's hash included."""
     seed = torch.full((), SEED, dtype=torch.int64, device=x.device) if p else None
-    return residual_norms.composed(x, r, w, b, seed, 1, EPS, 0.0, p, b is not None)
+    return composed_add_norm(x, r, w, b, seed, 1, EPS, 0.0, p, b is not None)
 
 
 _DROPS: dict[str, Any] = {"alone": False, **_NORM, **_FEW}

@@ -12,7 +12,14 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 
 from fastopt.functional.routing import AS_OP, BY_TORCH, DIRECT, DTYPES, enter
-from fastopt.ops import weight_norms
+from fastopt.functional.weight_norm import (
+    WHOLE,
+    apply_weight_norm,
+    composed,
+    fits,
+    run_unit,
+    run_weight_norm,
+)
 
 __all__ = ["spectral_norm", "weight_norm"]
 
@@ -24,29 +31,29 @@ class WeightNorm(_WeightNorm):
         dim = self.dim
         route, (g, v) = enter("weight_norm", weight_g, weight_v)
         if route == BY_TORCH:
-            return weight_norms.composed(v, g, dim)
+            return composed(v, g, dim)
         if not _fits(g, v, dim):
             return torch._weight_norm(v, g, dim)
-        dim = dim if dim == weight_norms.WHOLE else dim % v.dim()
+        dim = dim if dim == WHOLE else dim % v.dim()
         if route == AS_OP:
             w: Tensor = torch.ops.fastopt.weight_norm(v, g, dim)[0]
             return w
         if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
-            return weight_norms.apply_weight_norm(v, g, dim)  # type: ignore[no-any-return]
-        return weight_norms.run_weight_norm(v, g, dim)[0]
+            return apply_weight_norm(v, g, dim)  # type: ignore[no-any-return]
+        return run_weight_norm(v, g, dim)[0]
 
 
 def _fits(g: Tensor, v: Tensor, dim: int) -> bool:
     """Whether kernels take these: what they do not is torch's to do, or to refuse."""
     if v.dtype not in DTYPES or g.dtype != v.dtype or not v.dim():
         return False
-    if dim == weight_norms.WHOLE:
-        return g.numel() == 1 and weight_norms.fits(v, dim)
+    if dim == WHOLE:
+        return g.numel() == 1 and fits(v, dim)
     if not -v.dim() <= dim < v.dim():
         return False
     dim %= v.dim()
     shape = [size if k == dim else 1 for k, size in enumerate(v.shape)]
-    return list(g.shape) == shape and weight_norms.fits(v, dim)
+    return list(g.shape) == shape and fits(v, dim)
 
 
 class SpectralNorm(_SpectralNorm):
@@ -60,8 +67,8 @@ class SpectralNorm(_SpectralNorm):
             super()._power_method(weight_mat, n_power_iterations)
             return
         for _ in range(n_power_iterations):
-            weight_norms.run_unit(torch.mv(weight_mat, v), u, self.eps)
-            weight_norms.run_unit(torch.mv(weight_mat.t(), u), v, self.eps)
+            run_unit(torch.mv(weight_mat, v), u, self.eps)
+            run_unit(torch.mv(weight_mat.t(), u), v, self.eps)
             torch.autograd.graph.increment_version((u, v))
 
     def _by_kernels(self, weight_mat: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The code blocks of a page of documentation, and what it takes to run them.
 
 python  executed in order, all of a page in one namespace; one that begins with the name of a
-        file, as in "# fastopt/ops/mine.py", is that module of the package from there on
+        file, as in "# fastopt/functional/mine.py", is that module of the package from there on
 sh      a command a line: run, or handed to its parser where running it takes long
 text    output, formulas, trees of files: nothing that could run
 """
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fastopt.ops import registry
+from fastopt.functional import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

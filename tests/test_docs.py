@@ -94,10 +94,10 @@ def test_a_page_whose_code_is_wrong_fails_at_its_line(tmp_path: Path) -> None:
 
 
 def test_a_block_that_is_a_file_is_imported_as_that_module(tmp_path: Path) -> None:
-    file = fenced("python", "# fastopt/ops/documented.py", "answer = 42")
-    user = fenced("python", "from fastopt.ops.documented import answer")
+    file = fenced("python", "# fastopt/functional/documented.py", "answer = 42")
+    user = fenced("python", "from fastopt.functional.documented import answer")
     assert run_python(file + user, tmp_path)["answer"] == 42
-    wrong = fenced("python", "# fastopt/ops/documented.py", "answer = 1 / 0")
+    wrong = fenced("python", "# fastopt/functional/documented.py", "answer = 1 / 0")
     with pytest.raises(ZeroDivisionError):
         run_python(wrong, tmp_path)
 

@@ -17,13 +17,13 @@ they give in torch. What torch refuses is refused with torch's exception.
 
 from __future__ import annotations
 
+from fastopt.functional.add_layer_norm import add_layer_norm, add_rms_norm
 from fastopt.functional.channel_norms import batch_norm, group_norm, instance_norm
-from fastopt.functional.linear_losses import linear_cross_entropy
-from fastopt.functional.losses import cross_entropy
+from fastopt.functional.cross_entropy import cross_entropy
+from fastopt.functional.layer_norm import layer_norm, rms_norm
+from fastopt.functional.linear_cross_entropy import linear_cross_entropy
 from fastopt.functional.masked_softmax import scaled_masked_softmax
-from fastopt.functional.norms import layer_norm, rms_norm
-from fastopt.functional.residual_norms import add_layer_norm, add_rms_norm
-from fastopt.functional.softmaxes import log_softmax, logsumexp, softmax
+from fastopt.functional.softmax import log_softmax, logsumexp, softmax
 
 __all__ = [
     "add_layer_norm",

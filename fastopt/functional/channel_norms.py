@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -9,6 +10,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentation uses
 from torch import Tensor
 
+from fastopt import backend
+from fastopt.functional import layout
+from fastopt.functional.channel_layout import in_order, output, walk
+from fastopt.functional.registry import (
+    apply_of,
+    compute_dtype,
+    define,
+    differentiated,
+    gradients_by_torch,
+    plain,
+)
 from fastopt.functional.routing import (
     AS_NODE,
     AS_OP,
@@ -20,8 +32,8 @@ from fastopt.functional.routing import (
     transformed,
     widen,
 )
+from fastopt.functional.running_stats import Running, movable, move, to_move
 from fastopt.functional.tracing import as_node
-from fastopt.ops import channel_norms
 
 
 def batch_norm(
@@ -50,8 +62,8 @@ def batch_norm(
     running = (mean, var)
     if fits and training:
         n = x.shape[0] * prod(x.shape[2:])
-        route, running = _to_move(route, running, (running_mean, running_var))
-        fits = n != 1 and eps > 0 and _movable(route, running)
+        route, running = to_move(route, running, (running_mean, running_var))
+        fits = n != 1 and eps > 0 and movable(route, running)
     elif fits:
         fits = running_mean is not None and running_var is not None and eps >= 0
     if not fits:
@@ -88,8 +100,8 @@ def instance_norm(
     fits = _fits(route, *given) and _are_numbers(momentum, eps)
     running = (mean, var)
     if fits and use_input_stats:
-        route, running = _to_move(route, running, (running_mean, running_var))
-        fits = prod(x.shape[2:]) != 1 and eps >= 0 and _movable(route, running)
+        route, running = to_move(route, running, (running_mean, running_var))
+        fits = prod(x.shape[2:]) != 1 and eps >= 0 and movable(route, running)
     elif fits:
         fits = running_mean is not None and running_var is not None and eps >= 0
     if not fits:
@@ -155,38 +167,12 @@ def _fits(route: int, x: Tensor, *per_channel: Tensor | None) -> bool:
     return True
 
 
-def _to_move(
-    route: int, running: channel_norms.Running, came: channel_norms.Running
-) -> tuple[int, channel_norms.Running]:
-    """The route and the running statistics that came, which are to be written. A kernel cannot
-    write those that were resolved to others; beside the op torch's operators can."""
-    if running[0] is came[0] and running[1] is came[1]:
-        return route, came
-    return AS_OP, came
-
-
-def _movable(route: int, running: channel_norms.Running) -> bool:
-    """Whether these are both there or neither, and a kernel may write them as they lie. (Where the
-    call is an op, torch's operators write them; under transforms, torch's function.)"""
-    if route == BY_TORCH:
-        return running[0] is None and running[1] is None
-    if (running[0] is None) != (running[1] is None):
-        return False
-    return all(t is None or (not t.requires_grad and _writable(route, t)) for t in running)
-
-
-def _writable(route: int, x: Tensor) -> bool:
-    if route == AS_OP:
-        return True
-    return x.is_contiguous() and (not x.is_inference() or torch.is_inference_mode_enabled())
-
-
 def _normalize(
     route: int,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running: channel_norms.Running,
+    running: Running,
     own: bool,
     groups: int,
     batch: bool,
@@ -196,13 +182,13 @@ def _normalize(
     """own: by statistics of x, to which the running ones move; else by those."""
     given = (None, None) if own else running
     if route == BY_TORCH:
-        return channel_norms.composed(x, weight, bias, *given, groups, batch, eps)
+        return composed(x, weight, bias, *given, groups, batch, eps)
     moved = running if own and x.numel() else (None, None)
     moves = moved[0] is not None or moved[1] is not None
     if route == AS_OP or (moves and not batch):
         y, stats = torch.ops.fastopt.channel_norm(x, weight, bias, *given, groups, batch, eps)
         if moves:
-            _move(moved, channel_norms.moments(x, stats.detach()), x, momentum)
+            move(moved, moments(x, stats.detach()), x, momentum)
         return y  # type: ignore[no-any-return]
     args = (x, weight, bias, *given, groups, batch, eps, moved, momentum)
     if torch.is_grad_enabled() and (
@@ -210,18 +196,246 @@ def _normalize(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return channel_norms.apply_channel_norm(*args)  # type: ignore[no-any-return]
-    return channel_norms.run_channel_norm(*args, keep=False)[0]
+        return apply_channel_norm(*args)  # type: ignore[no-any-return]
+    return run_channel_norm(*args, keep=False)[0]
 
 
-def _move(
-    running: channel_norms.Running, moments: tuple[Tensor, Tensor], x: Tensor, momentum: float
-) -> None:
-    """running = momentum own + (1 - momentum) running, and the mean of those where images have
-    moments of their own."""
-    mean, var = moments
-    n = x.numel() // mean.numel()
-    for before, own in zip(running, (mean, var * (n / (n - 1))), strict=True):
-        if before is not None:
-            after = momentum * own.view(-1, x.shape[1]) + (1 - momentum) * before.to(own.dtype)
-            before.copy_(after.mean(0))
+def _n_sets(x: Tensor, groups: int, batch: bool) -> int:
+    return groups if batch else x.shape[0] * groups
+
+
+def _stats(x: Tensor, n_sets: int) -> Tensor:
+    """Room for mean and variance of each set, the mean not rounded to float32, where a large one
+    would be off: on CPU both in float64, on GPU the mean in two parts."""
+    if backend.by_numba(x):
+        return torch.empty(n_sets, 2, dtype=torch.float64, device=backend.CPU)
+    return torch.empty(3, n_sets, dtype=compute_dtype(x.dtype), device=x.device)
+
+
+def moments(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance from what `_stats` made room for; contiguous, as some of torch's kernels
+    take statistics for contiguous whatever their strides (2.13)."""
+    if backend.by_numba(x):
+        return stats[:, 0].contiguous(), stats[:, 1].contiguous()
+    return stats[0] + stats[1], stats[2]
+
+
+def _kept(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Those that were given, as `_stats` has them."""
+    if backend.by_numba(x):
+        return torch.stack([mean.double(), var.double()], 1)
+    high, var = mean.to(compute_dtype(x.dtype)), var.to(compute_dtype(x.dtype))
+    return torch.stack([high, (mean - high).to(high.dtype), var])
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def run_channel_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    groups: int,
+    batch: bool,
+    eps: float,
+    running: Running = (None, None),
+    momentum: float = 0.0,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, stats). mean, var: normalize by these; running: moved to those of x, by momentum; keep:
+    whether stats are needed."""
+    y = output(x)
+    given = mean is not None and var is not None
+    stats = _stats(x, _n_sets(x, groups, batch)) if keep else None
+    if mean is not None and var is not None:
+        mean, var = mean.contiguous(), var.contiguous()
+        if keep:
+            stats = _kept(x, mean, var)
+    if not x.numel():
+        return y, stats
+    x, channels = walk(x, groups, batch)
+    backend.kernels_for(x, "rows.channel_norms").channel_norm(
+        x,
+        _flat(weight),
+        _flat(bias),
+        y,
+        None if given else stats,
+        (mean, var) if given else running,
+        channels,
+        eps,
+        None if given else momentum,
+    )
+    if not given:
+        _written(*running)
+    return y, stats
+
+
+def _written(*tensors: Tensor | None) -> None:
+    """Tell autograd what a kernel wrote."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _grads(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    groups: int,
+    batch: bool,
+    eps: float,
+    given: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias; None where one is not wanted."""
+    dx, dweight, dbias = _room(wanted, x, weight, bias)
+    if x.numel():
+        dy = in_order(dy, output(x) if dx is None else dx)
+        x, channels = walk(x, groups, batch)
+        backend.kernels_for(x, "rows.channel_norms").channel_norm_backward(
+            dy, x, _flat(weight), stats, dx, dweight, dbias, channels, eps, given
+        )
+    else:
+        for grad in (dweight, dbias):
+            if grad is not None:
+                grad.zero_()
+    return dx, dweight, dbias
+
+
+def _room(
+    wanted: Sequence[bool], x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Empty tensors for those of dx, dweight and dbias that are wanted."""
+    dx = output(x) if wanted[0] else None
+    dweight = layout.output(weight) if wanted[1] and weight is not None else None
+    dbias = layout.output(bias) if wanted[2] and bias is not None else None
+    return dx, dweight, dbias
+
+
+def _given(dy: Tensor, grad: Tensor | None) -> Tensor:
+    """An op returns tensors only: empty for one that is not wanted."""
+    return dy.new_empty(0) if grad is None else grad
+
+
+def run_channel_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """(dx, dweight, dbias) as an op gives them."""
+    return tuple(_given(dy, grad) for grad in _grads(dy, *args))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, mean, _, ctx.groups, ctx.batch, ctx.eps = inputs
+    ctx.given = mean is not None
+    ctx.save_for_backward(x, weight, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def composed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    groups: int,
+    batch: bool,
+    eps: float,
+) -> Tensor:
+    """The op made of torch's elementwise operators and means.
+
+    Second derivatives and transforms use it, as torch's own norms are wrong or refuse under some of
+    them (2.13): batch_norm with statistics or images that are not contiguous, group_norm with
+    batched gradients, and both with a bias alone.
+    """
+    found = [t.dtype for t in (x, weight, bias) if t is not None]
+    wide = torch.float64 if torch.float64 in found else torch.float32
+    per_channel = (1, -1, *[1] * (x.dim() - 2))
+    y = x.to(wide)
+    if mean is not None and var is not None:
+        mean, var = (t.to(wide).view(per_channel) for t in (mean, var))
+        y = (y - mean) * (var + eps).rsqrt()
+    else:
+        y = y.unflatten(1, (groups, x.shape[1] // groups))  # type: ignore[no-untyped-call]
+        together = [0] * batch + list(range(2, y.dim()))
+        y = y - y.mean(together, keepdim=True)
+        y = y * (y.square().mean(together, keepdim=True) + eps).rsqrt()
+        y = y.flatten(1, 2)
+    if weight is not None:
+        y = y * weight.to(wide).view(per_channel)
+    if bias is not None:
+        y = y + bias.to(wide).view(per_channel)
+    return y.to(x.dtype)
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, weight, bias, stats = saved = ctx.saved_tensors
+    if differentiated(dy, *saved):
+        mean, var = moments(x, stats) if ctx.given else (None, None)
+
+        def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return composed(x, weight, bias, mean, var, ctx.groups, ctx.batch, ctx.eps)
+
+        return *gradients_by_torch(norm, [x, weight, bias], dy), *[None] * 5
+    wanted = ctx.needs_input_grad[:3]
+    args = (dy, x, weight, bias, stats, ctx.groups, ctx.batch, ctx.eps, ctx.given, wanted)
+    if plain(dy, x, weight, stats):
+        return *_grads(*args), *[None] * 5
+    grads = torch.ops.fastopt.channel_norm_backward(*args)
+    chosen = (grad if wants else None for grad, wants in zip(grads, wanted, strict=True))
+    return *chosen, *[None] * 5
+
+
+define(
+    "channel_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, int groups, "
+    "bool batch, float eps) -> (Tensor, Tensor)",
+    run_channel_norm,
+    lambda x, weight, bias, mean, var, groups, batch, eps: (
+        output(x),
+        _stats(x, _n_sets(x, groups, batch)),
+    ),
+    _keep,
+    _backward,
+)
+define(
+    "channel_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
+    "int groups, bool batch, float eps, bool given, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    run_channel_norm_backward,
+    lambda dy, x, weight, bias, stats, groups, batch, eps, given, wanted: tuple(
+        _given(dy, grad) for grad in _room(wanted, x, weight, bias)
+    ),
+)
+
+
+class ChannelNorm(torch.autograd.Function):
+    """The op without the dispatcher, for plain tensors; it moves running statistics itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        groups: int,
+        batch: bool,
+        eps: float,
+        running: Running,
+        momentum: float,
+    ) -> Tensor:
+        y, stats = run_channel_norm(
+            x, weight, bias, mean, var, groups, batch, eps, running, momentum
+        )
+        ctx.groups, ctx.batch, ctx.eps, ctx.given = groups, batch, eps, mean is not None
+        ctx.save_for_backward(x, weight, bias, stats)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return *_backward(ctx, dy), None, None
+
+
+apply_channel_norm = apply_of(ChannelNorm)

@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 from fastopt import backend
-from fastopt.ops import guards
-from fastopt.ops.guards import in_memory
+from fastopt.functional import guards
+from fastopt.functional.guards import in_memory
 from fastopt.storage import PLAIN
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fastopt import functional
-from fastopt.ops import linear_losses
+from fastopt.functional import logit_chunks
 from fastopt.parametrizations import WeightNorm
 
 C = 37
@@ -115,7 +115,7 @@ def test_linear_cross_entropy(
 ) -> None:
     """In chunks of four tokens, with a gradient over the logits of each."""
     weight = draw(C, seed=5).abs() + 0.5 if z_loss else None
-    monkeypatch.setitem(linear_losses.CHUNK, "cpu", 4)
+    monkeypatch.setitem(logit_chunks.CHUNK, "cpu", 4)
     given = [draw(*shape, seed=k).to(dtype) for k, shape in enumerate(((6, 5), (C, 5), (C,)))]
     sides = []
     for function, wide in ((functional.linear_cross_entropy, dtype), (None, torch.float64)):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastopt import functional
-from fastopt.ops.masked_softmax import composed
+from fastopt.functional.masked_softmax import composed
 from tests.gpu.row_launches import DTYPES, INF, NAN, all_wrong, draw, recorded, short_walks
 
 ours = functional.scaled_masked_softmax

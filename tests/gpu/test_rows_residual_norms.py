@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fastopt import functional
-from fastopt.ops.dropout import dropped, mask
+from fastopt.functional.dropout import dropped, mask
 from fastopt_kernels.gpu.rows import layer_norm_gradients
 from tests.gpu.row_launches import DTYPES, all_wrong, draw, recorded, same_bits, short_walks
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastopt import functional
-from fastopt.ops.dropout import mask, odds
+from fastopt.functional.dropout import mask, odds
 from tests.rows.cases import draw
 from tests.rows.oracle import same_bits
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastopt.ops import guards
+from fastopt.functional import guards
 from fastopt_kernels.cpu.base import in_memory
 from tests.rows.cases import draw
 

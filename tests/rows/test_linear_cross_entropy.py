@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fastopt.functional import linear_cross_entropy
-from fastopt.ops import linear_losses
+from fastopt.functional import linear_cross_entropy, logit_chunks
 from tests.rows import oracle
 from tests.rows.cases import draw, targets
 from tests.rows.problem import Problem, Values
@@ -87,7 +86,7 @@ def ask(
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several, and a last one that is short."""
-    monkeypatch.setitem(linear_losses.CHUNK, "cpu", 8)
+    monkeypatch.setitem(logit_chunks.CHUNK, "cpu", 8)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -144,9 +143,9 @@ def test_as_torchs_function(chunk: int | None) -> None:
 
 def test_a_chunk_is_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    block = linear_losses.losses.Block
+    block = logit_chunks.Block
     monkeypatch.setattr(
-        linear_losses.losses, "Block", lambda x, *rest: sizes.append(len(x)) or block(x, *rest)
+        logit_chunks, "Block", lambda x, *rest: sizes.append(len(x)) or block(x, *rest)
     )
     x, w, t = draw(20, D), draw(C, D), targets(20, classes=C)
     linear_cross_entropy(x, w, t)

@@ -10,8 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastopt.functional import linear_cross_entropy
-from fastopt.ops import linear_losses
+from fastopt.functional import linear_cross_entropy, logit_chunks
 from tests.rows import oracle
 from tests.rows.cases import draw, same, targets
 from tests.rows.test_linear_cross_entropy import BOTH, WANTED, N, ask, unfused
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several, and a last one that is short."""
-    monkeypatch.setitem(linear_losses.CHUNK, "cpu", 8)
+    monkeypatch.setitem(logit_chunks.CHUNK, "cpu", 8)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -13,7 +13,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastopt import functional
-from fastopt.ops import masked_softmax as ops
+from fastopt.functional import masked_softmax as ops
 from tests.rows import oracle
 from tests.rows.cases import draw, same
 from tests.rows.oracle import Bounds, same_bits

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations as theirs
 from torch.nn.utils import parametrize
 
 from fastopt import nn as fnn
-from fastopt.ops import weight_norms
+from fastopt.functional import weight_norm
 from fastopt.parametrizations import SpectralNorm, WeightNorm
 from tests.rows import oracle
 from tests.rows.cases import draw, same
@@ -70,7 +70,7 @@ def check(shape: tuple[int, ...], dim: int, dtype: torch.dtype, function: Any) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_norm(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_norms, "ONE_ROW", 100)
+    monkeypatch.setattr(weight_norm, "ONE_ROW", 100)
     for shape, dim in [*SHAPES, *ALL]:
         check(shape, dim, dtype, lambda v, g, dim=dim: WeightNorm(dim)(g, v))
 
@@ -112,7 +112,7 @@ def test_the_ops_pass_opcheck() -> None:
     v, g, dy = sides((4, 5), 0, torch.float32)
     args = (v.requires_grad_(), g.requires_grad_(), 0)
     torch.library.opcheck(torch.ops.fastopt.weight_norm.default, args)
-    norms = weight_norms.run_weight_norm(v.detach(), g.detach(), 0)[1]
+    norms = weight_norm.run_weight_norm(v.detach(), g.detach(), 0)[1]
     args = (dy, v.detach(), g.detach(), norms, 0)
     torch.library.opcheck(torch.ops.fastopt.weight_norm_backward.default, args)
 
@@ -218,12 +218,12 @@ def test_unit_vectors(dtype: torch.dtype) -> None:
     for n, scale in ((1, 1.0), (67, 3.0), (1030, 0.01)):
         x = draw(n, dtype=dtype, scale=scale)
         out = torch.empty_like(x)
-        weight_norms.run_unit(x, out, 1e-12)
+        weight_norm.run_unit(x, out, 1e-12)
         right = F.normalize(x.double(), dim=0)
         torchs = F.normalize(x, dim=0)
         oracle.assert_not_worse("unit", out, torchs, right, dtype, oracle.Bounds())
     zero = torch.zeros(9, dtype=dtype)
-    weight_norms.run_unit(zero, zero, 1e-6)
+    weight_norm.run_unit(zero, zero, 1e-6)
     assert not zero.any()
 
 

@@ -15,8 +15,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastopt import functional
+from fastopt.functional.dropout import dropped, mask
 from fastopt.nn import AddLayerNorm, AddRMSNorm
-from fastopt.ops.dropout import dropped, mask
 from tests.rows import oracle
 from tests.rows.cases import draw, same
 from tests.rows.oracle import Bounds, same_bits

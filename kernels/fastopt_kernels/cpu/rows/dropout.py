@@ -3,7 +3,7 @@
     keep(seed, row, column) = hash(column, keys(seed, row)) < kept,  kept = 2^32 (1 - p)
 
 All of it is arithmetic on 32 bits, written out again for Triton (`gpu/rows/dropout.py`) and for
-torch (`fastopt/ops/dropout.py`): one seed drops the same elements everywhere.
+torch (`fastopt/functional/dropout.py`): one seed drops the same elements everywhere.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastopt.compiler import outside_dynamo
-from fastopt.ops import guards
-from fastopt.ops.guards import in_memory
+from fastopt.functional import guards
+from fastopt.functional.guards import in_memory
 
 _is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -106,7 +106,7 @@ def plain(*tensors: Tensor | None) -> bool:
     return not _n_dispatch_modes() and in_memory(tensors)
 
 
-def by_torch(
+def gradients_by_torch(
     function: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor
 ) -> list[Tensor | None]:
     """Gradients of torch's own function, themselves differentiable; None for what needs none.

@@ -1,4 +1,4 @@
-"""add_layer_norm and add_rms_norm as one op: kernels, fakes and derivatives."""
+"""add_layer_norm and add_rms_norm: a residual branch joins and is normalized in one pass."""
 
 from __future__ import annotations
 
@@ -10,17 +10,188 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.ops import layout, norms
-from fastopt.ops.dropout import dropped, odds
-from fastopt.ops.registry import (
+from fastopt.functional import layout
+from fastopt.functional.dropout import draw_seed, dropped, odds
+from fastopt.functional.layer_norm import _as_shape, flat, given, stats_of, wanted_of, zero
+from fastopt.functional.layer_norm import composed as composed_norm
+from fastopt.functional.registry import (
     apply_of,
-    by_torch,
     compute_dtype,
     define,
     differentiated,
+    gradients_by_torch,
     plain,
     refuse_short,
 )
+from fastopt.functional.routing import (
+    AS_NODE,
+    AS_OP,
+    BY_TORCH,
+    DTYPES,
+    _describe,
+    autocast,
+    enter,
+    widen,
+)
+from fastopt.functional.tracing import as_node, unrecorded
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, sum):  sum = dropout(x) + residual,  y = layer_norm(sum) weight + bias
+
+    x, residual: of one shape; sum and y are of the dtype of x + residual. The sum is rounded once,
+    and y is `layer_norm` of what it was rounded to. normalized_shape, weight, bias, eps: as there.
+
+    dropout_p: an element of x is 0 with this probability, whatever it was, and 1 / (1 - dropout_p)
+    as large without; in steps of 2^-32, and only while training. Which ones follows from the seed
+    and the element's row and column: the same ones in the backward, on CPU and on CUDA, for any
+    strides. seed: an int, or an int64 tensor of one element, which is read where the kernel runs
+    and so may change between replays of a CUDA graph; None draws one from torch's default generator
+    of the device.
+
+    Raises RuntimeError for shapes, dtypes and devices that do not fit, TypeError for what is no
+    tensor, ValueError for a dropout_p outside [0, 1] and a seed that is no int64.
+    """
+    name, shape = "add_layer_norm", _as_shape(normalized_shape)
+    route, (x, residual, weight, bias) = enter(name, x, residual, weight, bias)
+    if route == AS_NODE:
+        args = (x, residual, normalized_shape, weight, bias, eps, dropout_p, training, seed)
+        return as_node(add_layer_norm, *args)
+    _check(name, x, residual, shape, {"weight": weight, "bias": bias})
+    seed = _seed(name, dropout_p, training, seed, x)
+    options = (len(shape), eps, 0.0, dropout_p, True)
+    return _add_norm(name, route, x, residual, weight, bias, seed, *options)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(y, sum):  sum = dropout(x) + residual,  y = rms_norm(sum) (weight + weight_offset)
+
+    All as `add_layer_norm` has it; eps and weight_offset as `rms_norm`.
+    """
+    name, shape = "add_rms_norm", _as_shape(normalized_shape)
+    route, (x, residual, weight) = enter(name, x, residual, weight)
+    if route == AS_NODE:
+        args = (x, residual, normalized_shape, weight, eps, dropout_p, training, seed)
+        return as_node(add_rms_norm, *args, weight_offset=weight_offset)
+    _check(name, x, residual, shape, {"weight": weight})
+    seed = _seed(name, dropout_p, training, seed, x)
+    if eps is None:
+        eps = torch.finfo(compute_dtype(sum_dtype(x, residual))).eps
+    options = (len(shape), eps, weight_offset, dropout_p, False)
+    return _add_norm(name, route, x, residual, weight, None, seed, *options)
+
+
+def _add_norm(
+    name: str,
+    route: int,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    n_dims: int,
+    eps: float,
+    offset: float,
+    p: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor]:
+    options = (n_dims, eps, offset, p, centered)
+    if autocast(name.removeprefix("add_"), x):
+        # The sum is then of float32, as the norm of it is; x is read as it lies.
+        residual = widen(residual)
+    args = (x, residual, weight, bias, seed, *options)
+    if route == BY_TORCH:
+        return composed(*args)
+    if route == AS_OP:
+        y, total, _ = torch.ops.fastopt.add_norm(*args)
+        return y, total
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)
+    ):
+        return apply_add_norm(*args)  # type: ignore[no-any-return]
+    y, total, _ = run_add_norm(*args, keep=False)
+    return y, total
+
+
+def _seed(
+    name: str, p: float, training: bool, seed: int | Tensor | None, x: Tensor
+) -> Tensor | None:
+    """The seed of the dropout, None where nothing is dropped."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(
+            f"dropout probability has to be between 0 and 1, but got {p} "
+            f"(fastopt.functional.{name}: dropout_p is the share of x that is dropped)"
+        )
+    if isinstance(seed, Tensor):
+        (seed,) = enter("dropout", seed)[1]
+        assert isinstance(seed, Tensor)
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"fastopt.functional.{name} takes a seed of one int64, got {_describe(seed)}. Give "
+                "it an int, such a tensor, or None."
+            )
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(
+            f"fastopt.functional.{name} takes a seed of 64 bits with a sign, got {seed}. "
+            "Take it modulo 2**63."
+        )
+    return draw_seed(seed, x.device) if training and p > 0.0 else None
+
+
+@unrecorded
+def _check(
+    name: str,
+    x: Tensor,
+    residual: Tensor,
+    shape: tuple[int, ...],
+    weights: dict[str, Tensor | None],
+) -> None:
+    """Raise for what kernels do not take, before anything is computed."""
+    given = {"x": x, "residual": residual, **weights}
+    for what, tensor in given.items():
+        if tensor is None and what in weights:
+            continue
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise TypeError(f"fastopt.functional.{name} takes a Tensor as {what}, got {kind}")
+        if tensor.dtype not in DTYPES:
+            raise RuntimeError(
+                f"fastopt.functional.{name} got {what} {_describe(tensor)}; it supports float32, "
+                "bfloat16, float16 and float64. Convert it first."
+            )
+        wanted = shape if what in weights else x.shape
+        if tensor.shape != wanted:
+            raise RuntimeError(
+                f"fastopt.functional.{name} got {what} {_describe(tensor)}, and it must be of "
+                f"{'normalized_shape' if what in weights else 'the shape of x'}, {tuple(wanted)}. "
+                "Expand or reshape it first."
+            )
+    if not shape or x.shape[-len(shape) :] != shape:
+        raise RuntimeError(
+            f"fastopt.functional.{name} got x of shape {tuple(x.shape)} and normalized_shape="
+            f"{shape}, which must be its last dimensions, at least one. Give a tuple of those."
+        )
 
 
 def sum_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
@@ -45,7 +216,7 @@ def composed(
     wide = x.to(compute_dtype(dtype))
     wide = dropped(wide, seed, prod(x.shape[x.dim() - n_dims :]), p)
     total = (wide + residual).to(dtype)
-    return norms.composed(total, weight, bias, n_dims, eps, offset, centered), total
+    return composed_norm(total, weight, bias, n_dims, eps, offset, centered), total
 
 
 def run_add_norm(
@@ -66,11 +237,11 @@ def run_add_norm(
     rms_norm, y."""
     y = torch.empty(x.shape, dtype=sum_dtype(x, residual), device=x.device)
     total = torch.empty_like(y)
-    stats = norms.stats_of(y, n_dims, centered) if keep else None
+    stats = stats_of(y, n_dims, centered) if keep else None
     if x.numel():
         rows, (n_rows, n_cols, stride) = layout.rows(x, n_dims)
         residual, (_, _, residual_stride) = layout.rows(residual, n_dims)
-        weights, sizes = (norms.flat(weight), norms.flat(bias)), (n_rows, n_cols)
+        weights, sizes = (flat(weight), flat(bias)), (n_rows, n_cols)
         strides, dropout = (stride, residual_stride), _dropout(seed, p)
         kernels = backend.kernels_for(x, "rows.add_layer_norm")
         outputs, options = (y, total, stats), (eps, offset, dropout, centered)
@@ -112,16 +283,16 @@ def _grads(
         dx = torch.empty_like(rows, dtype=x_dtype)
     if wanted[1] or (wanted[0] and alike):
         dresidual = torch.empty_like(rows, dtype=residual_dtype)
-    dweight, dbias = map(norms.wanted_of, wanted[2:], (weight, bias))
+    dweight, dbias = map(wanted_of, wanted[2:], (weight, bias))
     if total.numel():
         kernels, n_cols = backend.kernels_for(total, "rows.add_layer_norm"), _n_cols(total, n_dims)
         inputs = (dy.contiguous(), None if dsum is None else dsum.contiguous(), rows)
         sizes = (total.numel() // n_cols, n_cols)
-        weights, outputs = (norms.flat(weight), stats), (dx, dresidual, dweight, dbias)
+        weights, outputs = (flat(weight), stats), (dx, dresidual, dweight, dbias)
         options = (offset, _dropout(seed, p), centered)
         kernels.add_norm_backward(*inputs, *weights, *outputs, sizes, *options)
     else:
-        norms.zero(dweight, dbias)
+        zero(dweight, dbias)
     if rows is not total:
         dx, dresidual = (
             d if d is None else layout.kept_channels_last(d, total) for d in (dx, dresidual)
@@ -140,7 +311,7 @@ def _alike(seed: Tensor | None, dtypes: tuple[torch.dtype, torch.dtype]) -> bool
 
 def run_add_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dx, dresidual, dweight, dbias) as an op gives them."""
-    return tuple(norms.given(dy, grad) for grad in _grads(dy, *args))
+    return tuple(given(dy, grad) for grad in _grads(dy, *args))
 
 
 def keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -184,11 +355,11 @@ def _composed_grads(
         refuse_short(dsum, seed)
 
     def norm(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return norms.composed(total, weight, bias, n_dims, eps, offset, centered)
+        return composed_norm(total, weight, bias, n_dims, eps, offset, centered)
 
     d, dweight, dbias = dsum, None, None
     if dy is not None:
-        d, dweight, dbias = by_torch(norm, [total, weight, bias], dy)
+        d, dweight, dbias = gradients_by_torch(norm, [total, weight, bias], dy)
         d = d if dsum is None or d is None else d + dsum
     if d is None:
         return None, None, None, None
@@ -199,7 +370,7 @@ def _composed_grads(
 def _fake(x: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, n_dims, _, _, _, centered = args
     y = torch.empty(x.shape, dtype=sum_dtype(x, residual), device=x.device)
-    return *_laid(y, torch.empty_like(y), x, centered), norms.stats_of(y, n_dims, centered)
+    return *_laid(y, torch.empty_like(y), x, centered), stats_of(y, n_dims, centered)
 
 
 def _fake_grads(dy: Tensor, dsum: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -208,9 +379,9 @@ def _fake_grads(dy: Tensor, dsum: Tensor | None, *args: Any) -> tuple[Tensor, ..
     alike = _alike(seed, dtypes)
     flags = (wanted[0] and not alike, wanted[1] or (wanted[0] and alike), *wanted[2:])
     likes = (*(layout.output(total).to(dtype) for dtype in dtypes), weight, bias)
-    grads = [norms.wanted_of(*pair) for pair in zip(flags, likes, strict=True)]
+    grads = [wanted_of(*pair) for pair in zip(flags, likes, strict=True)]
     grads[:2] = (d if d is None else layout.kept_channels_last(d, total) for d in grads[:2])
-    return tuple(norms.given(dy, grad) for grad in grads)
+    return tuple(given(dy, grad) for grad in grads)
 
 
 define(

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.ops import layout
-from fastopt.ops.registry import apply_of, by_torch, compute_dtype, define, differentiated, plain
+from fastopt.functional import layout
+from fastopt.functional.registry import (
+    apply_of,
+    compute_dtype,
+    define,
+    differentiated,
+    gradients_by_torch,
+    plain,
+)
 
 # One norm of all elements.
 WHOLE = -1
@@ -81,7 +88,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     v, g, norms = ctx.saved_tensors
     if differentiated(dy, v, g, norms):
-        return *by_torch(lambda v, g: composed(v, g, ctx.dim), [v, g], dy), None
+        return *gradients_by_torch(lambda v, g: composed(v, g, ctx.dim), [v, g], dy), None
     if plain(dy, v, g, norms):
         return *run_weight_norm_backward(dy, v, g, norms, ctx.dim), None
     return *torch.ops.fastopt.weight_norm_backward(dy, v, g, norms, ctx.dim), None
