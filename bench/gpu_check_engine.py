@@ -37,7 +37,7 @@ ON_DEVICE = (KINDS[0], KINDS[3])
 
 def rows(device: Device, quick: bool) -> Iterator[Row]:
     """quick: small sizes and few dtypes, for the interpreter."""
-    from fastopt_kernels.gpu.step import engine  # needs triton
+    from fastopt_kernels.gpu.step import launch as engine  # needs triton
 
     for case in cases(quick):
         here = [KINDS[0], KINDS[1 + CASES.index(case) % 7]] if quick else KINDS
@@ -52,7 +52,7 @@ def rows(device: Device, quick: bool) -> Iterator[Row]:
 
 
 def _layout(engine: ModuleType, quick: bool) -> dict[str, Sequence[int]]:
-    chunk = engine.CHUNK
+    chunk = engine.engine.CHUNK
     if quick:
         sizes = (5, 0, 1, 700)
         return {"sizes": sizes, "offsets": (0, 0, 1, 0), "steps": (1, 3, 9, 1000)}
@@ -170,7 +170,7 @@ def _offsets(device: Device, engine: ModuleType, case: Case) -> None:
         if streams.launch.tensors.min() < far * itemsize:
             raise NotApplicableError("device addresses are lower than 2**33 elements")
         streams.launch.tensors -= far * itemsize
-        chunks = chunk_table(np.asarray([1000]), engine.CHUNK)
+        chunks = chunk_table(np.asarray([1000]), engine.engine.CHUNK)
         chunks[:, 1:] += far
         streams.launch._all_chunks = chunks
         streams.launch.select(None)

@@ -62,6 +62,6 @@ def kernels_for(x: Tensor, module: str) -> ModuleType:
     return kernels("cpu" if x.is_cpu else x.device.type, module)
 
 
-def engine(device_type: str) -> ModuleType:
-    """The engine of the optimizers on a device type."""
-    return kernels(device_type, "step.engine")
+def step_kernels(device_type: str) -> ModuleType:
+    """The module with `Launch`, by which optimizers step on a device type."""
+    return kernels(device_type, "step.launch")

@@ -35,6 +35,7 @@ PRELUDE = """
     import numpy as np
     from fastopt_kernels import rules, xp
     from fastopt_kernels.cpu.step import engine
+    from fastopt_kernels.cpu.step.launch import Launch
 
     compiled = []
     make_kernel = engine._make_kernel
@@ -48,7 +49,7 @@ PRELUDE = """
     def run(rule, *scalars, n=5, threads=1, states=0):
         '''Element 0 of a parameter of ones and its states, after one launch with gradients 1.'''
         arrays = [np.ones(n, np.float32) for _ in range(2 + states)]
-        launch = engine.Launch(rule, ("fp32",) * len(arrays), [n], 1 + len(scalars))
+        launch = Launch(rule, ("fp32",) * len(arrays), [n], 1 + len(scalars))
         launch.tensors[0] = [array.ctypes.data for array in arrays]
         launch.scalars[0] = (1.0, *scalars)
         launch.run(threads)
@@ -198,12 +199,12 @@ def test_a_torn_or_foreign_file_is_ignored_and_replaced(tmp_path: Path) -> None:
     for content in damaged:
         file.write_bytes(content)
         assert engine.disk.load(file.stem) is None
-    engine._compiled.cache_clear()
+    engine.compiled.cache_clear()
     results.append(sgd())
     assert file.read_bytes() != content
     file.unlink()
     file.mkdir()
-    engine._compiled.cache_clear()
+    engine.compiled.cache_clear()
     say(*results, sgd())
     """
     assert run(tmp_path, body) == ([0.75] * 3, ["sgd"] * 3)
@@ -219,7 +220,7 @@ def test_a_folder_that_cannot_be_written_means_no_cache_and_no_error(tmp_path: P
     results = []
     for folder in {folders!r}:
         os.environ["FASTOPT_CACHE_DIR"] = folder
-        engine._compiled.cache_clear()
+        engine.compiled.cache_clear()
         results.append(sgd())
     say(*results)
     """
@@ -232,7 +233,7 @@ def test_the_folder_without_a_choice_is_in_the_users_cache(tmp_path: Path) -> No
     body = """
     first = sgd()
     del os.environ["XDG_CACHE_HOME"]
-    engine._compiled.cache_clear()
+    engine.compiled.cache_clear()
     say(first, sgd())
     """
     places = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), "HOME": str(tmp_path / "home")}

@@ -165,7 +165,7 @@ def without_numba() -> dict[str, Any]:
 
 
 def test_the_gpu_kernels_import_where_numba_is_not_installed(without_numba: dict[str, Any]) -> None:
-    assert {"step.engine", "rows.softmax", "rows.layer_norm"} <= set(without_numba["modules"])
+    assert {"step.launch", "rows.softmax", "rows.layer_norm"} <= set(without_numba["modules"])
     assert "triton" in without_numba["packages"]
     assert not [name for name in without_numba["asked"] if name.startswith(("numba", "llvmlite"))]
 

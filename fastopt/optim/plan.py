@@ -278,7 +278,7 @@ def _check_param(param: Tensor, key: GroupKey) -> None:
     layout.kind(target, "a parameter")
     if param.grad is not None:
         layout.kind(layout.local(param.grad), "a gradient")
-    backend.engine(target.device.type)
+    backend.step_kernels(target.device.type)
     layout.check_overlap(target)
     if key.capturable and target.device.type == "cpu":
         counted = ", ".join(["params", *(f"{name}s" for name in key.update.carried)])
@@ -316,7 +316,7 @@ def _make_buckets(
     buckets = []
     for kind, chosen in split.items():
         numels = [layout.numel(member.target) for member in chosen]
-        launch = backend.engine(kind.device.type).Launch(
+        launch = backend.step_kernels(kind.device.type).Launch(
             kind.update.rule,
             kind.kinds,
             numels,

@@ -33,7 +33,9 @@ from fastopt.optim.update import Update
 from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, n_codes
 from fastopt_kernels.gpu import machine_code
 from fastopt_kernels.gpu.machine_code import Launched, compiling
-from fastopt_kernels.gpu.step import engine, reduce
+from fastopt_kernels.gpu.step import engine
+from fastopt_kernels.gpu.step.launch import Launch
+from fastopt_kernels.gpu.step.verdict import Verdict
 from tests.gpu.checked import Case, Checked, checked
 
 TARGETS = machine_code.TARGETS
@@ -106,7 +108,7 @@ def launch_of(
     kinds: Sequence[str],
     rule: Callable[..., Any],
     extras: Extras = NO_EXTRAS,
-) -> engine.Launch:
+) -> Launch:
     """A launch over one tensor of two chunks; nothing of it is ever read. Of states "8bit" are
     those that may be, the others float32."""
     p, g, state = kinds
@@ -115,7 +117,7 @@ def launch_of(
     kept = {KAHAN: ("bf16",), MASTER: ("int16",)}.get(extras.rounding, ())
     streams = (p, g, *states, *average, *kept, *["fp32"] * n_codes(states))
     n_scalars = update.n_scalars + 1 + extras.n_scalars
-    return engine.Launch(rule, streams, [engine.CHUNK + 1], n_scalars, CPU, extras)
+    return Launch(rule, streams, [engine.CHUNK + 1], n_scalars, CPU, extras)
 
 
 def stored(update: Update, name: str, kind: str) -> str:
@@ -159,7 +161,7 @@ def check_scalars(
 
 
 def run_on_device(
-    launch: engine.Launch, update: Update, scaled: bool, verdict: reduce.Verdict | None = None
+    launch: Launch, update: Update, scaled: bool, verdict: Verdict | None = None
 ) -> None:
     one = torch.ones(1) if scaled else None
     n_numbers = 1 + len(update.carried) + launch.extras.averaged

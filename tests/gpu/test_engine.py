@@ -16,6 +16,8 @@ from bench.gpu_streams import Streams
 from fastopt_kernels import rules, xp
 from fastopt_kernels.chunks import chunk_table
 from fastopt_kernels.gpu.step import engine, update
+from fastopt_kernels.gpu.step import launch as step_launch
+from fastopt_kernels.gpu.step.launch import Launch
 
 CPU = torch.device("cpu")
 # Empty, one element and several chunks with a tail; the third begins off a 16-byte boundary.
@@ -41,7 +43,7 @@ def make(case: Case, kinds: tuple[str, str, str] = KINDS[0], **memory: Any) -> S
     p, g, state = kinds
     streams = (p, g, *(state for _ in case.update.state_names))
     layout = {"sizes": SIZES, "offsets": OFFSETS, "steps": STEPS} | memory
-    return Streams(engine, case, streams, device=CPU, **layout)
+    return Streams(step_launch, case, streams, device=CPU, **layout)
 
 
 class Counted:
@@ -57,9 +59,11 @@ class Counted:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counted]:
-    counted = {name: Counted(getattr(engine, name)) for name in ("update_kernel", "scalars_kernel")}
+    counted = {
+        name: Counted(getattr(step_launch, name)) for name in ("update_kernel", "scalars_kernel")
+    }
     for name, kernel in counted.items():
-        monkeypatch.setattr(engine, name, kernel)
+        monkeypatch.setattr(step_launch, name, kernel)
     return counted
 
 
@@ -176,7 +180,7 @@ def test_sizes_around_a_chunk_and_a_block_are_whole(size: int) -> None:
 
 def test_a_write_past_the_end_is_seen() -> None:
     streams = make(ADAMW, sizes=(100,), offsets=(0,), steps=(2,))
-    launch = engine.Launch(streams.update.rule, streams.kinds, [101], 9, CPU)
+    launch = Launch(streams.update.rule, streams.kinds, [101], 9, CPU)
     launch.tensors[:] = streams.launch.tensors
     streams.launch = launch
     streams.run()

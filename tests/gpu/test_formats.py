@@ -17,8 +17,9 @@ from bench.gpu_interpret import is_interpreted
 from fastopt.optim import formats, passes
 from fastopt_kernels.chunks import BLOCK_8BIT, Extras
 from fastopt_kernels.cpu.step import eight_bit as cpu
-from fastopt_kernels.cpu.step import engine as cpu_engine
+from fastopt_kernels.cpu.step import launch as cpu_launch
 from fastopt_kernels.gpu.step import eight_bit, engine
+from fastopt_kernels.gpu.step import launch as step_launch
 from tests.gpu.test_passes import bits, give, given_in_turn, gradients, same
 from tests.optim import pairs
 
@@ -155,14 +156,14 @@ def launch_of(module: Any) -> list[Tensor]:
 
 
 def test_a_launch_gives_the_bits_of_the_cpus() -> None:
-    found, right = launch_of(engine), launch_of(cpu_engine)
+    found, right = launch_of(step_launch), launch_of(cpu_launch)
     assert same(found, right)
     assert {x.dtype for x in found} >= set(CODES.values())
 
 
 def test_a_launch_without_chance_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eight_bit, "draw", _to_nearest)
-    assert not same(launch_of(engine), launch_of(cpu_engine))
+    assert not same(launch_of(step_launch), launch_of(cpu_launch))
 
 
 @triton.jit

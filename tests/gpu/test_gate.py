@@ -17,6 +17,7 @@ from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras
 from fastopt_kernels.gpu.base import memory
 from fastopt_kernels.gpu.machine_code import compiling
 from fastopt_kernels.gpu.step import engine, reduce
+from fastopt_kernels.gpu.step import launch as step_launch
 from fastopt_kernels.gpu.step import update as kernels
 from tests.gpu import clip_gate, format_gate, gate
 
@@ -159,7 +160,7 @@ def test_a_kernel_without_the_promise_of_alignment_fails(
     monkeypatch.setattr(memory, "pointer", _promises_nothing)
     # Triton remembers a kernel by the source of what it calls: a fresh one sees the replacement.
     monkeypatch.setattr(kernels, "_streams_of", triton.jit(kernels._streams_of.fn))
-    monkeypatch.setattr(engine, "update_kernel", triton.jit(engine.update_kernel.fn))
+    monkeypatch.setattr(step_launch, "update_kernel", triton.jit(step_launch.update_kernel.fn))
     faults = gate.check_update(ADAM, kinds, target).faults
     assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in faults] == ["loads", "stores"]
 

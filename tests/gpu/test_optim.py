@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import fastopt
 from bench.gpu_oracle import CASES, Case, Checked
 from fastopt.optim import FusedOptimizer, xp
-from fastopt_kernels.gpu.step import engine, tables
+from fastopt_kernels.gpu.step import launch as step_launch
+from fastopt_kernels.gpu.step import tables
 from tests.optim.test_averages import Oracle
 
 # The last has a full block, and a tail.
@@ -48,7 +49,7 @@ class Launches:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts = {"update_kernel": 0, "scalars_kernel": 0}
         for name in self.counts:
-            monkeypatch.setattr(engine, name, self._counted(name, getattr(engine, name)))
+            monkeypatch.setattr(step_launch, name, self._counted(name, getattr(step_launch, name)))
 
     def _counted(self, name: str, kernel: Any) -> Any:
         counts = self.counts

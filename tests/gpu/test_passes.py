@@ -16,6 +16,7 @@ from bench.gpu_oracle import CASES, Checked
 from fastopt.optim import plan
 from fastopt.optim.scale import Scale
 from fastopt_kernels.gpu.step import engine, reduce
+from fastopt_kernels.gpu.step.launch import Launch
 from tests.gpu.test_optim import Launches, in_two_groups, parameters
 
 INF, NAN = math.inf, math.nan
@@ -226,7 +227,7 @@ def test_a_limit_may_be_a_tensor_and_change() -> None:
 
 
 def test_what_another_device_measured_counts() -> None:
-    launch = engine.Launch(ADAMW.update.rule, ("fp32",) * 4, [3000], 9, torch.device("cpu"))
+    launch = Launch(ADAMW.update.rule, ("fp32",) * 4, [3000], 9, torch.device("cpu"))
     x = torch.randn(3000)
     launch.tensors[0, 1] = x.data_ptr()
     look = reduce.Look(launch.device, [launch])

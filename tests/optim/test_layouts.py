@@ -253,7 +253,7 @@ def test_chunks_are_counted_in_int64() -> None:
 
 def test_elements_beyond_2_to_the_31_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the last chunk is stepped: the memory before it is reserved and never touched."""
-    from fastopt_kernels.cpu.step import engine
+    from fastopt_kernels.cpu.step import launch
 
     numel = 2**31 + 100
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
@@ -262,7 +262,7 @@ def test_elements_beyond_2_to_the_31_are_reached(monkeypatch: pytest.MonkeyPatch
     param[-50:], grad[-50:] = 2.0, 1.0
     param.requires_grad_(True)
     param.grad = grad
-    monkeypatch.setattr(engine, "chunk_table", lambda *args: chunk_table(*args)[-1:])
+    monkeypatch.setattr(launch, "chunk_table", lambda *args: chunk_table(*args)[-1:])
     fastopt.optim.SGD([param], lr=0.5).step()
     assert param[-50:].tolist() == [1.5] * 50
     assert param[-100:-50].tolist() == param[:50].tolist() == [0.0] * 50

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from fastopt_kernels.gpu.base import device
 from fastopt_kernels.gpu.rows import shared
-from fastopt_kernels.gpu.step import engine, reduce
+from fastopt_kernels.gpu.step import launch, reduce
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -131,7 +131,7 @@ def compiling(target: str) -> Iterator[Launches]:
             setattr(module, name, own)
 
 
-_ENGINES = ((engine, "update_kernel"), (engine, "scalars_kernel"), (reduce, "measure_kernel"))
+_ENGINES = ((launch, "update_kernel"), (launch, "scalars_kernel"), (reduce, "measure_kernel"))
 
 
 @dataclass(frozen=True)

@@ -20,30 +20,20 @@ import numpy as np
 from numba import njit, prange, types
 from numba.core.errors import NumbaError
 
-from fastopt_kernels import launches
 from fastopt_kernels.chunks import (
     BLOCK_8BIT,
     CODES_8BIT,
     KAHAN,
     MASTER,
-    NO_EXTRAS,
-    SEEN,
     STOCHASTIC,
     Extras,
-    chunk_table,
     n_codes,
 )
 from fastopt_kernels.cpu.base import cache as disk
-from fastopt_kernels.cpu.base import data_ptrs, memory
+from fastopt_kernels.cpu.base import memory
 from fastopt_kernels.cpu.base import xp as cpu_xp
-from fastopt_kernels.cpu.base.threads import run_parallel, worth_it
 from fastopt_kernels.cpu.step import eight_bit, rounding, telemetry
-from fastopt_kernels.cpu.step.reduce import Measured, measure
 from fastopt_kernels.xp import rebind, uncompilable
-
-# Elements a chunk, by the size of the launch: small chunks divide a small launch evenly (22 against
-# 32 us at 100K elements on two threads), large ones keep the table small.
-CHUNK = ((262_144, 2048), (1 << 62, 16384))
 
 
 def _make_around(rule, kinds, extras, tag):
@@ -195,7 +185,7 @@ def _make_kernel(rule, kinds, n_scalars, extras, parallel, tag):
 
 
 @cache
-def _compiled(
+def compiled(
     rule: Callable[..., Any],
     kinds: tuple[str, ...],
     n_scalars: int,
@@ -210,11 +200,11 @@ def _compiled(
         except NumbaError as error:
             raise uncompilable(rule, "Numba", error) from error
 
-    return disk.obtain(_key(rule, kinds, n_scalars, extras, parallel), make)
+    return disk.obtain(key_of(rule, kinds, n_scalars, extras, parallel), make)
 
 
 @cache
-def _key(
+def key_of(
     rule: Callable[..., Any],
     kinds: tuple[str, ...],
     n_scalars: int,
@@ -223,103 +213,3 @@ def _key(
 ) -> str:
     """What the kernel is kept under on disk."""
     return disk.key(rule, kinds, n_scalars, tuple(extras), parallel)
-
-
-def _call(entry: Any, args: tuple[Any, ...], n_threads: int) -> None:
-    if n_threads > 1:
-        run_parallel(entry, args, n_threads)
-    else:
-        entry(*args)
-
-
-class Launch:
-    """The tables of one launch; the caller keeps `tensors` filled with live addresses.
-
-    tensors: (n, 2 + states) int64, the addresses of p, g and each state
-    index:   (n,) int64, the row of scalars each tensor takes
-    scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
-    keys:    (n,) int64, what chance depends on beside the element (stochastic rounding)
-    name:    what a profiler shows it as
-    """
-
-    def __init__(
-        self,
-        rule: Callable[..., Any],
-        kinds: tuple[str, ...],
-        numels: list[int],
-        n_scalars: int,
-        device: object = None,
-        extras: Extras = NO_EXTRAS,
-    ) -> None:
-        n = len(numels)
-        self.rule, self.kinds, self.n_scalars, self.extras = rule, kinds, n_scalars, extras
-        self.name = rule.__name__
-        self.numels = np.asarray(numels, dtype=np.int64)
-        self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
-        self.index = np.zeros(n, dtype=np.int64)
-        self.keys = np.zeros(n, dtype=np.int64)
-        dtype = np.float64 if kinds[0] == "fp64" else np.float32
-        self.scalars = np.zeros((n, n_scalars), dtype=dtype)
-        total = int(self.numels.sum())
-        size = next(size for limit, size in CHUNK if total < limit)
-        self._all_chunks = chunk_table(self.numels, size)
-        self._addresses = (self.tensors.ctypes.data, self.index.ctypes.data)
-        self._scalars_address = self.scalars.ctypes.data
-        self.select(None)
-
-    @property
-    def walk(self) -> Any:
-        """A compiled walk over a list of tensors, which finds their addresses."""
-        return data_ptrs.compiled()
-
-    @property
-    def draws(self) -> bool:
-        """Whether anything is rounded by chance, so that `keys` count."""
-        return self.extras.rounding == STOCHASTIC or n_codes(self.kinds) > 0
-
-    def select(self, active: np.ndarray | None) -> None:
-        """Restrict the launch to the tensors where `active` holds; None takes all."""
-        chunks = self._all_chunks
-        if active is not None:
-            chunks = np.ascontiguousarray(chunks[active[chunks[:, 0]]])
-        self.chunks = chunks
-        tensors, index = self._addresses
-        # Where `tensors` and `chunks` lie: asking numpy takes 0.4 us.
-        self.where = (tensors, chunks.ctypes.data)
-        self._seen = np.zeros((len(chunks) if self.extras.watched else 0, len(SEEN)))
-        row_of = (index, self._scalars_address, self.keys.ctypes.data)
-        self._args = (*self.where, *row_of, self._seen.ctypes.data, len(chunks))
-        self.n_elements = int((chunks[:, 2] - chunks[:, 1]).sum())
-
-    def prepare(self, n_threads: int) -> None:
-        """Compile what `run` will call, so that a failure comes before anything is written."""
-        if len(self.chunks):
-            self._entry(n_threads)
-
-    def run(self, n_threads: int) -> None:
-        """Update every selected tensor, on at most `n_threads` threads."""
-        if not len(self.chunks):
-            return
-        entry, parallel = self._entry(n_threads)
-        if launches.unseen():
-            _call(entry, self._args, n_threads if parallel else 1)
-            return
-        n, idle = n_threads if parallel else 1, (*self._args[:-1], 0)
-        key = _key(self.rule, self.kinds, self.n_scalars, self.extras, parallel)
-        with launches.seen(self.name, key, lambda: _call(entry, idle, n)):
-            _call(entry, self._args, n)
-
-    def measure(self, maximum: bool) -> Measured:
-        """sum g^2 or max |g| of every selected tensor's gradient, and its non-finite elements."""
-        return measure(self, maximum)
-
-    def seen(self) -> np.ndarray:
-        """(n, len(SEEN)) float64: what the last run saw of each tensor, in order of its chunks."""
-        found = np.zeros((len(self.tensors), len(SEEN)))
-        np.add.at(found, self.chunks[:, 0], self._seen)
-        return found
-
-    def _entry(self, n_threads: int) -> tuple[Any, bool]:
-        parallel = worth_it(n_threads, self.n_elements)
-        compiled = _compiled(self.rule, self.kinds, self.n_scalars, self.extras, parallel)
-        return compiled.entry_point, parallel

@@ -10,7 +10,7 @@ not, and are counted only then.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numba import types
@@ -18,10 +18,17 @@ from numba import types
 from fastopt_kernels.cpu.base import memory, tasks
 from fastopt_kernels.cpu.base.vector_math import add, larger_float
 
-if TYPE_CHECKING:
-    from fastopt_kernels.cpu.step.engine import Launch
-
 _args = memory.make_row(types.int64, 3)
+
+
+class Chunked(Protocol):
+    """Of a launch (`cpu/step/launch.py`): which elements of which tensors it walks."""
+
+    kinds: tuple[str, ...]
+    tensors: np.ndarray
+    chunks: np.ndarray
+    where: tuple[int, int]
+    n_elements: int
 
 
 class Measured(NamedTuple):
@@ -75,7 +82,7 @@ def _chunk_nonfinite(tag, kind, n_columns):
     return chunk_nonfinite
 
 
-def measure(launch: Launch, maximum: bool) -> Measured:
+def measure(launch: Chunked, maximum: bool) -> Measured:
     """Measure the gradients of the tensors that are selected; the others count nothing."""
     kind, n_columns = launch.kinds[1], len(launch.kinds)
     task = tasks.task_of(_chunk_parts, kind, n_columns, maximum)
@@ -87,7 +94,7 @@ def measure(launch: Launch, maximum: bool) -> Measured:
     return Measured(parts, nonfinite)
 
 
-def _over_chunks(launch: Launch, task: tasks.Task, merge: np.ufunc) -> np.ndarray:
+def _over_chunks(launch: Chunked, task: tasks.Task, merge: np.ufunc) -> np.ndarray:
     """A number for each tensor, out of one for each chunk."""
     chunks = launch.chunks
     parts = np.zeros(len(chunks))

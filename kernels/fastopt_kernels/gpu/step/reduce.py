@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,9 @@ from fastopt_kernels.gpu.base import memory
 from fastopt_kernels.gpu.base import xp as gpu_xp
 from fastopt_kernels.gpu.base.device import register_options, warp_size
 from fastopt_kernels.gpu.step import engine
+from fastopt_kernels.gpu.step.launch import Launch
 from fastopt_kernels.gpu.step.tables import Tables, copy_device_values, here, host_value
+from fastopt_kernels.gpu.step.verdict import HEAD, Verdict
 
 # Elements a load of all threads: 16 bytes each; UNROLL of them are under way at once.
 BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024}
@@ -38,8 +39,6 @@ PROGRAMS = 4096
 # What the last program adds up at once (with 1024 it is the one that needs the registers, 117 for
 # 48 on sm_90), and for how many parameter groups.
 PARTS, GROUPS = 512, 128
-# Numbers before those of the groups, in `Verdict.wide` and `narrow`; 16 bytes of either.
-HEAD = 4
 
 
 @triton.jit
@@ -196,50 +195,10 @@ def measure_kernel(
         )  # fmt: skip
 
 
-@dataclass
-class Verdict:
-    """What a look has left on a device, for the update and for whoever asks.
-
-    wide:   float64: norm, elements that are not finite, two unused; (groups,) factors; (groups,)
-            clip coefficients; (families, 2) what was measured
-    narrow: float32: whether to skip, three unused; (groups,) factors
-    skips:  whether anything may say so
-    """
-
-    wide: torch.Tensor
-    narrow: torch.Tensor
-    n_groups: int
-    skips: bool
-
-    def factors(self, wide: bool) -> torch.Tensor:
-        """(groups,) what each group's gradients are multiplied by."""
-        return (self.wide if wide else self.narrow)[HEAD : HEAD + self.n_groups]
-
-    @property
-    def coefficients(self) -> torch.Tensor:
-        """(groups,) float64, without the scale."""
-        return self.wide[HEAD + self.n_groups : HEAD + 2 * self.n_groups]
-
-    @property
-    def measured(self) -> torch.Tensor:
-        """(families * 2,) float64."""
-        return self.wide[HEAD + 2 * self.n_groups :]
-
-    @property
-    def skip(self) -> torch.Tensor:
-        """(1,) float32, not 0 where nothing is to be updated."""
-        return self.narrow[:1]
-
-    def to(self, device: torch.device) -> Verdict:
-        """The same on another device."""
-        wide, narrow = (x.to(device, non_blocking=True) for x in (self.wide, self.narrow))
-        return Verdict(wide, narrow, self.n_groups, self.skips)
-
-
 class Look:
     """All launches of one device, whose gradients are measured together."""
 
-    def __init__(self, device: torch.device, launches: Sequence[engine.Launch]) -> None:
+    def __init__(self, device: torch.device, launches: Sequence[Launch]) -> None:
         self.device, self.launches = device, launches
         self._tables = Tables(device, np.zeros(0, dtype=np.int64))
         # What the spans were made for: the chunks of each launch, and the families.
