@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import machine, render
-from fastopt.cli.files import write_whole
+from fastopt.cli.shared.files import write_whole
 from tests.rows import cases, oracle
 from tests.rows.oracle import Bounds
 from tests.rows.problem import Problem

@@ -15,7 +15,7 @@ import os
 import torch
 
 from bench.timing import Subject
-from fastopt.cli.memory import KEEP, VARIABLE
+from fastopt.cli.shared.memory import KEEP, VARIABLE
 
 WARM, DEFAULT = "warm", "default"
 ALLOCATORS = (WARM, DEFAULT)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fastopt.cli import hardware
-from fastopt.cli.record import cpu_name
+from fastopt.cli.demo.record import cpu_name
+from fastopt.cli.shared import hardware
 
 # Those a figure may depend on; peers are listed where they are installed.
 PACKAGES = (

@@ -14,8 +14,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from fastopt.cli import shapes
-from fastopt.cli.shapes import MODELS as SHAPES
+from fastopt.cli.shared import shapes
+from fastopt.cli.shared.shapes import MODELS as SHAPES
 
 DRAWN = 1_000_003
 # Trained for real, so its shapes come from the model itself: see `TrainingLoop`.
@@ -91,7 +91,7 @@ class TrainingLoop:
 
     @classmethod
     def make(cls) -> TrainingLoop:
-        from fastopt.cli.tasks import cross_entropy, text_task
+        from fastopt.cli.demo.tasks import cross_entropy, text_task
 
         task = text_task(seed=0, quick=False)
         batches = itertools.cycle(task.batches)

@@ -27,7 +27,7 @@ from bench import (
 )
 from bench.cases import LIMIT, NEVER_SLOWER
 from bench.providers import FASTOPT
-from fastopt.cli.files import write_whole
+from fastopt.cli.shared.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO, TypeVar
 from rich.console import Console
 
 from bench.allocator import environment
-from fastopt.cli.files import write_whole
+from fastopt.cli.shared.files import write_whole
 
 # Wide enough for the tables where there is no terminal to fit them to.
 LOG_WIDTH = 140

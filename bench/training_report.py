@@ -25,7 +25,7 @@ import fastopt
 from bench import machine
 from bench.render import conditions, markdown_table, yes
 from bench.sections import make_console, publish
-from fastopt.cli.tasks import Task, cross_entropy, text_task
+from fastopt.cli.demo.tasks import Task, cross_entropy, text_task
 
 SEEDS = range(5)
 LR, LAST = 1e-3, 1e-5

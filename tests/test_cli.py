@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastopt.cli import COMMANDS, files, main, tasks
+from fastopt.cli import COMMANDS, main
+from fastopt.cli.demo import tasks
+from fastopt.cli.shared import files
 
 ALL_COMMANDS = ", ".join(COMMANDS)
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from fastopt.cli import compare, main, plain
-from fastopt.cli.compare import ALIKE, FASTER, SLOWER, Change, NotARunError, Run, Time
+from fastopt.cli import main
+from fastopt.cli.bench import comparison
+from fastopt.cli.bench.comparison import ALIKE, FASTER, SLOWER, Change, NotARunError, Run, Time
+from fastopt.cli.shared import plain
 
 # Seconds by provider, of two cases.
 BASE = {
@@ -92,7 +94,7 @@ def test_a_regression_is_against_torch_and_beyond_the_spread(
     a, b = save(runs, "0001_a", saved(BASE)), save(runs, "0002_b", saved(after, noise))
     status = main(["bench", "--compare", a, b])
     out = capsys.readouterr().out
-    changes = compare.compare(compare.load(Path(a)), compare.load(Path(b)))
+    changes = comparison.compare(comparison.load(Path(a)), comparison.load(Path(b)))
     assert {change.verdict for change in changes} == {verdict}
     assert status == (1 if verdict == SLOWER else 0)
     assert sum(line.rstrip().endswith(verdict) for line in out.splitlines()) == 2
@@ -107,7 +109,7 @@ def test_factor_and_spread_of_known_times() -> None:
         }
         return Run({"case": times}, "")
 
-    (change,) = compare.compare(run(1.0, 3.0), run(2.0, 3.0))
+    (change,) = comparison.compare(run(1.0, 3.0), run(2.0, 3.0))
     assert (change.before, change.after, change.factor) == pytest.approx((3.0, 1.5, 0.5))
     # Two spreads of a factor of 1.05 squared, added as squares.
     assert change.spread == pytest.approx(1.05 ** (2 * 2**0.5))
@@ -115,7 +117,7 @@ def test_factor_and_spread_of_known_times() -> None:
 
 def test_the_worst_comes_first_and_the_mean_is_geometric() -> None:
     changes = [Change("a", "torch", 1.0, 4.0, 1.0), Change("b", "torch", 1.0, 0.25, 1.0)]
-    assert compare.mean_factor(changes) == pytest.approx(1.0)
+    assert comparison.mean_factor(changes) == pytest.approx(1.0)
     a = Run({n: {"fastopt": Time(1, 1, 1), "ATen": Time(1, 1, 1)} for n in "xy"}, "")
     b = Run(
         {
@@ -124,13 +126,13 @@ def test_the_worst_comes_first_and_the_mean_is_geometric() -> None:
         },
         "",
     )
-    assert [change.case for change in compare.compare(a, b)] == ["y", "x"]
+    assert [change.case for change in comparison.compare(a, b)] == ["y", "x"]
 
 
 def test_the_reference_is_one_that_both_runs_timed(runs: Path) -> None:
     only_loop = {"AdamW mlp": {"fastopt": 1e-3, "torch loop": 9e-3}}
     a, b = (save(runs, name, saved(times)) for name, times in (("a", BASE), ("b", only_loop)))
-    (change,) = compare.compare(*(compare.load(Path(path)) for path in (a, b)))
+    (change,) = comparison.compare(*(comparison.load(Path(path)) for path in (a, b)))
     assert (change.case, change.reference) == ("AdamW mlp", "torch loop")
     assert change.before == pytest.approx(9)
 
@@ -160,15 +162,15 @@ def test_a_run_on_a_busy_machine_is_marked(runs: Path, capsys: pytest.CaptureFix
 def test_a_saved_run_is_found_by_name(name: str, runs: Path) -> None:
     path = save(runs, "0001_base", saved(BASE))
     save(runs, "0002_other", saved(BASE))
-    assert compare.find(name, Path(".benchmarks")) == Path(path).relative_to(Path.cwd())
-    assert compare.find(path, Path(".benchmarks")) == Path(path)
+    assert comparison.find(name, Path(".benchmarks")) == Path(path).relative_to(Path.cwd())
+    assert comparison.find(path, Path(".benchmarks")) == Path(path)
 
 
 def test_a_name_of_two_runs_asks_for_the_path(runs: Path) -> None:
     save(runs, "0001_base", saved(BASE))
     save(runs, "0002_base", saved(BASE))
     with pytest.raises(NotARunError, match=r"'base' may be any of .*0001_base.json, .*0002_base"):
-        compare.find("base", Path(".benchmarks"))
+        comparison.find("base", Path(".benchmarks"))
 
 
 @pytest.mark.parametrize(

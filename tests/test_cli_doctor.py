@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import fastopt
-from fastopt.cli import doctor, examine, findings, hardware, main, memory, plain
+from fastopt.cli import doctor, main
+from fastopt.cli.doctor import examine, findings
+from fastopt.cli.shared import hardware, memory, plain
 from tests.optim.workers import environment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastopt.cli import examine, findings, main
+from fastopt.cli import main
+from fastopt.cli.doctor import examine, findings
 from tests.test_cli_doctor import HEALTHY
 
 

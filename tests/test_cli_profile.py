@@ -20,9 +20,11 @@ from torch import nn
 
 import fastopt
 from fastopt import functional, optim
-from fastopt.cli import arithmetic, clock, limits, main, measure, profile, profile_model, subjects
-from fastopt.cli.clock import Breakdown
-from fastopt.cli.subjects import Subject, Traffic
+from fastopt.cli import main, profile
+from fastopt.cli.profile import arithmetic, clock, measure, subjects, training
+from fastopt.cli.profile.clock import Breakdown
+from fastopt.cli.profile.subjects import Subject, Traffic
+from fastopt.cli.shared import limits
 from fastopt.optim.update import Update
 from fastopt_kernels import launches, rules
 from fastopt_kernels.cpu.base import bandwidth
@@ -305,7 +307,7 @@ def build(optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW) -> Any:
 def test_a_swap_is_measured_on_copies() -> None:
     model, optimizer, loss = build()
     before = [param.clone() for param in model.parameters()]
-    swaps = profile_model.Swaps(model, optimizer, loss)
+    swaps = training.Swaps(model, optimizer, loss)
     swaps.time(0.001)
     names = [variant.name for variant in swaps.variants]
     assert names == ["as it is", "optimizer swapped", "and its modules"]
@@ -329,7 +331,7 @@ def test_a_swap_is_measured_on_copies() -> None:
 
 
 def test_what_is_not_swapped_is_said() -> None:
-    swaps = profile_model.Swaps(*build(torch.optim.ASGD))
+    swaps = training.Swaps(*build(torch.optim.ASGD))
     assert [variant.name for variant in swaps.variants] == ["as it is", "modules swapped"]
     assert any("torch.optim.asgd.ASGD" in text for text in swaps.kept)
 
@@ -348,9 +350,9 @@ def test_a_build_that_returns_something_else_is_refused(
     built: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = SimpleNamespace(build=lambda: built)
-    monkeypatch.setattr(profile_model.importlib, "import_module", lambda name: given)
+    monkeypatch.setattr(training.importlib, "import_module", lambda name: given)
     with pytest.raises(TypeError, match=re.escape(message)):
-        profile_model.load("given:build")
+        training.load("given:build")
 
 
 def test_the_documented_build_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +361,7 @@ def test_the_documented_build_is_taken(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "documented_model.py").write_text(block)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    swaps = profile_model.Swaps(*profile_model.load("documented_model:build"))
+    swaps = training.Swaps(*training.load("documented_model:build"))
     assert len(swaps.variants) == 3
 
 

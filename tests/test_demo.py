@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 import fastopt.nn
 import fastopt.optim
-from fastopt.cli import main, race, tasks
-from fastopt.cli.race import (
+from fastopt.cli import main
+from fastopt.cli.demo import race, tasks
+from fastopt.cli.demo.race import (
     FASTOPT,
     FASTOPT_SWAP,
     PROVIDERS,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastopt.cli import clock, main, subjects
+from fastopt.cli import main
+from fastopt.cli.profile import clock, subjects
 from fastopt_kernels.cpu import machine_code as cpu_inspect
 from fastopt_kernels.gpu import machine_code as gpu_inspect
 

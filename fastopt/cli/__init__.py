@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, demo, doctor, profile
-from .names import did_you_mean, unknown_option
+from fastopt.cli import bench, demo, doctor, profile
+from fastopt.cli.shared.names import did_you_mean, unknown_option
 
 COMMANDS = {
     "demo": demo,

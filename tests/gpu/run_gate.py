@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fastopt.cli.files import output_file, write_whole
+from fastopt.cli.shared.files import output_file, write_whole
 from fastopt_kernels.gpu.machine_code import TARGETS
 from tests.gpu import clip_gate, format_gate, gate, gate_table, row_gate
 from tests.gpu.checked import Case

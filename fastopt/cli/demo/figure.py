@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import LineStyleType
 
-from .race import FASTOPT, FASTOPT_SWAP, TORCH, TORCH_FUSED, WARMUP_STEPS, Comparison, Run
+from fastopt.cli.demo.race import (
+    FASTOPT,
+    FASTOPT_SWAP,
+    TORCH,
+    TORCH_FUSED,
+    WARMUP_STEPS,
+    Comparison,
+    Run,
+)
 
 COLORS = {
     TORCH.name: "#a9b4c2",

@@ -77,7 +77,7 @@ def output_cost_kept() -> Cost | None:
     """The same in a process under KEEP; None where there is no glibc, or no such process ran."""
     if platform.libc_ver()[0] != "glibc":
         return None
-    code = "from fastopt.cli import memory; memory.print_cost()"
+    code = "from fastopt.cli.shared import memory; memory.print_cost()"
     environment = {**os.environ, VARIABLE: KEEP, "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         done = subprocess.run(

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fastopt
-
-from .tasks import AddNorm, Batch, Task, cross_entropy
+from fastopt.cli.demo.tasks import AddNorm, Batch, Task, cross_entropy
 
 # Steps left out of every median: the first ones compile kernels, allocate states, fill caches.
 WARMUP_STEPS = 5

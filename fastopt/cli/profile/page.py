@@ -11,9 +11,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import profile_text
-from .figure import FAINT, INK, STYLE
-from .measure import Profile
+from fastopt.cli.demo.figure import FAINT, INK, STYLE
+from fastopt.cli.profile import lines
+from fastopt.cli.profile.measure import Profile
 
 OURS, LIMIT = "#0b6e4f", "#f29e4c"
 PAGE = """<!doctype html>
@@ -35,14 +35,13 @@ th {{ white-space: nowrap; }} img {{ max-width: 100%; }} p {{ color: {faint}; }}
 def page(profile: Profile) -> bytes:
     """The file's content."""
     launches = {
-        f"{x.name}": f"{profile_text.ms(x.kernel_s)} in the kernel, "
-        f"{profile_text.ms(x.launch_s)} to launch"
+        f"{x.name}": f"{lines.ms(x.kernel_s)} in the kernel, {lines.ms(x.launch_s)} to launch"
         for x in profile.times.launches
     }
-    kernels = {name: profile_text.facts(kernel) for name, kernel in profile.kernels.items()}
-    here = profile_text.conditions(profile.subject.device)
+    kernels = {name: lines.facts(kernel) for name, kernel in profile.kernels.items()}
+    here = lines.conditions(profile.subject.device)
     parts = [
-        _table("What it takes", profile_text.rows(profile)),
+        _table("What it takes", lines.rows(profile)),
         _picture("Roofline", lambda axes: draw_roofline(axes, profile)),
         "<p>The line is what this machine can do at most, measured in the same run: bytes moved "
         "without arithmetic, and a matrix product. A point on it could only be faster with fewer "
@@ -55,7 +54,7 @@ def page(profile: Profile) -> bytes:
         _table("Machine code", kernels),
         _table("Machine", {name: str(value) for name, value in here.items()}),
     ]
-    title = escape(profile_text.title(profile))
+    title = escape(lines.title(profile))
     return PAGE.format(title=title, body="\n".join(parts), ink=INK, faint=FAINT).encode()
 
 

@@ -15,8 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import plain
-from .compare import (
+from fastopt.cli.bench.comparison import (
     BUSY,
     FASTER,
     SLOWER,
@@ -29,7 +28,8 @@ from .compare import (
     mean_factor,
     saved_runs,
 )
-from .names import did_you_mean
+from fastopt.cli.shared import plain
+from fastopt.cli.shared.names import did_you_mean
 
 SAVED = Path(".benchmarks")
 HEADER = ("case", "against", "A", "B", "change", "spread", "")

@@ -21,15 +21,15 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from .files import output_file, write_whole
+from fastopt.cli.shared.files import output_file, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from .race import Comparison
-    from .record import Conditions
-    from .tasks import Task
+    from fastopt.cli.demo.race import Comparison
+    from fastopt.cli.demo.record import Conditions
+    from fastopt.cli.demo.tasks import Task
 
 EXTRAS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
@@ -83,9 +83,9 @@ def _demo(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from . import figure, record, table
-    from .race import problems
-    from .tasks import digits_task, text_task
+    from fastopt.cli.demo import figure, record, table
+    from fastopt.cli.demo.race import problems
+    from fastopt.cli.demo.tasks import digits_task, text_task
 
     conditions = record.Conditions(options.seed, options.quick, torch.get_num_threads())
     tasks = [make(options.seed, options.quick) for make in (digits_task, text_task)]
@@ -110,7 +110,7 @@ def _train(tasks: list[Task]) -> list[Comparison]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .race import providers_for, race
+    from fastopt.cli.demo.race import providers_for, race
 
     console = Console(stderr=True)
     progress = Progress(

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .race import (
+from fastopt.cli.demo.race import (
     FASTOPT,
     FASTOPT_SWAP,
     FINAL_STEPS,

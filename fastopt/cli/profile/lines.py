@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 import fastopt
-
-from .measure import COMPUTE, MEMORY, NONE, OVERHEAD, Profile
-from .record import cpu_name
+from fastopt.cli.demo.record import cpu_name
+from fastopt.cli.profile.measure import COMPUTE, MEMORY, NONE, OVERHEAD, Profile
 
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 _WHY = {

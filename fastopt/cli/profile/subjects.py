@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastopt import functional, optim
-
-from . import shapes
-from .arithmetic import of_function, of_update
-from .shapes import Shape
+from fastopt.cli.profile.arithmetic import of_function, of_update
+from fastopt.cli.shared import shapes
+from fastopt.cli.shared.shapes import Shape
 
 DTYPES = {
     "fp32": torch.float32,

@@ -11,8 +11,8 @@ from functools import cache, partial
 
 import torch
 
-from . import clock
-from .subjects import Traffic
+from fastopt.cli.profile import clock
+from fastopt.cli.profile.subjects import Traffic
 
 # Longer streams are no faster or slower, only larger.
 LONGEST = 256 << 20

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .findings import Finding
+    from fastopt.cli.doctor.findings import Finding
 
 Facts = dict[str, Any]
 Lines = list[tuple[str, str]]
@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> int:
     """Examines, prints; the status is 1 where a finding is serious."""
     if options.clear_cache:
         return _clear_cache(options.json)
-    from .examine import examine
-    from .findings import findings
+    from fastopt.cli.doctor.examine import examine
+    from fastopt.cli.doctor.findings import findings
 
     if sys.stderr.isatty():
         # A spinner would run beside what is measured.
@@ -74,7 +74,7 @@ def _clear_cache(as_json: bool) -> int:
 
 
 def _print(parts: list[tuple[str, Lines]], found: list[Finding]) -> None:
-    from . import plain
+    from fastopt.cli.shared import plain
 
     if plain.is_terminal():
         _print_rich(parts, found)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import clock, limits
-from .clock import Breakdown, Launched
-from .subjects import DTYPES, Subject
+from fastopt.cli.profile import clock
+from fastopt.cli.profile.clock import Breakdown, Launched
+from fastopt.cli.profile.subjects import DTYPES, Subject
+from fastopt.cli.shared import limits
 
 MEMORY, COMPUTE, OVERHEAD, NONE = "memory", "compute", "overhead", "none"
 # A bound holds from this share of the time on.

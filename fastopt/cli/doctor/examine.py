@@ -24,10 +24,9 @@ import torch
 from torch import nn
 
 import fastopt
+from fastopt.cli.demo.record import cpu_name
+from fastopt.cli.shared import hardware, memory
 from fastopt_kernels.cpu.base import cache_folder
-
-from . import hardware, memory
-from .record import cpu_name
 
 Facts = dict[str, Any]
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from fastopt import backend
-
-from .clock import Launched
-from .subjects import Subject
+from fastopt.cli.profile.clock import Launched
+from fastopt.cli.profile.subjects import Subject
 
 
 def by_numba(launches: Sequence[Launched]) -> dict[str, dict[str, Any]]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from .examine import Facts
-from .memory import KEEP, VARIABLE
+from fastopt.cli.doctor.examine import Facts
+from fastopt.cli.shared.memory import KEEP, VARIABLE
 
 # The oldest that works, and the newest this version was written for.
 SUPPORTED: dict[str, tuple[str, str | None]] = {

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import fastopt
-
-from .clock import FEWEST, MOST, WARM_STEPS
-from .profile_text import ms
-from .shapes import nearest
-from .trace import profiled
+from fastopt.cli.profile.clock import FEWEST, MOST, WARM_STEPS
+from fastopt.cli.profile.lines import ms
+from fastopt.cli.profile.trace import profiled
+from fastopt.cli.shared.shapes import nearest
 
 PHASES = ("zero_grad", "forward", "backward", "optimizer")
 Loss = Callable[[nn.Module], Tensor]

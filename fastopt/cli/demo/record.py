@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 import fastopt
-
-from .race import WARMUP_STEPS, Comparison, Run
+from fastopt.cli.demo.race import WARMUP_STEPS, Comparison, Run
 
 PACKAGES = ("torch", "numba", "numpy", "scikit-learn")
 

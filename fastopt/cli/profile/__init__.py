@@ -21,13 +21,13 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .files import output_file, write_whole
+from fastopt.cli.shared.files import output_file, write_whole
 
 if TYPE_CHECKING:
     import torch
 
-    from .measure import Profile
-    from .subjects import Subject
+    from fastopt.cli.profile.measure import Profile
+    from fastopt.cli.profile.subjects import Subject
 
 DTYPES, STATES = ("fp32", "bf16", "fp16", "fp64"), ("fp32", "bf16", "8bit")
 # Elements, for bandwidth against size.
@@ -78,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from . import subjects
-    from .shapes import nearest
+    from fastopt.cli.profile import subjects
+    from fastopt.cli.shared.shapes import nearest
 
     if (options.name is None) == (options.model is None):
         names = ", ".join(subjects.names())
@@ -97,9 +97,9 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _measure(options: argparse.Namespace, name: str, device: torch.device) -> int:
-    from . import profile_text, trace
-    from .measure import measure, size_of
-    from .progress import parts
+    from fastopt.cli.profile import lines, trace
+    from fastopt.cli.profile.measure import measure, size_of
+    from fastopt.cli.shared.progress import parts
 
     sizes = _sizes(options, name, device) if options.html is not None else []
     with parts(3 + len(sizes) + (options.trace is not None)) as begin:
@@ -116,19 +116,19 @@ def _measure(options: argparse.Namespace, name: str, device: torch.device) -> in
         if options.trace is not None:
             begin("Tracing")
             write_whole(options.trace, trace.chrome(subject.step, device, TRACED_STEPS))
-    print("\n".join(profile_text.lines(profile)))
-    _write(options, profile_text.conditions(device) | {"profile": profile.as_dict()})
+    print("\n".join(lines.lines(profile)))
+    _write(options, lines.conditions(device) | {"profile": profile.as_dict()})
     if options.html is not None:
-        from . import profile_html
+        from fastopt.cli.profile import page
 
-        write_whole(options.html, profile_html.page(profile))
+        write_whole(options.html, page.page(profile))
     return 0
 
 
 def _subject(
     options: argparse.Namespace, name: str, device: torch.device, shape: str | None = None
 ) -> Subject:
-    from . import subjects
+    from fastopt.cli.profile import subjects
 
     chosen, state, settings = shape or options.shape, options.state, dict(options.set)
     return subjects.make(name, chosen, options.dtype, device, options.backward, state, settings)
@@ -138,7 +138,8 @@ def _sizes(options: argparse.Namespace, name: str, device: torch.device) -> list
     """Shapes of rising size: one tensor for an optimizer, more or fewer rows for a function."""
     from math import prod
 
-    from . import shapes, subjects
+    from fastopt.cli.profile import subjects
+    from fastopt.cli.shared import shapes
 
     if name in subjects.optimizers():
         return [str(n) for n in SIZES]
@@ -150,7 +151,7 @@ def _sizes(options: argparse.Namespace, name: str, device: torch.device) -> list
 def _kernels(options: argparse.Namespace, name: str, profile: Profile) -> dict[str, dict[str, Any]]:
     import torch
 
-    from . import machine_code
+    from fastopt.cli.profile import machine_code
 
     device = profile.subject.device
     if device.type == "cpu":
@@ -163,9 +164,9 @@ def _read_target(options: argparse.Namespace, name: str) -> int:
     """The kernels a GPU that need not be here would run."""
     import torch
 
-    from . import machine_code, profile_text, subjects
-    from .progress import parts
-    from .shapes import nearest
+    from fastopt.cli.profile import lines, machine_code, subjects
+    from fastopt.cli.shared.progress import parts
+    from fastopt.cli.shared.shapes import nearest
 
     known = machine_code.targets()
     if not known:
@@ -182,16 +183,16 @@ def _read_target(options: argparse.Namespace, name: str) -> int:
         found = machine_code.for_target(
             options.target, lambda: _subject(options, name, torch.device("cpu"), shape)
         )
-    print("\n".join(profile_text.target_lines(name, options.target, found)))
-    here = profile_text.conditions(torch.device("cpu"))
+    print("\n".join(lines.target_lines(name, options.target, found)))
+    here = lines.conditions(torch.device("cpu"))
     _write(options, here | {"name": name, "target": options.target, "kernels": found})
     return 0
 
 
 def _profile_model(options: argparse.Namespace) -> int:
-    from . import profile_text, trace
-    from .profile_model import Swaps, load
-    from .progress import parts
+    from fastopt.cli.profile import lines, trace
+    from fastopt.cli.profile.training import Swaps, load
+    from fastopt.cli.shared.progress import parts
 
     own = ("shape", "state", "target", "html")
     if given := [f"--{name}" for name in own if getattr(options, name) is not None]:
@@ -208,7 +209,7 @@ def _profile_model(options: argparse.Namespace) -> int:
             traced = trace.chrome(swaps.variants[-1].step, swaps.device, TRACED_STEPS)
             write_whole(options.trace, traced)
     print("\n".join(swaps.lines()))
-    _write(options, profile_text.conditions(swaps.device) | {"model": swaps.as_dict()})
+    _write(options, lines.conditions(swaps.device) | {"model": swaps.as_dict()})
     return 0
 
 
