@@ -12,7 +12,8 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 from fastopt import functional
 from fastopt import parametrizations as parametrizations
 from fastopt.functional.cross_entropy import terms_of
-from fastopt.tracers import scriptable, traceable
+from fastopt.tracers import M, scriptable
+from fastopt.tracers import traceable as traceable_class
 
 __all__ = [
     "AddLayerNorm",
@@ -30,6 +31,19 @@ __all__ = [
     "RMSNorm",
     "Softmax",
 ]
+
+
+def traceable(cls: M) -> M:
+    """A module that torch.fx records as one node and torch.jit.script takes, or refuses."""
+    return traceable_class(cls, options_of)
+
+
+def options_of(module: torch.nn.Module) -> dict[str, Any]:
+    """Options that torch's class of this name has not, where they are not the defaults."""
+    for cls, defaults in _OPTIONS.items():
+        if isinstance(module, cls):
+            return {k: getattr(module, k) for k, v in defaults.items() if getattr(module, k) != v}
+    return {}
 
 
 @traceable
@@ -309,11 +323,3 @@ _OPTIONS: dict[type[torch.nn.Module], dict[str, Any]] = {
     CrossEntropyLoss: {"z_loss": 0.0, "softcap": None},
     RMSNorm: {"weight_offset": 0.0},
 }
-
-
-def options_of(module: torch.nn.Module) -> dict[str, Any]:
-    """Options that torch's class of this name has not, where they are not the defaults."""
-    for cls, defaults in _OPTIONS.items():
-        if isinstance(module, cls):
-            return {k: getattr(module, k) for k, v in defaults.items() if getattr(module, k) != v}
-    return {}

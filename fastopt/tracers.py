@@ -28,11 +28,18 @@ class _LeafModule(str):
         return str, (str(self),)  # where a class is pickled by name, the name is a plain str
 
 
-def traceable(cls: M) -> M:
-    """A leaf in a graph of torch.fx, as torch's modules are; torch.jit.script takes it, or refuses
-    it in one line."""
+def traceable(cls: M, options_of: Callable[[nn.Module], dict[str, Any]]) -> M:
+    """A class of fastopt.nn as a leaf in a graph of torch.fx, as torch's modules are;
+    torch.jit.script takes it, or refuses it in one line.
+
+    options_of: of a module, the options that torch's class does not have and that are in use
+    """
+
+    def prepare(module: nn.Module) -> nn.Module:
+        return _prepare_scriptable(module, options_of)
+
     cls.__module__ = _LeafModule(cls.__module__)
-    cls.__prepare_scriptable__ = _prepare_scriptable  # type: ignore[attr-defined]
+    cls.__prepare_scriptable__ = prepare  # type: ignore[attr-defined]
     return cls
 
 
@@ -44,7 +51,9 @@ def scriptable(method: F) -> F:
     return FunctionType(code, names, "_scripted", defaults, method.__closure__)  # type: ignore[return-value]
 
 
-def _prepare_scriptable(module: nn.Module) -> nn.Module:
+def _prepare_scriptable(
+    module: nn.Module, options_of: Callable[[nn.Module], dict[str, Any]]
+) -> nn.Module:
     """The module itself, for torch.jit.script, which asks each module first: another one would take
     its place in the model that is scripted.
 
@@ -52,8 +61,6 @@ def _prepare_scriptable(module: nn.Module) -> nn.Module:
     """
     if type(module).forward.__module__ != "fastopt.nn":  # of a subclass
         return module
-    from fastopt.nn import options_of
-
     name = f"fastopt.nn.{type(module).__name__}"
     remedy = "Use torch.jit.trace, which takes all of fastopt.nn."
     if not hasattr(module, "_scripted"):
