@@ -9,7 +9,22 @@ from torch import Tensor
 from torch.optim.adagrad import adagrad as torch_adagrad
 
 from fastopt.optim.base import FusedOptimizer
-from fastopt_kernels import rules
+from fastopt_kernels import xp
+
+
+def adagrad(
+    p: float, g: float, s: float, weight_decay: float, clr: float, eps: float
+) -> tuple[float, ...]:
+    """s' = s + g^2;  p' = p - clr g / (sqrt(s') + eps).  Duchi et al. 2011."""
+    g = xp.add_scaled(g, weight_decay, p)
+    s = s + g * g
+    return p - clr * g / (xp.sqrt(s) + eps), s
+
+
+def adagrad_scalars(
+    step: float, lr: float, lr_decay: float, weight_decay: float, eps: float
+) -> tuple[float, ...]:
+    return weight_decay, lr / (1.0 + (step - 1.0) * lr_decay), eps
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -20,7 +35,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     have.
     """
 
-    rule, scalars = rules.adagrad, rules.adagrad_scalars
+    rule, scalars = adagrad, adagrad_scalars
     state_names = nonnegative_names = ("sum",)
 
     def __init__(

@@ -23,6 +23,7 @@ import importlib
 import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,18 @@ def updates() -> dict[str, Update]:
             update = value if isinstance(value, Update) else vars_update(value)
             if update is not None:
                 found[update.rule.__name__] = update
+    return found
+
+
+def rule_functions() -> dict[str, Callable[..., Any]]:
+    """Every rule and every scalars function in the modules of fastopt.optim, by name."""
+    found = {}
+    for info in pkgutil.iter_modules(fastopt.optim.__path__):
+        module = importlib.import_module(f"fastopt.optim.{info.name}")
+        for name, value in vars(module).items():
+            first = value.__code__.co_varnames[:2] if isinstance(value, FunctionType) else ()
+            if first == ("p", "g") or (first[:1] == ("step",) and name.endswith("_scalars")):
+                found[name] = value
     return found
 
 
