@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from fastopt.optim.sgd import sgd
-from fastopt_kernels.chunks import NO_EXTRAS
+from fastopt_kernels.chunks import NO_OPTIONS
 from fastopt_kernels.cpu import cache, engine
 from tests.optim.workers import environment
 
@@ -245,7 +245,7 @@ def test_the_folder_without_a_choice_is_in_the_users_cache(tmp_path: Path) -> No
 @functools.cache
 def compiled_here() -> Any:
     """A kernel that was compiled in this process, so that it can be kept: one from disk cannot."""
-    return engine._make_kernel(sgd, ("fp32", "fp32"), 3, NO_EXTRAS, False, "compiled_here")
+    return engine._make_kernel(sgd, ("fp32", "fp32"), 3, NO_OPTIONS, False, "compiled_here")
 
 
 def with_checksum(payload: bytes) -> bytes:

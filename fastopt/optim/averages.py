@@ -60,7 +60,7 @@ def moves_of(
     """What a step of this plan does to the averages of parameters that it has no gradient for."""
     idle = plan.averages
     for bucket in plan.buckets:
-        if bucket.active is not None and bucket.launch.extras.averaged:
+        if bucket.active is not None and bucket.launch.step_options.averaged:
             idle = [*idle, *_missing(bucket, bucket.active)]
     # Under release_gradients a step has been taken already: by a backward, when that ended.
     if not idle or (optimizer._released is not None and not plan.ends_backward):

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastopt.optim import formats, layout
 from fastopt.optim.layout import Staged
 from fastopt.optim.metadata import Metadata
-from fastopt.optim.passes import LOW_BITS, Verdict, bases_of, extra_hypers, keys_of, seeds_of
+from fastopt.optim.passes import LOW_BITS, Verdict, bases_of, keys_of, option_hypers, seeds_of
 from fastopt.optim.scale import Scale
 from fastopt.optim.steps import DeviceSteps, Steps
 from fastopt.optim.update import Update, sign
@@ -231,9 +231,12 @@ class Bucket:
         if isinstance(self.steps, Steps):
             self.steps.prepare(groups, factors, self.launch, self.active, exposed)
         else:
-            extras, chosen = self.launch.extras, [groups[number] for number in self.groups]
+            step_options, chosen = (
+                self.launch.step_options,
+                [groups[number] for number in self.groups],
+            )
             hypers = self.update.device_hypers
-            self._hypers = [[sign(g), *hypers(g), *extra_hypers(g, extras)] for g in chosen]
+            self._hypers = [[sign(g), *hypers(g), *option_hypers(g, step_options)] for g in chosen]
 
     def count(self) -> None:
         """Count the step that was prepared, where the host counts."""

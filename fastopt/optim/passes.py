@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fastopt.optim.update import number
-from fastopt_kernels.chunks import KAHAN, MASTER, NEAREST, NO_EXTRAS, STOCHASTIC, Extras
+from fastopt_kernels.chunks import KAHAN, MASTER, NEAREST, NO_OPTIONS, STOCHASTIC, StepOptions
 
 # What marks a group whose limit is its own.
 ALONE = "clip_alone"
@@ -141,11 +141,11 @@ def check(group: Mapping[str, Any]) -> None:
         )
 
 
-def extras_of(group: Mapping[str, Any]) -> Extras:
-    """What stands around the rule in a parameter group."""
+def step_options_of(group: Mapping[str, Any]) -> StepOptions:
+    """The options of a parameter group that are part of its kernel."""
     if not _AROUND.intersection(group):
-        return NO_EXTRAS
-    return Extras(
+        return NO_OPTIONS
+    return StepOptions(
         group.get("clip_value") is not None,
         group.get("ema_decay") is not None,
         ROUNDINGS[group.get("param_rounding", "nearest")],
@@ -153,23 +153,23 @@ def extras_of(group: Mapping[str, Any]) -> Extras:
     )
 
 
-def of_param(extras: Extras, param: Tensor) -> Extras:
-    """The extras of one parameter: only bf16 is rounded otherwise than to nearest."""
-    if extras.rounding and param.dtype != torch.bfloat16:
-        return extras._replace(rounding=NEAREST)
-    return extras
+def options_of_param(step_options: StepOptions, param: Tensor) -> StepOptions:
+    """The step options of one parameter: only bf16 is rounded otherwise than to nearest."""
+    if step_options.rounding and param.dtype != torch.bfloat16:
+        return step_options._replace(rounding=NEAREST)
+    return step_options
 
 
-def state_names(own: tuple[str, ...], extras: Extras) -> tuple[str, ...]:
+def state_names(own: tuple[str, ...], step_options: StepOptions) -> tuple[str, ...]:
     """Tensors kept for a parameter: the rule's states, its average, and what a rounding keeps."""
-    if extras.averaged:
+    if step_options.averaged:
         own = (*own, AVERAGED)
-    return (*own, KEPT[extras.rounding][0]) if extras.rounding in KEPT else own
+    return (*own, KEPT[step_options.rounding][0]) if step_options.rounding in KEPT else own
 
 
-def convert_kept(state: dict[str, Any], param: Tensor, extras: Extras) -> None:
+def convert_kept(state: dict[str, Any], param: Tensor, step_options: StepOptions) -> None:
     """Take over what another rounding has kept of a parameter, and drop what this one does not."""
-    name, dtype = KEPT.get(of_param(extras, param).rounding, ("", None))
+    name, dtype = KEPT.get(options_of_param(step_options, param).rounding, ("", None))
     for other, _ in KEPT.values():
         if other == name or not isinstance(kept := state.get(other), Tensor):
             continue
@@ -230,18 +230,20 @@ def average_weight(group: Mapping[str, Any], count: float) -> float:
     return 1.0 - decay
 
 
-def extra_scalars(group: Mapping[str, Any], extras: Extras, count: float) -> list[float]:
-    """The scalars of the extras, in their order; count: steps in the average, with this one."""
-    scalars = [number(group["clip_value"])] if extras.clipped else []
-    if extras.averaged:
+def option_scalars(
+    group: Mapping[str, Any], step_options: StepOptions, count: float
+) -> list[float]:
+    """Scalars of the step options, in their order; count: steps in the average, with this one."""
+    scalars = [number(group["clip_value"])] if step_options.clipped else []
+    if step_options.averaged:
         scalars.append(average_weight(group, count))
     return scalars
 
 
-def extra_hypers(group: Mapping[str, Any], extras: Extras) -> list[Any]:
+def option_hypers(group: Mapping[str, Any], step_options: StepOptions) -> list[Any]:
     """What those scalars are computed from, where the step is counted on a device."""
-    hypers = [group["clip_value"]] if extras.clipped else []
-    if extras.averaged:
+    hypers = [group["clip_value"]] if step_options.clipped else []
+    if step_options.averaged:
         hypers += [group["ema_decay"], group.get("ema_warmup") or 0]
     return [x if isinstance(x, Tensor) else number(x) for x in hypers]
 

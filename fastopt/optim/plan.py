@@ -21,7 +21,7 @@ from fastopt.optim.passes import AVERAGED
 from fastopt.optim.steps import DeviceSteps, Numbers, Steps
 from fastopt.optim.update import Update
 from fastopt.optim.verdicts import DeviceLook
-from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras
+from fastopt_kernels.chunks import NO_OPTIONS, STOCHASTIC, StepOptions
 
 if TYPE_CHECKING:
     from fastopt.optim.base import FusedOptimizer
@@ -37,21 +37,21 @@ class GroupKey(NamedTuple):
     capturable: bool
     fused: bool | None
     differentiable: bool
-    extras: Extras
+    step_options: StepOptions
     looks: bool
     stored: tuple[formats.Format, ...]
     unknown: bool
 
     def state_names(self, param: Tensor) -> tuple[str, ...]:
         """Tensors that are kept for a parameter."""
-        extras = passes.of_param(self.extras, param)
-        names = passes.state_names(formats.names_of(self.update, self.stored), extras)
+        step_options = passes.options_of_param(self.step_options, param)
+        names = passes.state_names(formats.names_of(self.update, self.stored), step_options)
         return names + formats.scales_of(self.update, self.stored)
 
     def saves_count(self, param: Tensor) -> bool:
         """True where a state holds the count of an update that has none in torch's (SGD): chance
         follows from it, and goes on when a state_dict is loaded."""
-        rounding = passes.of_param(self.extras, param).rounding
+        rounding = passes.options_of_param(self.step_options, param).rounding
         follows = rounding == STOCHASTIC or formats.EIGHT in self.stored
         return follows and not self.update.counted
 
@@ -91,7 +91,7 @@ class Plan:
         self.odd: list[Odd] = []
         self.idle: list[Tensor] = []
         self.averages: list[Idle] = []
-        self.averaged = any(key.extras.averaged for key in keys)
+        self.averaged = any(key.step_options.averaged for key in keys)
         # Whether only averages move, those that a backward has not moved (release_gradients).
         self.ends_backward = False
         self.state_owners: list[Any] = []
@@ -201,7 +201,7 @@ def _idle_averages(
     found = []
     for param, number in idle:
         group, key = optimizer.param_groups[number], keys[number]
-        if key.extras.averaged and averages.can_follow(param):
+        if key.step_options.averaged and averages.can_follow(param):
             on_device = counts_on_device(param.device, key)
             state = states.prepare_idle(optimizer, param, group, key, on_device, before)
             found.append(Idle(param, number, on_device, state, state[AVERAGED]))
@@ -209,7 +209,7 @@ def _idle_averages(
 
 
 def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -> None:
-    if any(key.looks or key.extras != NO_EXTRAS or key.stored for key in keys):
+    if any(key.looks or key.step_options != NO_OPTIONS or key.stored for key in keys):
         what = ", ".join(k for k in passes.DEFAULTS if any(k in g for g in optimizer.param_groups))
         raise RuntimeError(
             f"{type(optimizer).__name__} with {what} takes dense gradients in memory, but got one "
@@ -232,7 +232,7 @@ def _check_passes(optimizer: FusedOptimizer, members: list[Member], keys: list[G
         )
     largest = looks and optimizer.param_groups[0].get("norm_type", 2.0) != 2.0
     for member in members:
-        clipped = keys[member.group].extras.clipped
+        clipped = keys[member.group].step_options.clipped
         if member.param.is_complex() and (clipped or largest):
             raise RuntimeError(
                 "clip_value and norm_type=inf have no meaning for complex gradients, but got a "
@@ -311,8 +311,8 @@ def _make_buckets(
         key = keys[member.group]
         device = member.target.device
         on_device = counts_on_device(device, key)
-        extras = passes.of_param(key.extras, member.param)
-        split[_Kind(wave, device, key.update, member.kinds, on_device, extras)].append(member)
+        step_options = passes.options_of_param(key.step_options, member.param)
+        split[_Kind(wave, device, key.update, member.kinds, on_device, step_options)].append(member)
     buckets = []
     for kind, chosen in split.items():
         numels = [layout.numel(member.target) for member in chosen]
@@ -320,9 +320,9 @@ def _make_buckets(
             kind.update.rule,
             kind.kinds,
             numels,
-            1 + kind.update.n_scalars + kind.extras.n_scalars,
+            1 + kind.update.n_scalars + kind.step_options.n_scalars,
             kind.device,
-            kind.extras,
+            kind.step_options,
         )
         launch.name = type(optimizer).__name__.lower()
         launch.prepare(torch.get_num_threads())
@@ -342,12 +342,12 @@ class _Kind(NamedTuple):
     update: Update
     kinds: tuple[str, ...]
     on_device: bool
-    extras: Extras
+    step_options: StepOptions
 
     @property
     def numbers(self) -> tuple[tuple[str, ...], bool]:
         """What is counted of each parameter beside its steps; launches that agree share it."""
-        return self.update.number_names, self.extras.averaged
+        return self.update.number_names, self.step_options.averaged
 
 
 def _make_steps(
@@ -366,7 +366,7 @@ def _make_steps(
         owners.append(mine)
     twice = len(seen) < sum(map(len, owners))
     counts = [
-        [optimizer.hidden[member.param] for member in members] if kind.extras.averaged else []
+        [optimizer.hidden[member.param] for member in members] if kind.step_options.averaged else []
         for kind, members in launches
     ]
     shared: dict[tuple[Any, ...], dict[int, tuple[Any, Any]]] = defaultdict(dict)

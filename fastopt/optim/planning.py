@@ -88,7 +88,7 @@ class Planning:
                 group.get("capturable", False),
                 group.get("fused", False),
                 group.get("differentiable", False),
-                passes.extras_of(group),
+                passes.step_options_of(group),
                 passes.looks(group),
                 () if group.get("state_dtype") is None else formats.formats_of(update, group),
                 unknown,

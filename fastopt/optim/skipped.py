@@ -66,7 +66,9 @@ def rows_of(
 def _whole(param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     """A parameter with what its rounding keeps beside it."""
     param = layout.local(param)
-    name, _ = passes.KEPT.get(passes.of_param(passes.extras_of(group), param).rounding, ("", None))
+    name, _ = passes.KEPT.get(
+        passes.options_of_param(passes.step_options_of(group), param).rounding, ("", None)
+    )
     kept = state.get(name)
     return passes.joined(param, layout.local(kept)) if isinstance(kept, Tensor) else param
 

@@ -56,7 +56,7 @@ def prepare(
     if update.step_name not in numbers or not (update.counted or started):
         first = 0.0 if update.counted or not started else 1.0
         numbers[update.step_name] = optimizer.initial_number(first, param, group)
-    passes.convert_kept(state, param, key.extras)
+    passes.convert_kept(state, param, key.step_options)
     for name in update.carried:
         if state.get(name) is None:
             state[name] = _first(optimizer, name, param, group)
@@ -64,7 +64,7 @@ def prepare(
         if not formats.holds(state, name):
             state[name] = _first(optimizer, name, param, group)
         formats.conform(state, name, key.format_of(name), update, param)
-    for name in passes.state_names((), passes.of_param(key.extras, param)):
+    for name in passes.state_names((), passes.options_of_param(key.step_options, param)):
         if name == AVERAGED:
             prepare_average(optimizer, param, group, state, before)
         elif state.get(name) is None:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim.passes import N_AVERAGED, extra_scalars
+from fastopt.optim.passes import N_AVERAGED, option_scalars
 from fastopt.optim.update import Update, sign
-from fastopt_kernels.chunks import NO_EXTRAS
+from fastopt_kernels.chunks import NO_OPTIONS
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -236,9 +236,9 @@ class Steps:
                 values = values[:n]
             else:
                 values = self.update.scalars(step, *self.update.floats(groups[group]))
-            if launch.extras is not NO_EXTRAS:
+            if launch.step_options is not NO_OPTIONS:
                 count = 0.0 if self._averaged is None else self._averaged.item(first)
-                values = (*values, *extra_scalars(groups[group], launch.extras, count + 1.0))
+                values = (*values, *option_scalars(groups[group], launch.step_options, count + 1.0))
             launch.scalars[row] = (sign(groups[group]) * factors[group], *values)
 
     def count(self) -> None:

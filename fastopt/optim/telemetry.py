@@ -115,7 +115,9 @@ def rows_of(optimizer: FusedOptimizer) -> dict[Tensor, ParameterTelemetry] | Non
     plans = [optimizer._plan] if optimizer._plan is not None else []
     if optimizer._released is not None:
         plans += optimizer._released.plans.values()
-    buckets = [bucket for plan in plans for bucket in plan.buckets if bucket.launch.extras.watched]
+    buckets = [
+        bucket for plan in plans for bucket in plan.buckets if bucket.launch.step_options.watched
+    ]
     rows = _read(buckets) if buckets else optimizer._watched
     if not optimizer._skipped:
         return rows
@@ -128,7 +130,9 @@ def _read(buckets: Iterable[Bucket]) -> dict[Tensor, ParameterTelemetry]:
     for bucket in buckets:
         unscale = abs(bucket.inverse_scale)
         active = bucket.active if bucket.active is not None else repeat(True)
-        for member, seen, here in zip(bucket.members, bucket.launch.seen(), active, strict=False):
+        for member, seen, here in zip(
+            bucket.members, bucket.launch.telemetry(), active, strict=False
+        ):
             if not here:
                 continue
             n, (g, p, d) = member.target.numel(), map(math.sqrt, seen[:3])

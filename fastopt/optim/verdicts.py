@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class DeviceVerdict:
     """A `Verdict` that no host has seen: launches read it, and skip, by themselves.
 
-    devices: what each device's launches read (`gpu.measure.Verdict`); the first also has the report
+    devices: what each device's launches read (`gpu.measure.ClipResult`); of the first is the
+        report
     """
 
     skip = False
@@ -70,7 +71,7 @@ class DeviceLook:
             bucket.launch.owners = bucket.group_of
             launches.setdefault(bucket.launch.device, []).append(bucket.launch)
         self._looks = {
-            device: backend.kernels(device.type, "measure").Look(device, here)
+            device: backend.kernels(device.type, "measure").GradNorm(device, here)
             for device, here in launches.items()
         }
 

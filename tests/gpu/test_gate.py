@@ -11,7 +11,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras
+from fastopt_kernels.chunks import KAHAN, MASTER, NO_OPTIONS, STOCHASTIC, StepOptions
 from fastopt_kernels.gpu import engine, measure, memory
 from fastopt_kernels.gpu import update as kernels
 from fastopt_kernels.gpu.inspect import compiling
@@ -44,13 +44,15 @@ def test_an_update_kernel_passes(name: str, kinds: tuple[str, str, str], target:
 
 @pytest.mark.parametrize("kinds", [FLOAT32, BFLOAT16], ids="-".join)
 def test_an_update_kernel_that_clips_and_averages_passes(kinds: tuple[str, str, str]) -> None:
-    faults = gate.check_update(ADAM, kinds, "sm_90", extras=Extras(True, True)).faults
+    faults = gate.check_update(ADAM, kinds, "sm_90", step_options=StepOptions(True, True)).faults
     assert faults == []
 
 
 @pytest.mark.parametrize("rounding", [STOCHASTIC, KAHAN, MASTER])
 def test_an_update_kernel_that_rounds_passes(rounding: int) -> None:
-    faults = gate.check_update(ADAM, BFLOAT16, "sm_90", extras=Extras(rounding=rounding)).faults
+    faults = gate.check_update(
+        ADAM, BFLOAT16, "sm_90", step_options=StepOptions(rounding=rounding)
+    ).faults
     assert faults == []
 
 
@@ -70,7 +72,7 @@ def test_an_update_kernel_with_codes_passes(name: str, kinds: int, target: str) 
 
 @pytest.mark.parametrize("kinds", [FLOAT32, format_gate.KINDS[0]], ids="-".join)
 def test_an_update_kernel_that_is_watched_passes(kinds: tuple[str, str, str]) -> None:
-    found = gate.check_update(ADAM, kinds, "sm_90", extras=Extras(watched=True))
+    found = gate.check_update(ADAM, kinds, "sm_90", step_options=StepOptions(watched=True))
     assert found.faults == []
     assert found.read.float64 > 0
 
@@ -88,8 +90,8 @@ def test_the_kernels_of_a_clipped_step_pass(
     kinds: tuple[str, str, str], target: str, maximum: bool
 ) -> None:
     """Measure, count with every extra, update."""
-    extras = Extras(True, True, STOCHASTIC if kinds[0] == "bf16" else 0)
-    found = clip_gate.check_clipped(ADAM, kinds, target, maximum, extras)
+    step_options = StepOptions(True, True, STOCHASTIC if kinds[0] == "bf16" else 0)
+    found = clip_gate.check_clipped(ADAM, kinds, target, maximum, step_options)
     assert [each.faults for each in found] == [[]] * 4
 
 
@@ -168,7 +170,7 @@ def test_measuring_without_the_promise_of_alignment_fails(monkeypatch: pytest.Mo
     fresh = triton.jit(own.fn, do_not_specialize=own.do_not_specialize)
     monkeypatch.setattr(measure, "measure_kernel", fresh)
     with compiling("sm_90") as compiled:
-        look = measure.Look(gate.CPU, [gate.launch_of(ADAM, FLOAT32, ADAM.rule, NO_EXTRAS)])
+        look = measure.GradNorm(gate.CPU, [gate.launch_of(ADAM, FLOAT32, ADAM.rule, NO_OPTIONS)])
         look.run(np.zeros(1, dtype=np.int64), [1.0], False, True, None, None)
     found = clip_gate.checked_measure(compiled.of("measure_kernel")[0], "fp32")
     assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in found.faults] == ["loads"]

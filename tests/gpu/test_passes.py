@@ -123,12 +123,12 @@ def test_clipping_is_torchs_in_two_launches(how: str, maximum: bool, launches: L
 
 @pytest.mark.parametrize("wrong", [1e9, LIMIT * 1.01])
 def test_this_comparison_sees_a_wrong_limit(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = measure.Look.run
+    take = measure.GradNorm.run
 
-    def with_another_limit(self: Any, families: Any, limits: Any, *rest: Any) -> Any:
-        return take(self, families, [wrong for _ in limits], *rest)
+    def with_another_limit(self: Any, norm_groups: Any, limits: Any, *rest: Any) -> Any:
+        return take(self, norm_groups, [wrong for _ in limits], *rest)
 
-    monkeypatch.setattr(measure.Look, "run", with_another_limit)
+    monkeypatch.setattr(measure.GradNorm, "run", with_another_limit)
     with pytest.raises(AssertionError, match="off, the worst at"):
         run(maximum=False)
 
@@ -229,13 +229,13 @@ def test_what_another_device_measured_counts() -> None:
     launch = engine.Launch(ADAMW.update.rule, ("fp32",) * 4, [3000], 9, torch.device("cpu"))
     x = torch.randn(3000)
     launch.tensors[0, 1] = x.data_ptr()
-    look = measure.Look(launch.device, [launch])
+    look = measure.GradNorm(launch.device, [launch])
     settings = (launch.owners, [LIMIT], False, False, None, None)
-    verdict = look.run(*settings, [torch.tensor([9.0, 2.0], dtype=torch.float64)] * 2)
+    clip = look.run(*settings, [torch.tensor([9.0, 2.0], dtype=torch.float64)] * 2)
     right = float((x.double().square().sum() + 18.0).sqrt())
-    assert float(verdict.wide[0]) == pytest.approx(right, rel=1e-12)
-    assert float(verdict.factors(True)) == pytest.approx(coefficient(right), rel=1e-12)
-    assert verdict.wide[1] == 4.0
+    assert float(clip.wide[0]) == pytest.approx(right, rel=1e-12)
+    assert float(clip.factors(True)) == pytest.approx(coefficient(right), rel=1e-12)
+    assert clip.wide[1] == 4.0
 
 
 def test_gradients_on_both_sides_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,10 +347,10 @@ def test_two_optimizers_of_one_scaler_have_each_its_own_verdict() -> None:
     assert scaler.get_scale() == 2.0
 
 
-# What stands around the rule, where the device counts the steps.
+# Options of the step, where the device counts the steps.
 
 
-EXTRAS: dict[str, dict[str, Any]] = {
+STEP_OPTIONS: dict[str, dict[str, Any]] = {
     "clip_value": {"clip_value": 0.5},
     "averages": {"ema_decay": 0.9},
     "averages, warmed up": {"ema_decay": 0.75, "ema_warmup": 2, "clip_value": 1.5},
@@ -361,15 +361,17 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", [how for how in COUNTED if COUNTED[how]])
-@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("extra", STEP_OPTIONS)
 def test_extras_are_those_of_steps_the_host_counts(extra: str, how: str) -> None:
     """Bit by bit: what the host counts is compared with torch in test_optim."""
-    dtype = torch.bfloat16 if "param_rounding" in EXTRAS[extra] else torch.float32
+    dtype = torch.bfloat16 if "param_rounding" in STEP_OPTIONS[extra] else torch.float32
     sides = []
     for options in ({}, COUNTED[how]):
         params = parameters(dtype, SHAPES)
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.01}]
-        optimizer = fastopt.optim.SGD(groups, lr=0.1, momentum=0.9, **EXTRAS[extra], **options)
+        optimizer = fastopt.optim.SGD(
+            groups, lr=0.1, momentum=0.9, **STEP_OPTIONS[extra], **options
+        )
         for _ in given_in_turn(params, 4):
             optimizer.step()
         sides.append(bits(optimizer, params))

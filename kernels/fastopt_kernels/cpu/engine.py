@@ -3,8 +3,8 @@
     for each chunk (tensor, first, last) of the table, in parallel:
         p, *states = rule(p, g_scale * g, *states, *scalars)        for each element
 
-Around the rule, where `extras` say so: the gradient is clamped to a limit, and the parameter goes
-into its running average.
+Where `step_options` say so, the gradient is clamped to a limit before the rule, and the parameter
+goes into its running average after it.
 
 The addresses of a chunk are read before its loop: a load from the table inside the loop may alias
 the stores, and nothing would vectorize (35 against 13 ms at 33M elements).
@@ -26,10 +26,10 @@ from fastopt_kernels.chunks import (
     CODES_8BIT,
     KAHAN,
     MASTER,
-    NO_EXTRAS,
-    SEEN,
+    NO_OPTIONS,
     STOCHASTIC,
-    Extras,
+    TELEMETRY,
+    StepOptions,
     chunk_table,
     n_codes,
 )
@@ -45,15 +45,15 @@ from fastopt_kernels.xp import rebind, uncompilable
 CHUNK = ((262_144, 2048), (1 << 62, 16384))
 
 
-def _make_around(rule, kinds, extras, tag):
-    """around(x, row, i, key): the rule on element i of every stream, with the extras; they are the
-    last streams, and the last of the scalars. Gives what is stored, and what is seen of it."""
+def _make_apply_rule(rule, kinds, step_options, tag):
+    """apply_rule(x, row, i, key): the rule and the step's options on element i of each stream;
+    the options' streams and scalars are the last. Gives what is stored, and its telemetry."""
     update = njit(disk.named(rebind(rule, cpu_xp), tag), **cpu_xp.JIT)
-    clipped, averaged, rounded, watched = extras
+    clipped, averaged, rounded, watched = step_options
     by_chance, kahan, master = (rounded == k for k in (STOCHASTIC, KAHAN, MASTER))
     rounded_param, rounded_kept = map(memory.make_rounded, (kinds[0], "bf16"))
 
-    def around(x, row, i, key):
+    def apply_rule(x, row, i, key):
         p, g, states, scalars = x[0], row[0] * x[1], x[2:], row[1:]
         if kahan:
             p, states = p + states[-1], states[:-1]
@@ -87,27 +87,27 @@ def _make_around(rule, kinds, extras, tag):
             return ((p,) + new, telemetry.see(x[1], before, exact, after))  # noqa: RUF005
         return ((p,) + new, ())  # noqa: RUF005
 
-    return njit(disk.named(around, tag), **cpu_xp.JIT)
+    return njit(disk.named(apply_rule, tag), **cpu_xp.JIT)
 
 
-def _make_chunk(rule, kinds, n_scalars, extras, tag):
+def _make_chunk(rule, kinds, n_scalars, step_options, tag):
     """update_chunk(tensors, chunks, index, scalars, keys, c): the loop over one chunk."""
     compute = memory.compute_type(kinds[0])
     # A parameter that is rounded here need not be rounded again.
-    stored = ("top16", *kinds[1:]) if extras.rounding else kinds
-    around = _make_around(rule, kinds, extras, tag)
+    stored = ("top16", *kinds[1:]) if step_options.rounding else kinds
+    apply_rule = _make_apply_rule(rule, kinds, step_options, tag)
     coded = n_codes(kinds)
     update = (
-        _make_blocks(around, kinds[:-coded], stored[:-coded], extras, tag)
+        _make_blocks(apply_rule, kinds[:-coded], stored[:-coded], step_options, tag)
         if coded
-        else _make_loop(around, kinds, stored, extras, tag)
+        else _make_loop(apply_rule, kinds, stored, step_options, tag)
     )
     int64_triple = memory.make_row(types.int64, 3)
     int64_row = memory.make_row(types.int64, len(kinds))
     int64_single = memory.make_row(types.int64, 1)
     scalar_row = memory.make_row(compute, n_scalars)
 
-    nothing, _, write = telemetry.make_sums(extras.watched)
+    nothing, _, write = telemetry.make_sums(step_options.watched)
 
     def update_chunk(tensors, chunks, index, scalars, keys, seen, c):
         tensor, first, last = int64_triple(chunks, c)
@@ -119,15 +119,15 @@ def _make_chunk(rule, kinds, n_scalars, extras, tag):
     return njit(disk.named(update_chunk, tag), **cpu_xp.JIT)
 
 
-def _make_loop(around, kinds, stored, extras, tag):
+def _make_loop(apply_rule, kinds, stored, step_options, tag):
     """update(addresses, row, key, first, last, sums): element by element; sums of what is seen."""
     compute = memory.compute_type(kinds[0])
     load, store = memory.make_load(kinds, compute), memory.make_store(stored, compute)
-    _, add_all, _ = telemetry.make_sums(extras.watched)
+    _, add_all, _ = telemetry.make_sums(step_options.watched)
 
     def loop(addresses, row, key, first, last, sums):
         for i in range(first, last):
-            new, seen = around(load(addresses, i), row, i, key)
+            new, seen = apply_rule(load(addresses, i), row, i, key)
             store(addresses, i, new)
             sums = add_all(sums, seen)
         return sums
@@ -135,7 +135,7 @@ def _make_loop(around, kinds, stored, extras, tag):
     return njit(disk.named(loop, tag), **cpu_xp.JIT)
 
 
-def _make_blocks(around, kinds, stored, extras, tag):
+def _make_blocks(apply_rule, kinds, stored, step_options, tag):
     """The same, block by block: 8-bit states go to scratch until the largest of a block is known.
 
     kinds, stored: without the scales, which are the last of the addresses
@@ -155,7 +155,7 @@ def _make_blocks(around, kinds, stored, extras, tag):
     )
     coded = tuple(kinds[k] for k in where)
     settle, encode = eightbit.make_settle(coded), eightbit.make_encode(coded, tuple(where))
-    _, add_all, _ = telemetry.make_sums(extras.watched)
+    _, add_all, _ = telemetry.make_sums(step_options.watched)
     make_room, nothing = eightbit.make_scratch(n), (np.int32(0),) * n
 
     def blocks(addresses, row, key, first, last, sums):
@@ -166,7 +166,7 @@ def _make_blocks(around, kinds, stored, extras, tag):
             block, spare = start // BLOCK_8BIT, scratch - 4 * start
             unit, to, largest = units(scales, block), targets(own, spare), nothing
             for i in range(start, end):
-                new, seen = around(decode(load(own, i), unit), row, i, key)
+                new, seen = apply_rule(decode(load(own, i), unit), row, i, key)
                 store(to, i, new)
                 sums = add_all(sums, seen)
                 largest = grow(largest, new)
@@ -180,8 +180,8 @@ def _make_blocks(around, kinds, stored, extras, tag):
     return njit(disk.named(blocks, tag), **cpu_xp.JIT)
 
 
-def _make_kernel(rule, kinds, n_scalars, extras, parallel, tag):
-    update_chunk = _make_chunk(rule, kinds, n_scalars, extras, tag)
+def _make_kernel(rule, kinds, n_scalars, step_options, parallel, tag):
+    update_chunk = _make_chunk(rule, kinds, n_scalars, step_options, tag)
     chunk_range = prange if parallel else range
 
     def kernel(tensors, chunks, index, scalars, keys, seen, n_chunks):
@@ -198,18 +198,18 @@ def _compiled(
     rule: Callable[..., Any],
     kinds: tuple[str, ...],
     n_scalars: int,
-    extras: Extras,
+    step_options: StepOptions,
     parallel: bool,
 ) -> Any:
     """The compile result for a rule and specialization, from disk where it has been made before."""
 
     def make(tag: str) -> Any:
         try:
-            return _make_kernel(rule, kinds, n_scalars, extras, parallel, tag)
+            return _make_kernel(rule, kinds, n_scalars, step_options, parallel, tag)
         except NumbaError as error:
             raise uncompilable(rule, "Numba", error) from error
 
-    return disk.obtain(_key(rule, kinds, n_scalars, extras, parallel), make)
+    return disk.obtain(_key(rule, kinds, n_scalars, step_options, parallel), make)
 
 
 @cache
@@ -217,11 +217,11 @@ def _key(
     rule: Callable[..., Any],
     kinds: tuple[str, ...],
     n_scalars: int,
-    extras: Extras,
+    step_options: StepOptions,
     parallel: bool,
 ) -> str:
     """What the kernel is kept under on disk."""
-    return disk.key(rule, kinds, n_scalars, tuple(extras), parallel)
+    return disk.key(rule, kinds, n_scalars, tuple(step_options), parallel)
 
 
 def _call(entry: Any, args: tuple[Any, ...], n_threads: int) -> None:
@@ -248,10 +248,15 @@ class Launch:
         numels: list[int],
         n_scalars: int,
         device: object = None,
-        extras: Extras = NO_EXTRAS,
+        step_options: StepOptions = NO_OPTIONS,
     ) -> None:
         n = len(numels)
-        self.rule, self.kinds, self.n_scalars, self.extras = rule, kinds, n_scalars, extras
+        self.rule, self.kinds, self.n_scalars, self.step_options = (
+            rule,
+            kinds,
+            n_scalars,
+            step_options,
+        )
         self.name = rule.__name__
         self.numels = np.asarray(numels, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
@@ -274,7 +279,7 @@ class Launch:
     @property
     def draws(self) -> bool:
         """Whether anything is rounded by chance, so that `keys` count."""
-        return self.extras.rounding == STOCHASTIC or n_codes(self.kinds) > 0
+        return self.step_options.rounding == STOCHASTIC or n_codes(self.kinds) > 0
 
     def select(self, active: np.ndarray | None) -> None:
         """Restrict the launch to the tensors where `active` holds; None takes all."""
@@ -285,7 +290,7 @@ class Launch:
         tensors, index = self._addresses
         # Where `tensors` and `chunks` lie: asking numpy takes 0.4 us.
         self.where = (tensors, chunks.ctypes.data)
-        self._seen = np.zeros((len(chunks) if self.extras.watched else 0, len(SEEN)))
+        self._seen = np.zeros((len(chunks) if self.step_options.watched else 0, len(TELEMETRY)))
         row_of = (index, self._scalars_address, self.keys.ctypes.data)
         self._args = (*self.where, *row_of, self._seen.ctypes.data, len(chunks))
         self.n_elements = int((chunks[:, 2] - chunks[:, 1]).sum())
@@ -304,7 +309,7 @@ class Launch:
             _call(entry, self._args, n_threads if parallel else 1)
             return
         n, idle = n_threads if parallel else 1, (*self._args[:-1], 0)
-        key = _key(self.rule, self.kinds, self.n_scalars, self.extras, parallel)
+        key = _key(self.rule, self.kinds, self.n_scalars, self.step_options, parallel)
         with launches.seen(self.name, key, lambda: _call(entry, idle, n)):
             _call(entry, self._args, n)
 
@@ -312,13 +317,13 @@ class Launch:
         """sum g^2 or max |g| of every selected tensor's gradient, and its non-finite elements."""
         return measure(self, maximum)
 
-    def seen(self) -> np.ndarray:
-        """(n, len(SEEN)) float64: what the last run saw of each tensor, in order of its chunks."""
-        found = np.zeros((len(self.tensors), len(SEEN)))
+    def telemetry(self) -> np.ndarray:
+        """(n, len(TELEMETRY)) float64: telemetry of each tensor in the last run."""
+        found = np.zeros((len(self.tensors), len(TELEMETRY)))
         np.add.at(found, self.chunks[:, 0], self._seen)
         return found
 
     def _entry(self, n_threads: int) -> tuple[Any, bool]:
         parallel = worth_it(n_threads, self.n_elements)
-        compiled = _compiled(self.rule, self.kinds, self.n_scalars, self.extras, parallel)
+        compiled = _compiled(self.rule, self.kinds, self.n_scalars, self.step_options, parallel)
         return compiled.entry_point, parallel
