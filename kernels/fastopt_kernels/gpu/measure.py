@@ -144,10 +144,11 @@ def _finalize(
 )
 def measure_kernel(
     grads_ptr, chunks_ptr, spans_ptr, parts_ptr, counter_ptr, firsts_ptr, others_ptr,
-    norm_groups_ptr, limits_ptr, scale_ptr, found_ptr, wide_ptr, narrow_ptr, n_programs, n_norm_groups,
-    n_groups, n_others, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, MAXIMUM: tl.constexpr,
-    SKIPS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr, GROUPS: tl.constexpr,
+    norm_groups_ptr, limits_ptr, scale_ptr, found_ptr, wide_ptr, narrow_ptr, n_programs,
+    n_norm_groups, n_groups, n_others, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    MAXIMUM: tl.constexpr, SKIPS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_FOUND: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    PARTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Measure the chunks of this program's span; the last program of all launches judges.
 
