@@ -19,7 +19,7 @@ import fastopt
 from bench.gpu_check_passes import LIMIT, WAYS, _bits, _Maker, _near, _same
 from bench.gpu_device import Device
 from bench.gpu_rows import Row
-from fastopt.optim import formats
+from fastopt.optim.state import formats
 from fastopt_kernels.chunks import BLOCK_8BIT
 
 # Around a block and a chunk, and a large one.

@@ -17,8 +17,8 @@ import torch
 
 from bench.gpu_rows import NotApplicableError
 from fastopt import backend
-from fastopt.optim import plan
-from fastopt.optim.plan import GroupKey
+from fastopt.optim.step import plan
+from fastopt.optim.step.plan import GroupKey
 
 # As pyproject.toml asks for it.
 OLDEST_NUMBA = (0, 68)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from fastopt.optim import scaled, sharding
-from fastopt.optim.base import FusedOptimizer
-from fastopt.optim.scale import step_is_replaced
+from fastopt.optim.optimizer import FusedOptimizer
+from fastopt.optim.step import scaled_losses, sharding
+from fastopt.optim.step.grad_scale import step_is_replaced
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -33,7 +33,7 @@ class GradScaler(torch.amp.GradScaler):
         if self._enabled:
             sharding.check_scaler(optimizer)
             if getattr(optimizer, "_released", None) is not None:
-                raise scaled.refusal()
+                raise scaled_losses.refusal()
         if (
             not self._enabled
             or not isinstance(optimizer, FusedOptimizer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adagrad import adagrad as torch_adagrad
 
-from fastopt.optim.base import FusedOptimizer
+from fastopt.optim.optimizer import FusedOptimizer
 from fastopt_kernels import xp
 
 

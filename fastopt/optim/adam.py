@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastopt.optim.base import FusedOptimizer
+from fastopt.optim.optimizer import FusedOptimizer
 from fastopt.optim.update import Update
 from fastopt_kernels import xp
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.optim.base import FusedOptimizer
+from fastopt.optim.optimizer import FusedOptimizer
 from fastopt_kernels import xp
 
 

@@ -12,27 +12,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastopt.optim import (
-    averages,
-    checkpoints,
-    formats,
-    interrupts,
-    odd,
-    passes,
-    saving,
-    sharding,
-)
-from fastopt.optim.bucket import Bucket
-from fastopt.optim.counting import count
-from fastopt.optim.hooks import hooked
-from fastopt.optim.look import Looking
-from fastopt.optim.passes import Verdict
-from fastopt.optim.plan import Plan
-from fastopt.optim.release import Released
-from fastopt.optim.scale import NO_SCALE, Scale
-from fastopt.optim.telemetry import Telemetry, collect, rows_of
+from fastopt.optim import options
+from fastopt.optim.options import Verdict
+from fastopt.optim.state import averages, checkpoints, formats, saving
+from fastopt.optim.step import fallback, interrupts, sharding
+from fastopt.optim.step.counting import count
+from fastopt.optim.step.grad_norm import DeviceVerdict, Reported
+from fastopt.optim.step.grad_scale import NO_SCALE, Scale
+from fastopt.optim.step.hooks import hooked
+from fastopt.optim.step.in_backward import Released
+from fastopt.optim.step.launch_group import Bucket
+from fastopt.optim.step.measuring import Looking
+from fastopt.optim.step.plan import Plan
+from fastopt.optim.step.telemetry import Telemetry, collect, rows_of
 from fastopt.optim.update import Update, number_dtype
-from fastopt.optim.verdicts import DeviceVerdict, Reported
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
 
@@ -90,7 +83,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         super().__init_subclass__(**kwargs)
         init = cls.__init__
         if init is not torch.optim.Optimizer.__init__ and not hasattr(init, "takes_options"):
-            cls.__init__ = passes.with_options(init)  # type: ignore[method-assign]
+            cls.__init__ = options.with_options(init)  # type: ignore[method-assign]
         if "rule" in cls.__dict__:
             cls._update = Update(
                 cls.rule,
@@ -143,7 +136,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         own = isinstance(param_group, dict) and param_group.get("max_grad_norm") is not None
         if isinstance(param_group, dict):
-            for name, value in passes.chosen(self._given, self.defaults).items():
+            for name, value in options.chosen(self._given, self.defaults).items():
                 param_group.setdefault(name, value)
         super().add_param_group(param_group)
         try:
@@ -155,11 +148,11 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         if own:
-            self.param_groups[-1][passes.ALONE] = True
+            self.param_groups[-1][options.ALONE] = True
         self._plan = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        passes.check(group)
+        options.check(group)
         formats.check(self.update_of(group), group, type(self).__name__)
         if group.get("state_dtype") is not None:
             group["state_dtype"] = formats.named(group["state_dtype"])
@@ -170,12 +163,12 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         for group in self.param_groups:
             group.setdefault(name, value)
 
-    def _set_options(self, options: Mapping[str, Any]) -> None:
-        """What stands around the update, for the groups that have none of their own."""
-        if options.get("state_dtype") is not None:
-            options = {**options, "state_dtype": formats.named(options["state_dtype"])}
-        passes.check({**self.defaults, **options})
-        for name, value in passes.chosen(options, self.defaults).items():
+    def _set_options(self, given: Mapping[str, Any]) -> None:
+        """Set options of the step, for the groups that have none of their own."""
+        if given.get("state_dtype") is not None:
+            given = {**given, "state_dtype": formats.named(given["state_dtype"])}
+        options.check({**self.defaults, **given})
+        for name, value in options.chosen(given, self.defaults).items():
             self._add_option(name, value)
         for group in self.param_groups:
             self._check_group(group)
@@ -274,12 +267,12 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
                 self._watch_skipped(plan.params, scale.inverse())
                 return
             for each in plan.odd:
-                odd.check(self, each, plan.keys[each.group], scale)
+                fallback.check(self, each, plan.keys[each.group], scale)
             moves = averages.moves_of(self, plan, scale, verdict) if plan.averaged else None
             for bucket in count(plan, self.param_groups, scale, verdict, self._exposed):
                 self._run(bucket, scale, verdict)
             for each in plan.odd:
-                odd.step(self, each, plan.keys[each.group], scale)
+                fallback.step(self, each, plan.keys[each.group], scale)
             if moves is not None:
                 moves.run()
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastopt.optim.base import FusedOptimizer
+from fastopt.optim.optimizer import FusedOptimizer
 from fastopt_kernels import xp
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from fastopt.optim.base import FusedOptimizer
+from fastopt.optim.optimizer import FusedOptimizer
 from fastopt.optim.update import Update
 from fastopt_kernels import xp
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import fastopt
 from bench.gpu_interpret import is_interpreted
-from fastopt.optim import formats, passes
+from fastopt.optim.options import keys_of
+from fastopt.optim.state import formats
 from fastopt_kernels.chunks import BLOCK_8BIT, StepOptions
 from fastopt_kernels.cpu import eightbit as cpu
 from fastopt_kernels.cpu import engine as cpu_engine
@@ -147,7 +148,7 @@ def launch_of(module: Any) -> list[Tensor]:
     launch.tensors[:] = [[x.data_ptr() for x in row] for row in rows]
     launch.scalars[:] = [1.0, 0.25, 0.5, 0.5]
     for step in range(3):
-        launch.keys[:] = passes.keys_of(7, np.full(len(SIZES), step), np.arange(len(SIZES)))
+        launch.keys[:] = keys_of(7, np.full(len(SIZES), step), np.arange(len(SIZES)))
         launch.run(1)
         for row in rows:
             row[1].copy_(dyadic(len(row[1])))

@@ -305,7 +305,7 @@ def test_clipping_by_value_and_averages(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("how", ["stochastic", "kahan", "master"])
 def test_roundings_are_those_of_the_cpu(how: str) -> None:
     """SGD's steps one by one, with the functions that the CPU's kernels are made of."""
-    from fastopt.optim import passes
+    from fastopt.optim.options import keys_of
     from fastopt_kernels.cpu import rounding
 
     params = parameters(torch.bfloat16)
@@ -317,7 +317,7 @@ def test_roundings_are_those_of_the_cpu(how: str) -> None:
         for param, grad in zip(params, gradients(params, 9 + step), strict=True):
             param.grad = grad
         # SGD, without a buffer, counts from 2.
-        keys = passes.keys_of(3, np.full(len(params), step + 1), np.arange(len(params)))
+        keys = keys_of(3, np.full(len(params), step + 1), np.arange(len(params)))
         ours.step()
         for k, param in enumerate(params):
             assert param.grad is not None

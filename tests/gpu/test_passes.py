@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fastopt
 from bench.gpu_oracle import CASES, Checked
-from fastopt.optim import plan
-from fastopt.optim.scale import Scale
+from fastopt.optim.step import plan
+from fastopt.optim.step.grad_scale import Scale
 from fastopt_kernels.gpu import engine, measure
 from tests.gpu.test_optim import Launches, in_two_groups, parameters
 

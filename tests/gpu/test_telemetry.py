@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastopt
-from fastopt.optim.scale import Scale
+from fastopt.optim.step.grad_scale import Scale
 from fastopt_kernels.gpu import engine, telemetry
 from tests.gpu.test_optim import parameters
 from tests.gpu.test_passes import LIMIT, bits, give, given_in_turn, gradients, same

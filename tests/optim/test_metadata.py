@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-from fastopt.optim import metadata
-from fastopt.optim.metadata import Metadata, Walk
+from fastopt.optim.step import tensor_guards
+from fastopt.optim.step.tensor_guards import Metadata, Walk
 from fastopt_kernels.cpu.walk import LOW, MOVED, compiled
 
 
@@ -20,10 +20,10 @@ from fastopt_kernels.cpu.walk import LOW, MOVED, compiled
 def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Walk | None:
     """As torch is here, and as it is where it tells us less."""
     if request.param == "guards and walk":
-        assert metadata._address_of is not None, "this torch has the function the walk calls"
+        assert tensor_guards._address_of is not None, "this torch has the function the walk calls"
         return compiled()  # type: ignore[no-any-return]
     if request.param == "questions":
-        monkeypatch.setattr(metadata, "_guards", None)
+        monkeypatch.setattr(tensor_guards, "_guards", None)
     return None
 
 
@@ -107,7 +107,7 @@ def test_the_walk_reads_every_item_and_says_whether_one_is_new() -> None:
     into = np.zeros(3, dtype=np.int64)
 
     def walked(tensors: list[Tensor], lowest: int = 0) -> int:
-        arguments = (id(tensors), len(tensors), metadata._address_of, into.ctypes.data, lowest)
+        arguments = (id(tensors), len(tensors), tensor_guards._address_of, into.ctypes.data, lowest)
         return int(compiled()(*arguments))
 
     tensors = make()

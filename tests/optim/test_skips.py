@@ -301,7 +301,7 @@ def test_under_fsdp1_the_scaler_unscales(
     option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its scaler reduces what it found over ranks only there: replicas would drift."""
-    monkeypatch.setattr("fastopt.optim.sharding.many_processes", lambda: True)
+    monkeypatch.setattr("fastopt.optim.step.sharding.many_processes", lambda: True)
     params = make_params()
     optimizer = fastopt.optim.AdamW(params, **option)
     assert inside(optimizer)

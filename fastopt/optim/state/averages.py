@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt.optim import layout, passes, states
-from fastopt.optim.passes import AVERAGED, N_AVERAGED
-from fastopt.optim.verdicts import DeviceVerdict
+from fastopt.optim import options
+from fastopt.optim.options import AVERAGED, N_AVERAGED
+from fastopt.optim.state import store
+from fastopt.optim.step import memory_layout
+from fastopt.optim.step.grad_norm import DeviceVerdict
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
-    from fastopt.optim.bucket import Bucket
-    from fastopt.optim.passes import Verdict
-    from fastopt.optim.plan import Plan
-    from fastopt.optim.scale import Scale
+    from fastopt.optim.optimizer import FusedOptimizer
+    from fastopt.optim.options import Verdict
+    from fastopt.optim.step.grad_scale import Scale
+    from fastopt.optim.step.launch_group import Bucket
+    from fastopt.optim.step.plan import Plan
 
 
 class Idle(NamedTuple):
@@ -51,7 +53,7 @@ class Idle(NamedTuple):
 
 def can_follow(param: Tensor) -> bool:
     """Whether there is anything to average in a parameter that is never stepped."""
-    return param.dtype in layout.KINDS and layout.has_memory(param)
+    return param.dtype in memory_layout.KINDS and memory_layout.has_memory(param)
 
 
 def moves_of(
@@ -90,15 +92,15 @@ class Moves:
         self._alike: dict[float, list[Idle]] = defaultdict(list)
         on_device: dict[tuple[torch.device, int], list[Idle]] = defaultdict(list)
         for each in idle:
-            if not layout.has_memory(each.param):
+            if not memory_layout.has_memory(each.param):
                 continue
             if each.on_device:
-                on_device[layout.local(each.param).device, each.group].append(each)
+                on_device[memory_layout.local(each.param).device, each.group].append(each)
             elif isinstance(verdict, DeviceVerdict) or not scale.skip():
                 count = optimizer.hidden[each.param][N_AVERAGED]
                 group = optimizer.param_groups[each.group]
                 self._counts.append(count)
-                self._alike[passes.average_weight(group, count.item() + 1.0)].append(each)
+                self._alike[options.average_weight(group, count.item() + 1.0)].append(each)
         found = verdict.found_inf if isinstance(verdict, DeviceVerdict) else scale.found_inf
         self._on_device = [
             DeviceMoves(optimizer, optimizer.param_groups[number], here, found)
@@ -167,15 +169,15 @@ def _weights_on_device(group: dict[str, Any], count: Tensor) -> Tensor:
 
 def _whole(param: Tensor, state: dict[str, Any]) -> Tensor:
     """A parameter on this rank, with what a rounding has kept of it."""
-    for name, _ in passes.KEPT.values():
+    for name, _ in options.KEPT.values():
         if isinstance(kept := state.get(name), Tensor):
-            return passes.joined(layout.local(param), layout.local(kept))
-    return layout.local(param)
+            return options.joined(memory_layout.local(param), memory_layout.local(kept))
+    return memory_layout.local(param)
 
 
 def _ends(each: Idle) -> tuple[Tensor, Tensor]:
     """An average, and what it moves towards, of one dtype."""
-    average = layout.local(each.average)
+    average = memory_layout.local(each.average)
     return average, _whole(each.param, each.state).to(average.dtype)
 
 
@@ -211,7 +213,7 @@ class Averaging:
         held = optimizer.__dict__["state"]
         groups = [g for g in optimizer.param_groups if g.get("ema_decay") is not None]
         params = [param for group in groups for param in group["params"]]
-        chosen = [param for param in params if states.has_average(optimizer, param)]
+        chosen = [param for param in params if store.has_average(optimizer, param)]
         self.own = [(param, param.detach().clone()) for param in chosen]
         for param in chosen:
             _write(param, held[param][AVERAGED])

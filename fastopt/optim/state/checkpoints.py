@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt.optim import formats, passes
-from fastopt.optim.saving import BARRIER, OWN_GROUP_KEYS, VERSION, VERSION_KEY
+from fastopt.optim import options
+from fastopt.optim.state import formats
+from fastopt.optim.state.saving import BARRIER, OWN_GROUP_KEYS, VERSION, VERSION_KEY
+from fastopt.optim.state.validation import StateCheck, check_group
 from fastopt.optim.update import OWN_STEP, Update, number_dtype
-from fastopt.optim.validation import StateCheck, check_group
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -176,7 +177,7 @@ def _drop_leftovers(state: dict[str, Any], held: Mapping[str, Any], update: Upda
 def _kept_of(state: Mapping[str, Any], update: Update, to: _Param) -> dict[str, Any]:
     """Copies of what torch would cast to the parameter's dtype, and should not."""
     kept: dict[str, Any] = {}
-    for name in (*update.carried, OWN_STEP, passes.N_AVERAGED):
+    for name in (*update.carried, OWN_STEP, options.N_AVERAGED):
         if (value := state.get(name)) is not None:
             # Not on torch's default device.
             device = value.device if isinstance(value, Tensor) else torch.device("cpu")
@@ -190,14 +191,14 @@ def _kept_of(state: Mapping[str, Any], update: Update, to: _Param) -> dict[str, 
         codes, scale = formats.codes_name(name), formats.scale_name(name)
         kept[codes] = formats.packed(state[codes], device)
         kept[scale] = state[scale].detach().to(device, copy=True).contiguous()
-    names = list(passes.OWN_DTYPE)
+    names = list(options.OWN_DTYPE)
     if to.group.get("state_dtype") is not None:
         names += update.state_names
     for name in names:
         if isinstance(value := state.get(name), Tensor):
             kept[name] = value.detach().to(device, copy=True)
-    average = kept.get(passes.AVERAGED)
+    average = kept.get(options.AVERAGED)
     if average is not None and average.dtype in _LOW and to.param.dtype in _LOW:
         # Where torch has loaded and saved it: in 16 bits it would stand still.
-        kept[passes.AVERAGED] = average.float()
+        kept[options.AVERAGED] = average.float()
     return kept

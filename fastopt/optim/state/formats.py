@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastopt.optim import layout
+from fastopt.optim.step import memory_layout
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import BASE, BLOCK_8BIT, LAST, LEAST_SCALE, ORIGIN, SHIFT, value_of
 
@@ -45,7 +45,7 @@ def scale_name(name: str) -> str:
 
 
 def n_blocks(param: Tensor) -> int:
-    return -(-layout.local(param).numel() // BLOCK_8BIT)
+    return -(-memory_layout.local(param).numel() // BLOCK_8BIT)
 
 
 def named(wanted: Any) -> Any:
@@ -108,7 +108,7 @@ def check(update: Update, group: Mapping[str, Any], owner: str) -> None:
             "state_dtype=torch.bfloat16, or a dict with '8bit' for single states."
         )
     for param in group["params"]:
-        if eight and (param.dtype not in _SERVED or layout.is_dtensor(param)):
+        if eight and (param.dtype not in _SERVED or memory_layout.is_dtensor(param)):
             raise ValueError(
                 f"state_dtype='8bit' is for plain parameters of float32, bfloat16 and float16, but "
                 f"got a {type(param).__name__} of dtype {param.dtype}. Give it a group of its own "
@@ -180,9 +180,9 @@ def conform(
     None: whatever floating dtype it has.
     """
     value, codes = state.get(name), state.get(codes_name(name))
-    fits = layout.reference(layout.local(param))
+    fits = memory_layout.reference(memory_layout.local(param))
     if value is None:
-        if wanted == EIGHT and layout.same_layout(state[codes_name(name)], fits):
+        if wanted == EIGHT and memory_layout.same_layout(state[codes_name(name)], fits):
             return
         value = value_in(state, name)
         value = value.to(param.dtype) if wanted is None else value

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastopt.optim import formats, passes
+from fastopt.optim import options
+from fastopt.optim.state import formats
 from fastopt.optim.update import OWN_STEP, number
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
 # Beside "state" and "param_groups", where states are stored in a way that torch's are not.
 VERSION_KEY, VERSION = "fastopt_version", 2
 # What marks a group without parameters that only torch counts: see `stamped`.
 BARRIER = "fastopt_barrier"
-OWN_GROUP_KEYS = (*passes.DEFAULTS, passes.ALONE)
+OWN_GROUP_KEYS = (*options.DEFAULTS, options.ALONE)
 
 
 def stamped(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def own_names(state: Mapping[str, Any]) -> tuple[str, ...]:
     """Entries of a state that torch's has none of: averages and the steps in them, what a rounding
     keeps, codes and their scales, and the steps of SGD."""
     coded = formats.coded_in(state)
-    own = (OWN_STEP, passes.N_AVERAGED, *passes.OWN_DTYPE)
+    own = (OWN_STEP, options.N_AVERAGED, *options.OWN_DTYPE)
     codes, scales = map(formats.codes_name, coded), map(formats.scale_name, coded)
     return (*(name for name in own if name in state), *codes, *scales)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim.passes import N_AVERAGED, option_scalars
+from fastopt.optim.options import N_AVERAGED, option_scalars
 from fastopt.optim.update import Update, sign
 from fastopt_kernels.chunks import NO_OPTIONS
 

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastopt.optim import formats, layout, passes
-from fastopt.optim.bucket import check_state
-from fastopt.optim.passes import AVERAGED, N_AVERAGED
-from fastopt.optim.steps import move_number
+from fastopt.optim import options
+from fastopt.optim.options import AVERAGED, N_AVERAGED
+from fastopt.optim.state import formats
+from fastopt.optim.state.step_counts import move_number
+from fastopt.optim.step import memory_layout
+from fastopt.optim.step.launch_group import check_state
 from fastopt.optim.update import OWN_STEP, number
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
-    from fastopt.optim.plan import GroupKey
+    from fastopt.optim.optimizer import FusedOptimizer
+    from fastopt.optim.step.plan import GroupKey
 
 State = dict[str, Any]
 
@@ -56,7 +58,7 @@ def prepare(
     if update.step_name not in numbers or not (update.counted or started):
         first = 0.0 if update.counted or not started else 1.0
         numbers[update.step_name] = optimizer.initial_number(first, param, group)
-    passes.convert_kept(state, param, key.step_options)
+    options.convert_kept(state, param, key.step_options)
     for name in update.carried:
         if state.get(name) is None:
             state[name] = _first(optimizer, name, param, group)
@@ -64,7 +66,7 @@ def prepare(
         if not formats.holds(state, name):
             state[name] = _first(optimizer, name, param, group)
         formats.conform(state, name, key.format_of(name), update, param)
-    for name in passes.state_names((), passes.options_of_param(key.step_options, param)):
+    for name in options.state_names((), options.options_of_param(key.step_options, param)):
         if name == AVERAGED:
             prepare_average(optimizer, param, group, state, before)
         elif state.get(name) is None:
@@ -143,7 +145,7 @@ def prepare_idle(
     prepare_average(optimizer, param, group, state, before)
     check_state(AVERAGED, state[AVERAGED], param)
     numbers = optimizer.hidden[param]
-    device = layout.local(param).device if on_device else torch.device("cpu")
+    device = memory_layout.local(param).device if on_device else torch.device("cpu")
     move_number(numbers, N_AVERAGED, device)
     show_count(state, numbers)
     return state
@@ -177,6 +179,6 @@ def has_average(optimizer: FusedOptimizer, param: Tensor) -> bool:
 
 
 def _first(optimizer: FusedOptimizer, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-    if name in passes.OWN_DTYPE:
-        return torch.zeros_like(param, dtype=passes.OWN_DTYPE[name])
+    if name in options.OWN_DTYPE:
+        return torch.zeros_like(param, dtype=options.OWN_DTYPE[name])
     return optimizer.initial_state(name, param, group)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastopt.optim import formats, layout, passes
+from fastopt.optim import options
+from fastopt.optim.state import formats
+from fastopt.optim.step import memory_layout
 from fastopt.optim.update import Update
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
 _KEPT_ERRORS = (ValueError, TypeError, RuntimeError)
 
@@ -29,7 +31,7 @@ def check_group(
     though those of the optimizer stay; group: as it will be
     """
     try:
-        passes.check(saved)
+        options.check(saved)
         formats.check_given(saved.get("state_dtype"))
         _check_by_constructors(optimizer, group)
         optimizer._check_group(group)
@@ -62,7 +64,7 @@ def _check_by_constructors(optimizer: FusedOptimizer, group: Mapping[str, Any]) 
 
 
 def _constructed(cls: type) -> Iterator[type]:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
     for each in cls.__mro__:
         bare = each in (FusedOptimizer, torch.optim.Optimizer)
@@ -73,7 +75,7 @@ def _constructed(cls: type) -> Iterator[type]:
 def _construct(cls: type, group: Mapping[str, Any]) -> None:
     taken = list(inspect.signature(cls).parameters.values())[1:]
     named = [p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    chosen = [name for name in named if name in group and name not in passes.DEFAULTS]
+    chosen = [name for name in named if name in group and name not in options.DEFAULTS]
     like = next(iter(group["params"]), torch.empty(0))
     cls([torch.empty(0, dtype=like.dtype, device=like.device)], **{k: group[k] for k in chosen})
 
@@ -102,8 +104,8 @@ class StateCheck:
                 self._check_number(name, counts=name == update.step_name)
             elif update.counted:
                 self._fail(f"it has {sorted(map(str, state))} but no {name!r}")
-        if passes.N_AVERAGED in state:
-            self._check_number(passes.N_AVERAGED, counts=True)
+        if options.N_AVERAGED in state:
+            self._check_number(options.N_AVERAGED, counts=True)
         for name in update.state_names:
             self._check_format(name)
             if state.get(name) is not None:
@@ -112,7 +114,7 @@ class StateCheck:
                 self._check_codes(name, formats.code_dtype(update, name))
             elif name in required:
                 self._fail(f"it has {sorted(map(str, state))} but no {name!r}")
-        for name, dtype in passes.OWN_DTYPE.items():
+        for name, dtype in options.OWN_DTYPE.items():
             if state.get(name) is not None:
                 self._check_elements(name, dtype, False)
 
@@ -120,7 +122,7 @@ class StateCheck:
         """True for the state of a parameter that has an average, and was never stepped."""
         step = self._state.get(update.step_name)
         zero = isinstance(step, Tensor) and step.numel() == 1 and not step.any()
-        return zero and self._state.get(passes.AVERAGED) is not None
+        return zero and self._state.get(options.AVERAGED) is not None
 
     def _fail(self, what: str) -> NoReturn:
         raise ValueError(
@@ -134,7 +136,7 @@ class StateCheck:
         if isinstance(given, Tensor):
             if given.numel() != 1 or given.is_complex() or given.dtype == torch.bool:
                 self._fail(f"{name!r} is not one number, but {_described(given)}")
-            if not layout.has_memory(given):
+            if not memory_layout.has_memory(given):
                 return
             value = float(given.detach().item())
         elif isinstance(given, numbers.Real) and not isinstance(given, bool):
@@ -173,7 +175,9 @@ class StateCheck:
         scale, blocks = self._state[key], (formats.n_blocks(self._param),)
         if not isinstance(scale, Tensor) or scale.shape != blocks or scale.dtype != torch.float32:
             self._fail(f"{key!r} must be float32 of shape {blocks}, but is {_described(scale)}")
-        if layout.has_memory(scale) and not bool((scale >= 0.0).all() & scale.isfinite().all()):
+        if memory_layout.has_memory(scale) and not bool(
+            (scale >= 0.0).all() & scale.isfinite().all()
+        ):
             self._fail(f"{key!r} has an element that is negative, infinite or NaN")
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from fastopt.optim import averages, interrupts
-from fastopt.optim.plan import Plan
-from fastopt.optim.scale import NO_SCALE
+from fastopt.optim.state import averages
+from fastopt.optim.step import interrupts
+from fastopt.optim.step.grad_scale import NO_SCALE
+from fastopt.optim.step.plan import Plan
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
 
 class BackwardSteps:

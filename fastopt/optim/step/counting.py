@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastopt.optim.passes import Verdict
-from fastopt.optim.scale import Scale
-from fastopt.optim.verdicts import DeviceVerdict
+from fastopt.optim.options import Verdict
+from fastopt.optim.step.grad_norm import DeviceVerdict
+from fastopt.optim.step.grad_scale import Scale
 
 if TYPE_CHECKING:
-    from fastopt.optim.bucket import Bucket
-    from fastopt.optim.plan import Plan
+    from fastopt.optim.step.launch_group import Bucket
+    from fastopt.optim.step.plan import Plan
 
 
 def count(

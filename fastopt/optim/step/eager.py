@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.optim import layout
+from fastopt.optim.step import memory_layout
 from fastopt.optim.update import Update, number
 from fastopt_kernels import xp as host
 from fastopt_kernels.xp import rebind
@@ -96,7 +96,7 @@ def scalars_of(
     hypers, scalars = update.hypers(group), update.scalars
     counted = [numbers[update.step_name] + 1, *(numbers[name] for name in update.carried)]
     tensors = [x for x in (*hypers, *counted) if isinstance(x, Tensor)]
-    if any(x.requires_grad or not layout.has_memory(x) for x in tensors):
+    if any(x.requires_grad or not memory_layout.has_memory(x) for x in tensors):
         scalars = rebind(scalars, _THIS)
         hypers = [x.reshape(()).to(param.device) if isinstance(x, Tensor) else x for x in hypers]
         counted = [x.to(param.device, torch.float64) for x in counted]
@@ -110,5 +110,5 @@ def _computed(tensor: Tensor) -> Tensor:
     """A copy in the type rules are computed in: what autograd saves must not be written over."""
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj().clone())
-    low = layout.KINDS.get(tensor.dtype) in ("bf16", "fp16")
+    low = memory_layout.KINDS.get(tensor.dtype) in ("bf16", "fp16")
     return tensor.to(torch.float32) if low else tensor.clone()

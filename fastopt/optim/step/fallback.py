@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastopt.optim import eager, formats, states
-from fastopt.optim.plan import GroupKey, Odd
-from fastopt.optim.scale import Scale
+from fastopt.optim.state import formats, store
+from fastopt.optim.step import eager
+from fastopt.optim.step.grad_scale import Scale
+from fastopt.optim.step.plan import GroupKey, Odd
 from fastopt.optim.update import sign
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
 
 def check(optimizer: FusedOptimizer, odd: Odd, key: GroupKey, scale: Scale) -> None:
@@ -20,7 +21,7 @@ def check(optimizer: FusedOptimizer, odd: Odd, key: GroupKey, scale: Scale) -> N
     if scale.skip():
         return
     if not odd.sparse:
-        numbers = states.numbers_of(optimizer, odd.param, key)
+        numbers = store.numbers_of(optimizer, odd.param, key)
         with torch.no_grad():
             eager.scalars_of(key.update, odd.param, numbers, optimizer.param_groups[odd.group])
     elif scale.grad_scale is not None:
@@ -45,8 +46,8 @@ def step(optimizer: FusedOptimizer, odd: Odd, key: GroupKey, scale: Scale) -> No
         with torch.no_grad():
             optimizer.step_sparse(param, grad, group)
         return
-    state = states.state_of(optimizer, param, key)
-    numbers = states.numbers_of(optimizer, param, key)
+    state = store.state_of(optimizer, param, key)
+    numbers = store.numbers_of(optimizer, param, key)
     factor = sign(group) * scale.inverse()
     with torch.set_grad_enabled(bool(group.get("differentiable"))):
         eager.step_param(key.update, param, grad, state, numbers, group, factor)

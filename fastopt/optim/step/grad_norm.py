@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import passes
-from fastopt.optim.passes import LastStep
-from fastopt.optim.scale import Scale
+from fastopt.optim import options
+from fastopt.optim.options import LastStep
+from fastopt.optim.step.grad_scale import Scale
 
 if TYPE_CHECKING:
-    from fastopt.optim.bucket import Bucket
+    from fastopt.optim.step.launch_group import Bucket
 
 
 class DeviceVerdict:
@@ -77,8 +77,8 @@ class DeviceLook:
 
     def take(self, groups: Sequence[Mapping[str, Any]], scale: Scale, skips: bool) -> DeviceVerdict:
         """Measure and judge, without waiting for it; skips: also where no group asks for it."""
-        maximum = passes.maximum_of(groups)
-        alone = np.array([bool(group.get(passes.ALONE)) for group in groups])
+        maximum = options.maximum_of(groups)
+        alone = np.array([bool(group.get(options.ALONE)) for group in groups])
         families = (np.cumsum(alone) * alone).astype(np.int64)
         limits = [
             0.0 if group.get("max_grad_norm") is None else group["max_grad_norm"]
@@ -91,4 +91,4 @@ class DeviceLook:
         measured = [other.run(*settings).measured for _, other in others]
         verdict = look.run(*settings, measured)
         devices = {first: verdict} | {device: verdict.to(device) for device, _ in others}
-        return DeviceVerdict(devices, passes.one_limit(groups))
+        return DeviceVerdict(devices, options.one_limit(groups))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastopt.optim import sharding
+from fastopt.optim.step import sharding
 
 if TYPE_CHECKING:
-    from fastopt.optim.look import Looking
+    from fastopt.optim.step.measuring import Looking
 
 
 class Scale:

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from fastopt.optim import interrupts, passes, scaled, sharding
-from fastopt.optim.backward_steps import BackwardSteps
-from fastopt.optim.plan import Place, Plan
-from fastopt.optim.reduction import (
+from fastopt.optim import options
+from fastopt.optim.step import interrupts, scaled_losses, sharding
+from fastopt.optim.step.backward_steps import BackwardSteps
+from fastopt.optim.step.plan import Place, Plan
+from fastopt.optim.step.reduction import (
     Reduction,
     Watch,
     fsdp_modules,
@@ -27,7 +28,7 @@ from fastopt.optim.reduction import (
 )
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
 
 class Released:
@@ -56,7 +57,7 @@ class Released:
         # Parameters this backward has stepped, where DistributedDataParallel may refill `.grad`.
         self._stepped: list[Tensor] = []
         self.follow()
-        scaled.refuse_for(self)
+        scaled_losses.refuse_for(self)
 
     def leaves(self) -> Iterator[Tensor]:
         """The leaves of a graph whose backward steps: the parameters, or what FSDP2 gathers."""
@@ -72,7 +73,7 @@ class Released:
         Raises RuntimeError, before any is hooked, for a norm of all gradients and for a parameter
         whose gradient in backward is not that of all ranks.
         """
-        self._check_norms(passes.measures(self._optimizer.param_groups))
+        self._check_norms(options.measures(self._optimizer.param_groups))
         places = {place.param: place for place in self._optimizer.places()}
         for param in places:
             if param not in self._handles and (param.requires_grad or sharding.is_flattened(param)):
@@ -163,7 +164,7 @@ class Released:
         """Raises RuntimeError where step() must not step the gradients that are left: a GradScaler
         calls it, or they are not reduced yet."""
         if {"grad_scale", "found_inf"} & self._optimizer.__dict__.keys():
-            raise scaled.refusal()
+            raise scaled_losses.refusal()
         left = {self._reduction_of.get(p) for p in self._places if p.grad is not None}
         for reduction in self._awaited & left:
             reduction.check()
@@ -177,7 +178,7 @@ class Released:
         """Gradients stay again, for step()."""
         for handle in self._handles.values():
             handle.remove()
-        scaled.allow_for(self)
+        scaled_losses.allow_for(self)
         self._optimizer.end_release(self)
 
 

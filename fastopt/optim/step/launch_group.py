@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim import formats, layout
-from fastopt.optim.layout import Staged
-from fastopt.optim.metadata import Metadata
-from fastopt.optim.passes import LOW_BITS, Verdict, bases_of, keys_of, option_hypers, seeds_of
-from fastopt.optim.scale import Scale
-from fastopt.optim.steps import DeviceSteps, Steps
+from fastopt.optim.options import LOW_BITS, Verdict, bases_of, keys_of, option_hypers, seeds_of
+from fastopt.optim.state import formats
+from fastopt.optim.state.step_counts import DeviceSteps, Steps
+from fastopt.optim.step import memory_layout
+from fastopt.optim.step.grad_scale import Scale
+from fastopt.optim.step.memory_layout import Staged
+from fastopt.optim.step.tensor_guards import Metadata
 from fastopt.optim.update import Update, sign
 from fastopt.storage import PLAIN
 
@@ -32,11 +33,11 @@ def check_state(name: str, state: Any, param: Tensor) -> None:
         came = f"shape {tuple(state.shape)} on {state.device} ({state.layout})"
         if (
             state.layout is torch.strided
-            and layout.has_memory(state)
+            and memory_layout.has_memory(state)
             and state.shape == param.shape
             and state.device == param.device
             and state.is_complex() == param.is_complex()
-            and torch._debug_has_internal_overlap(layout.local(state)) != 1
+            and torch._debug_has_internal_overlap(memory_layout.local(state)) != 1
         ):
             return
     raise RuntimeError(
@@ -65,7 +66,11 @@ def _check_scale(name: str, scale: Any, param: Tensor) -> None:
 
 def _readable(grad: Tensor, target: Tensor) -> bool:
     """Whether a kernel that walks the target may read this gradient's own memory."""
-    return layout.has_memory(grad) and not layout.is_lazy(grad) and layout.same_layout(grad, target)
+    return (
+        memory_layout.has_memory(grad)
+        and not memory_layout.is_lazy(grad)
+        and memory_layout.same_layout(grad, target)
+    )
 
 
 class Member:
@@ -77,7 +82,7 @@ class Member:
 
     def __init__(self, param: Tensor, source: Tensor, group: int, position: int) -> None:
         self.param, self.source, self.group, self.position = param, source, group, position
-        self.target = layout.reference(source)
+        self.target = memory_layout.reference(source)
         self.state: dict[str, Any] = {}
         self.state_names: tuple[str, ...] = ()
         self.states: list[Tensor] = []
@@ -98,11 +103,11 @@ class Member:
         state_names: tuple[str, ...],
     ) -> Member:
         """Lay out a parameter, its gradient and its states alike, staging those that are not."""
-        member = cls(param, layout.local(param), group, position)
+        member = cls(param, memory_layout.local(param), group, position)
         member.state = state
         if member.target is not member.source:
             member.staged.append(Staged(member.source, member.target))
-        own = layout.local_grad(grad, param)
+        own = memory_layout.local_grad(grad, param)
         if member.target is not member.source or not _readable(own, member.target):
             member.grad_buffer = torch.empty_like(member.target, dtype=own.dtype)
         member.state_names = state_names
@@ -115,8 +120,10 @@ class Member:
                 member.states.append(state[name])
                 continue
             check_state(name, state[name], param)
-            tensor = layout.local(state[name])
-            if layout.is_lazy(tensor) or not layout.same_layout(tensor, member.target):
+            tensor = memory_layout.local(state[name])
+            if memory_layout.is_lazy(tensor) or not memory_layout.same_layout(
+                tensor, member.target
+            ):
                 buffer = torch.empty_like(member.target, dtype=tensor.dtype)
                 member.staged.append(Staged(tensor, buffer))
                 tensor = buffer
@@ -125,15 +132,15 @@ class Member:
         member.grad_dtype = own.dtype
         roles = ["a parameter", "a gradient", *(f"the state {n!r}" for n in state_names)]
         integer = [False, False, *(name in whole for name in state_names)]
-        member.kinds = tuple(map(layout.kind, streams, roles, integer))
+        member.kinds = tuple(map(memory_layout.kind, streams, roles, integer))
         return member
 
     def grad(self, grad: Tensor | None) -> Tensor | None:
         """The gradient as the kernel may read it, or None: missing this time."""
         if grad is None:
             return None
-        own = layout.local(grad)
-        grad = layout.local_grad(grad, self.param)
+        own = memory_layout.local(grad)
+        grad = memory_layout.local_grad(grad, self.param)
         if self.grad_buffer is None:
             # Redistributed, it is a temporary: it lives on until the next one.
             self.held = None if grad is own else grad
@@ -209,7 +216,9 @@ class Bucket:
         names = self.members[0].state_names
         self.state_objects = {n: [m.state[n] for m in self.members] for n in names}
         self.state_tensors = [
-            layout.local(tensor) for tensors in self.state_objects.values() for tensor in tensors
+            memory_layout.local(tensor)
+            for tensors in self.state_objects.values()
+            for tensor in tensors
         ]
         self.state_metadata = Metadata(self.state_tensors, self._walk)
         for row, member in enumerate(self.members):
@@ -318,13 +327,13 @@ class Bucket:
                 for k in self.indirect:
                     grad, member = grads[k], self.members[k]
                     if grad is not None:
-                        layout.check_storage(grad, "a gradient")
+                        memory_layout.check_storage(grad, "a gradient")
                     if grad is not None and grad.shape != member.param.shape:
                         return False
                     grads[k] = member.grad(grad)
         for k in self._large:
             if (grad := grads[k]) is not None:
-                layout.check_storage(grad, "a gradient")
+                memory_layout.check_storage(grad, "a gradient")
         if self.grad_metadata is None:
             self.grad_metadata = Metadata(grads, self._walk, "a gradient")  # type: ignore[arg-type]
         if self.active is not None or not self.grad_metadata.take(grads):  # type: ignore[arg-type]

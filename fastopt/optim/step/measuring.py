@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastopt.optim import passes, skipped
-from fastopt.optim.hooks import pre_hooks
-from fastopt.optim.passes import LastStep, Verdict
-from fastopt.optim.planning import Planning
-from fastopt.optim.scale import NO_SCALE, Scale, ScalesInside
-from fastopt.optim.verdicts import DeviceVerdict, Reported
+from fastopt.optim import options
+from fastopt.optim.options import LastStep, Verdict
+from fastopt.optim.step import skipped
+from fastopt.optim.step.grad_norm import DeviceVerdict, Reported
+from fastopt.optim.step.grad_scale import NO_SCALE, Scale, ScalesInside
+from fastopt.optim.step.hooks import pre_hooks
+from fastopt.optim.step.planning import Planning
 
 if TYPE_CHECKING:
-    from fastopt.optim.plan import Plan
-    from fastopt.optim.telemetry import ParameterTelemetry
+    from fastopt.optim.step.plan import Plan
+    from fastopt.optim.step.telemetry import ParameterTelemetry
 
 
 class Looking(Planning):
@@ -37,7 +38,7 @@ class Looking(Planning):
 
     def looks(self) -> bool:
         """Whether a step looks at all gradients before any parameter is written."""
-        return passes.measures(self.param_groups)
+        return options.measures(self.param_groups)
 
     def look(self) -> bool | None:
         """Look now, for the step that follows at once: whether an element is infinite or NaN.

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import averages, formats, layout, passes, sharding, states
-from fastopt.optim.averages import Idle
-from fastopt.optim.bucket import Bucket, Member
-from fastopt.optim.passes import AVERAGED
-from fastopt.optim.steps import DeviceSteps, Numbers, Steps
+from fastopt.optim import options
+from fastopt.optim.options import AVERAGED
+from fastopt.optim.state import averages, formats, store
+from fastopt.optim.state.averages import Idle
+from fastopt.optim.state.step_counts import DeviceSteps, Numbers, Steps
+from fastopt.optim.step import memory_layout, sharding
+from fastopt.optim.step.grad_norm import DeviceLook
+from fastopt.optim.step.launch_group import Bucket, Member
 from fastopt.optim.update import Update
-from fastopt.optim.verdicts import DeviceLook
 from fastopt_kernels.chunks import NO_OPTIONS, STOCHASTIC, StepOptions
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
 
 class GroupKey(NamedTuple):
@@ -44,14 +46,14 @@ class GroupKey(NamedTuple):
 
     def state_names(self, param: Tensor) -> tuple[str, ...]:
         """Tensors that are kept for a parameter."""
-        step_options = passes.options_of_param(self.step_options, param)
-        names = passes.state_names(formats.names_of(self.update, self.stored), step_options)
+        step_options = options.options_of_param(self.step_options, param)
+        names = options.state_names(formats.names_of(self.update, self.stored), step_options)
         return names + formats.scales_of(self.update, self.stored)
 
     def saves_count(self, param: Tensor) -> bool:
         """True where a state holds the count of an update that has none in torch's (SGD): chance
         follows from it, and goes on when a state_dict is loaded."""
-        rounding = passes.options_of_param(self.step_options, param).rounding
+        rounding = options.options_of_param(self.step_options, param).rounding
         follows = rounding == STOCHASTIC or formats.EIGHT in self.stored
         return follows and not self.update.counted
 
@@ -155,7 +157,7 @@ def build(
     dense = []
     for param, grad, number, position in found:
         sparse = grad.layout is not torch.strided
-        if sparse or keys[number].differentiable or not layout.has_memory(param):
+        if sparse or keys[number].differentiable or not memory_layout.has_memory(param):
             _check_odd(optimizer, param, keys)
             plan.odd.append(Odd(param, number, sparse))
         else:
@@ -168,11 +170,11 @@ def build(
             group = optimizer.param_groups[number]
             # A sparse buffer begins as a sparse gradient (SGD), not as zeros.
             if grad.layout is torch.strided or keys[number].update.counted:
-                states.prepare(optimizer, param, group, keys[number], before)
+                store.prepare(optimizer, param, group, keys[number], before)
         plan.averages = _idle_averages(optimizer, idle, keys, before)
         members = [
             Member.make(
-                states.state_of(optimizer, p, keys[number]),
+                store.state_of(optimizer, p, keys[number]),
                 p,
                 g,
                 number,
@@ -186,7 +188,7 @@ def build(
         if plan.looks and plan.buckets and looks_on_device(plan.buckets[0].targets[0].device):
             plan.look = DeviceLook(plan.buckets)
     except BaseException:
-        states.put_back(optimizer, before, n_states)
+        store.put_back(optimizer, before, n_states)
         raise
     return plan
 
@@ -203,14 +205,14 @@ def _idle_averages(
         group, key = optimizer.param_groups[number], keys[number]
         if key.step_options.averaged and averages.can_follow(param):
             on_device = counts_on_device(param.device, key)
-            state = states.prepare_idle(optimizer, param, group, key, on_device, before)
+            state = store.prepare_idle(optimizer, param, group, key, on_device, before)
             found.append(Idle(param, number, on_device, state, state[AVERAGED]))
     return found
 
 
 def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -> None:
     if any(key.looks or key.step_options != NO_OPTIONS or key.stored for key in keys):
-        what = ", ".join(k for k in passes.DEFAULTS if any(k in g for g in optimizer.param_groups))
+        what = ", ".join(k for k in options.DEFAULTS if any(k in g for g in optimizer.param_groups))
         raise RuntimeError(
             f"{type(optimizer).__name__} with {what} takes dense gradients in memory, but got one "
             f"of layout {param.grad.layout if param.grad is not None else None} for a "
@@ -265,21 +267,21 @@ def _check_grad(
 
 def _check_storages(optimizer: FusedOptimizer, param: Tensor, grad: Tensor) -> None:
     """Refuse what a step would read or write past the end of its storage."""
-    layout.check_storage(param, "a parameter")
-    layout.check_storage(grad, "a gradient")
+    memory_layout.check_storage(param, "a parameter")
+    memory_layout.check_storage(grad, "a gradient")
     for name, value in optimizer.__dict__["state"].get(param, {}).items():
         if isinstance(value, Tensor):
-            layout.check_storage(value, f"the state {name!r} of a parameter")
+            memory_layout.check_storage(value, f"the state {name!r} of a parameter")
 
 
 def _check_param(param: Tensor, key: GroupKey) -> None:
     """Refuse what no kernel of ours can step, and what would be wrong to step."""
-    target = layout.local(param)
-    layout.kind(target, "a parameter")
+    target = memory_layout.local(param)
+    memory_layout.kind(target, "a parameter")
     if param.grad is not None:
-        layout.kind(layout.local(param.grad), "a gradient")
+        memory_layout.kind(memory_layout.local(param.grad), "a gradient")
     backend.engine(target.device.type)
-    layout.check_overlap(target)
+    memory_layout.check_overlap(target)
     if key.capturable and target.device.type == "cpu":
         counted = ", ".join(["params", *(f"{name}s" for name in key.update.carried)])
         raise AssertionError(
@@ -305,17 +307,17 @@ def _make_buckets(
 ) -> list[Bucket]:
     """One launch for each device, rule and combination of dtypes; more where memory overlaps."""
     _check_passes(optimizer, members, keys)
-    waves = layout.waves([member.source for member in members])
+    waves = memory_layout.waves([member.source for member in members])
     split: dict[_Kind, list[Member]] = defaultdict(list)
     for member, wave in zip(members, waves, strict=True):
         key = keys[member.group]
         device = member.target.device
         on_device = counts_on_device(device, key)
-        step_options = passes.options_of_param(key.step_options, member.param)
+        step_options = options.options_of_param(key.step_options, member.param)
         split[_Kind(wave, device, key.update, member.kinds, on_device, step_options)].append(member)
     buckets = []
     for kind, chosen in split.items():
-        numels = [layout.numel(member.target) for member in chosen]
+        numels = [memory_layout.numel(member.target) for member in chosen]
         launch = backend.engine(kind.device.type).Launch(
             kind.update.rule,
             kind.kinds,
@@ -358,7 +360,7 @@ def _make_steps(
     owners = []
     seen: set[int] = set()
     for kind, members in launches:
-        mine = [states.numbers_of(optimizer, m.param, keys[m.group]) for m in members]
+        mine = [store.numbers_of(optimizer, m.param, keys[m.group]) for m in members]
         if not kind.update.counted:
             # To torch, each occurrence of a parameter begins where its buffer was not there yet.
             mine = [dict(owner) if id(owner) in seen else owner for owner in mine]
@@ -388,5 +390,5 @@ def _make_steps(
             rows = [row_of[id(owner)] for owner in mine]
             steps.append(Steps(kind.update, numbers[kind.numbers], rows, groups, twice))
         for member, count in zip(members, held, strict=False):
-            states.show_count(member.state, count)
+            store.show_count(member.state, count)
     return steps

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastopt.optim import formats, passes
-from fastopt.optim import plan as plans
-from fastopt.optim.plan import GroupKey, Place, Plan, build
+from fastopt.optim import options
+from fastopt.optim.state import formats
+from fastopt.optim.step import plan as plans
+from fastopt.optim.step.plan import GroupKey, Place, Plan, build
 from fastopt.optim.update import Update
 
 if TYPE_CHECKING:
-    from fastopt.optim.telemetry import ParameterTelemetry
+    from fastopt.optim.step.telemetry import ParameterTelemetry
 
 
 class Planning:
@@ -88,8 +89,8 @@ class Planning:
                 group.get("capturable", False),
                 group.get("fused", False),
                 group.get("differentiable", False),
-                passes.step_options_of(group),
-                passes.looks(group),
+                options.step_options_of(group),
+                options.looks(group),
                 () if group.get("state_dtype") is None else formats.formats_of(update, group),
                 unknown,
             )

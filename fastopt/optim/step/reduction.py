@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastopt.optim import layout
+from fastopt.optim.step import memory_layout
 
 
 class Reduction:
@@ -92,7 +92,9 @@ def fsdp_modules(model: torch.nn.Module | None) -> list[Any]:
 
 def fsdp_params(modules: Iterable[torch.nn.Module]) -> set[Tensor]:
     """The parameters of such modules, whose hooks FSDP2 runs once their gradients are reduced."""
-    return {param for each in modules for param in each.parameters() if layout.is_dtensor(param)}
+    return {
+        param for each in modules for param in each.parameters() if memory_layout.is_dtensor(param)
+    }
 
 
 def gathered(modules: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:

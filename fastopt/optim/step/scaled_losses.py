@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastopt.optim.release import Released
+    from fastopt.optim.step.in_backward import Released
 
 _released: weakref.WeakSet[Released] = weakref.WeakSet()
 # Nodes that compute a part of the graph anew in backward: its parameters are not in the graph.

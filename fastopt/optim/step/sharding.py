@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fastopt.optim import layout, passes
+from fastopt.optim import options
+from fastopt.optim.step import memory_layout
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
@@ -37,7 +38,7 @@ def is_part(param: Tensor) -> bool:
 
 def is_shard(tensor: Tensor) -> bool:
     """True for a DTensor of which this rank has only a shard, or a part of the sum that it is."""
-    return layout.is_dtensor(tensor) and any(
+    return memory_layout.is_dtensor(tensor) and any(
         tensor.device_mesh.size(dim) > 1 and not placement.is_replicate()  # type: ignore[attr-defined]
         for dim, placement in enumerate(tensor.placements)  # type: ignore[attr-defined]
     )
@@ -61,7 +62,7 @@ def check(optimizer: FusedOptimizer) -> None:
     if not many_processes():
         return
     optimizer._in_zero = optimizer._in_zero or _called_by_zero(optimizer)
-    if not passes.measures(optimizer.param_groups):
+    if not options.measures(optimizer.param_groups):
         return
     params = list(optimizer._all_params())
     clip = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)"

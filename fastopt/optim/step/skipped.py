@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim import layout, passes, sharding
-from fastopt.optim.passes import Verdict
-from fastopt.optim.telemetry import ParameterTelemetry
+from fastopt.optim import options
+from fastopt.optim.options import Verdict
+from fastopt.optim.step import memory_layout, sharding
+from fastopt.optim.step.telemetry import ParameterTelemetry
 
 # Elements that are widened to float64 at once.
 PIECE = 1 << 20
@@ -65,22 +66,22 @@ def rows_of(
 
 def _whole(param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     """A parameter with what its rounding keeps beside it."""
-    param = layout.local(param)
-    name, _ = passes.KEPT.get(
-        passes.options_of_param(passes.step_options_of(group), param).rounding, ("", None)
+    param = memory_layout.local(param)
+    name, _ = options.KEPT.get(
+        options.options_of_param(options.step_options_of(group), param).rounding, ("", None)
     )
     kept = state.get(name)
-    return passes.joined(param, layout.local(kept)) if isinstance(kept, Tensor) else param
+    return options.joined(param, memory_layout.local(kept)) if isinstance(kept, Tensor) else param
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The real numbers of this rank's part of a tensor; the sum of those a sparse one repeats."""
     if tensor.layout is not torch.strided:
         tensor = tensor.coalesce().values() if tensor.is_sparse else tensor.values()
-    tensor = layout.local(tensor)
+    tensor = memory_layout.local(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    if layout.has_memory(tensor):
+    if memory_layout.has_memory(tensor):
         yield from torch.split(tensor.reshape(-1), PIECE)
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from fastopt.optim import sharding
-from fastopt.optim.bucket import Bucket
+from fastopt.optim.step import sharding
+from fastopt.optim.step.launch_group import Bucket
 
 if TYPE_CHECKING:
-    from fastopt.optim.base import FusedOptimizer
+    from fastopt.optim.optimizer import FusedOptimizer
 
 # A layer's gradient is flagged where its root mean square is this many times from the median
 # layer's: float32 holds seven digits, so beyond three it begins to matter which of two are added.

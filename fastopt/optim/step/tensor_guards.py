@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim import layout
+from fastopt.optim.step import memory_layout
 
 Walk: TypeAlias = Callable[[int, int, int, int, int], int]
 
@@ -93,7 +93,7 @@ class Metadata:
             return False
         if found & _LOW:
             for k in np.flatnonzero(self._filled & (self.addresses < self._lowest)):
-                layout.check_storage(tensors[k], self._role)
+                memory_layout.check_storage(tensors[k], self._role)
         return True
 
     def _look(self, tensors: list[Tensor]) -> int | None:
@@ -115,7 +115,7 @@ class Metadata:
                 return False
             if _Facts.of(tensor) != facts:
                 return False
-            if not layout.same_walk(facts.shape, tensor.stride(), strides):
+            if not memory_layout.same_walk(facts.shape, tensor.stride(), strides):
                 return False
         self._guards = _make_guards(tensors)
         return True
