@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastopt.optim import options
-from fastopt.optim.options import Verdict
+from fastopt.optim.options import ClipResult
 from fastopt.optim.state import averages, checkpoints, formats, saving
 from fastopt.optim.step import fallback, interrupts, sharding
 from fastopt.optim.step.counting import count
-from fastopt.optim.step.grad_norm import DeviceVerdict, Reported
+from fastopt.optim.step.grad_norm import DeviceClipResult, ReportedClip
 from fastopt.optim.step.grad_scale import NO_SCALE, Scale
 from fastopt.optim.step.hooks import hooked
 from fastopt.optim.step.in_backward import Released
-from fastopt.optim.step.launch_group import Bucket
-from fastopt.optim.step.measuring import Looking
+from fastopt.optim.step.launch_group import LaunchGroup
+from fastopt.optim.step.measuring import MeasuringOptimizer
 from fastopt.optim.step.plan import Plan
 from fastopt.optim.step.telemetry import Telemetry, collect, rows_of
 from fastopt.optim.update import Update, number_dtype
@@ -30,7 +30,7 @@ from fastopt.optim.update import Update, number_dtype
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
 
 
-class FusedOptimizer(Looking, torch.optim.Optimizer):
+class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
     """A torch.optim.Optimizer whose whole step is one kernel launch for each device.
 
     A subclass names a rule, its host half and its states; kernels for CPU and GPU, every dtype and
@@ -71,7 +71,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     # Held for a step: threads that step one optimizer take turns.
     _lock: threading.RLock
     # Steps of parameters whose state has none (SGD): {param: {"step": tensor}}.
-    hidden: dict[Tensor, dict[str, Any]]
+    hidden_counters: dict[Tensor, dict[str, Any]]
     _released: Released | None = None
     # Set where a ZeroRedundancyOptimizer has given this one its rank's part of the parameters.
     _in_zero: bool = False
@@ -97,17 +97,22 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """The states by parameter, as torch has them."""
-        self._exposed = True
+        self._state_was_accessed = True
         return self.__dict__["state"]
 
     @state.setter
     def state(self, value: Any) -> None:
         self.__dict__["state"] = value
         # The constructor of torch.optim.Optimizer makes the first one, and keeps no reference.
-        self._forget(exposed="param_groups" in self.__dict__)
+        self._forget(state_was_accessed="param_groups" in self.__dict__)
 
-    def _forget(self, exposed: bool) -> None:
-        self._plan, self._skipped, self.hidden, self._exposed = None, None, {}, exposed
+    def _forget(self, state_was_accessed: bool) -> None:
+        self._plan, self._skipped_telemetry, self.hidden_counters, self._state_was_accessed = (
+            None,
+            None,
+            {},
+            state_was_accessed,
+        )
         self.__dict__.setdefault("_lock", threading.RLock())
 
     # What a subclass may say of itself.
@@ -177,8 +182,8 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # What the last step saw is in a plan, which is about addresses and stays behind.
         kept: dict[str, Any] = {"_watched": rows_of(self)}
-        if self._verdict is not None:
-            kept["_verdict"] = Reported(self.last_step)
+        if self._clip is not None:
+            kept["_verdict"] = ReportedClip(self.last_step)
         return {**super().__getstate__(), **{k: v for k, v in kept.items() if v is not None}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -191,7 +196,7 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         for key, held in self.__dict__["state"].items():
             if isinstance(held, dict) and (new := formats.renamed(held)).keys() != held.keys():
                 self.__dict__["state"][key] = new
-        self._forget(exposed=True)
+        self._forget(state_was_accessed=True)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; states as they are stored, and a version where that is not torch's way.
@@ -244,34 +249,38 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         with self._lock:
-            seen, self._seen = self._seen, None
+            seen, self._measured_ahead = self._measured_ahead, None
             if scale.on_host() and scale.skip():
                 self.note_skip(scale, seen and seen[1])
             else:
-                told = scale.found_inf is not None or self._finds
-                plan = self._current_plan(told) if seen is None else seen[0]
+                may_be_skipped = scale.found_inf is not None or self._finds_inf
+                plan = self._current_plan(may_be_skipped) if seen is None else seen[0]
                 self.run_plan(plan, scale, seen and seen[1])
         return loss
 
-    def run_plan(self, plan: Plan, scale: Scale = NO_SCALE, seen: Verdict | None = None) -> None:
+    def run_plan(self, plan: Plan, scale: Scale = NO_SCALE, seen: ClipResult | None = None) -> None:
         """One step of what a plan holds, whole even where the user interrupts it.
 
         seen: what was seen of its gradients, if it was
         """
         handler = interrupts.hold()
         try:
-            verdict = self._verdict = self._judge(plan, seen, scale) if plan.looks else None
-            if self._skipped is not None:
-                self._forget_skipped(plan.params)
-            if verdict is not None and verdict.skip:
-                self._watch_skipped(plan.params, scale.inverse())
+            clip = self._clip = (
+                self._measure_gradients(plan, seen, scale) if plan.measures_gradients else None
+            )
+            if self._skipped_telemetry is not None:
+                self._forget_skipped_telemetry(plan.params)
+            if clip is not None and clip.skip:
+                self._note_skipped_telemetry(plan.params, scale.inverse())
                 return
-            for each in plan.odd:
+            for each in plan.fallback_params:
                 fallback.check(self, each, plan.keys[each.group], scale)
-            moves = averages.moves_of(self, plan, scale, verdict) if plan.averaged else None
-            for bucket in count(plan, self.param_groups, scale, verdict, self._exposed):
-                self._run(bucket, scale, verdict)
-            for each in plan.odd:
+            moves = averages.average_moves(self, plan, scale, clip) if plan.averaged else None
+            for launch_group in count(
+                plan, self.param_groups, scale, clip, self._state_was_accessed
+            ):
+                self._run(launch_group, scale, clip)
+            for each in plan.fallback_params:
                 fallback.step(self, each, plan.keys[each.group], scale)
             if moves is not None:
                 moves.run()
@@ -340,14 +349,16 @@ class FusedOptimizer(Looking, torch.optim.Optimizer):
                 "steps are then counted on the device, which is where a replay happens."
             )
 
-    def _run(self, bucket: Bucket, scale: Scale, verdict: Verdict | DeviceVerdict | None) -> None:
+    def _run(
+        self, launch_group: LaunchGroup, scale: Scale, clip: ClipResult | DeviceClipResult | None
+    ) -> None:
         """One launch that was counted: stage, update, and tell autograd what was written."""
-        seen = verdict.on(bucket.launch.device) if isinstance(verdict, DeviceVerdict) else None
-        if bucket.on_device:
-            bucket.run_on_device(scale, seen)
+        seen = clip.on(launch_group.launch.device) if isinstance(clip, DeviceClipResult) else None
+        if launch_group.on_device:
+            launch_group.run_on_device(scale, seen)
         elif seen is not None:
-            bucket.run((seen, scale.grad_scale))
+            launch_group.run((seen, scale.grad_scale))
         else:
-            bucket.inverse_scale = scale.inverse()
-            bucket.run()
-        increment_version(bucket.touched(states=self._exposed))
+            launch_group.inverse_scale = scale.inverse()
+            launch_group.run()
+        increment_version(launch_group.written_tensors(states=self._state_was_accessed))

@@ -250,10 +250,10 @@ def option_hypers(group: Mapping[str, Any], step_options: StepOptions) -> list[A
 
 def measures(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a step must look at all gradients before it begins."""
-    return any(map(looks, groups))
+    return any(map(measures_gradients, groups))
 
 
-def looks(group: Mapping[str, Any]) -> bool:
+def measures_gradients(group: Mapping[str, Any]) -> bool:
     """A step of this group needs all gradients to be looked at first."""
     return group.get("max_grad_norm") is not None or bool(group.get("skip_nonfinite"))
 
@@ -295,7 +295,7 @@ class LastStep:
     skipped: Tensor
 
 
-class Verdict:
+class ClipResult:
     """The coefficients of a step's parameter groups, and whether it is to be skipped."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -311,7 +311,7 @@ class Verdict:
             merge.at(self._parts, group, parts)
         self.nonfinite += float(nonfinite.sum())
 
-    def given(self, inverse_scale: float, skip: bool = False) -> Verdict:
+    def with_grad_scale(self, inverse_scale: float, skip: bool = False) -> ClipResult:
         """The same, of gradients that are multiplied by this first; skip: somebody else says so."""
         self._inverse_scale, self._skip = inverse_scale, skip
         return self

@@ -140,7 +140,7 @@ class Update:
         return "step" if self.counted else OWN_STEP
 
     @property
-    def number_names(self) -> tuple[str, ...]:
+    def counter_names(self) -> tuple[str, ...]:
         """The entries that are one number a parameter: the step count, then the carried ones."""
         return (self.step_name, *self.carried)
 

@@ -77,10 +77,10 @@ def test_a_captured_step_keeps_what_its_plan_alone_holds(monkeypatch: pytest.Mon
         p.grad = torch.randn(p.shape[::-1]).t()
     optimizer = fastopt.optim.AdamW(params, capturable=True)
     optimizer.step()
-    (bucket,) = optimizer._plan.buckets
+    (launch_group,) = optimizer._plan.launch_groups
     held = {x.data_ptr() for x in kept}
-    assert {int(address) for address in bucket.launch.tensors[:, 1]} <= held
-    assert bucket.targets[0].data_ptr() in held
+    assert {int(address) for address in launch_group.launch.tensors[:, 1]} <= held
+    assert launch_group.targets[0].data_ptr() in held
     assert params[1].data_ptr() not in held
 
 

@@ -240,7 +240,7 @@ def test_what_another_device_measured_counts() -> None:
 
 def test_gradients_on_both_sides_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     told = cycle([True, False])
-    monkeypatch.setattr(plan, "looks_on_device", lambda device: next(told))
+    monkeypatch.setattr(plan, "measures_on_device", lambda device: next(told))
     params = parameters(shapes=SHAPES)
     before = [p.detach().clone() for p in params]
     optimizer = fastopt.optim.SGD(params, lr=0.1, max_grad_norm=1.0)
@@ -312,7 +312,7 @@ def test_a_scaler_unscales_skips_and_is_told(cls: Any, options: dict[str, Any]) 
             assert float(checked.ours.last_step.grad_norm) == pytest.approx(norm, rel=1e-6)
         scaler.update()
         assert scaler.get_scale() == scale
-    assert not checked.ours._finds
+    assert not checked.ours._finds_inf
 
 
 @pytest.mark.usefixtures("on_a_device")

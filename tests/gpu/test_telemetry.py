@@ -218,7 +218,7 @@ def test_where_numbers_lie_stays_for_a_captured_graph() -> None:
     places = []
     for _ in given_in_turn(params, 3):
         optimizer.step()
-        launch = optimizer._plan.buckets[0].launch
+        launch = optimizer._plan.launch_groups[0].launch
         places.append(launch._seen.room(1))
     assert places[0] is places[1] is not places[2]
     assert [len(place) for place in places] == [5, 5, 3]

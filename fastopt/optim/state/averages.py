@@ -19,17 +19,17 @@ from fastopt.optim import options
 from fastopt.optim.options import AVERAGED, N_AVERAGED
 from fastopt.optim.state import store
 from fastopt.optim.step import memory_layout
-from fastopt.optim.step.grad_norm import DeviceVerdict
+from fastopt.optim.step.grad_norm import DeviceClipResult
 
 if TYPE_CHECKING:
     from fastopt.optim.optimizer import FusedOptimizer
-    from fastopt.optim.options import Verdict
+    from fastopt.optim.options import ClipResult
     from fastopt.optim.step.grad_scale import Scale
-    from fastopt.optim.step.launch_group import Bucket
+    from fastopt.optim.step.launch_group import LaunchGroup
     from fastopt.optim.step.plan import Plan
 
 
-class Idle(NamedTuple):
+class UnsteppedAverage(NamedTuple):
     """A parameter without gradient that has an average, and the number of its group.
 
     on_device: whether the steps in the average are counted there, since one may be skipped
@@ -42,68 +42,70 @@ class Idle(NamedTuple):
     state: dict[str, Any]
     average: Tensor
 
-    def fits(self, exposed: bool) -> bool:
+    def fits(self, state_was_accessed: bool) -> bool:
         """Whether the average still is that of the parameter; exposed: it may be another one."""
         return (
             self.param.shape == self.average.shape
             and self.param.device == self.average.device
-            and not (exposed and self.state.get(AVERAGED) is not self.average)
+            and not (state_was_accessed and self.state.get(AVERAGED) is not self.average)
         )
 
 
 def can_follow(param: Tensor) -> bool:
     """Whether there is anything to average in a parameter that is never stepped."""
-    return param.dtype in memory_layout.KINDS and memory_layout.has_memory(param)
+    return param.dtype in memory_layout.DTYPE_CODES and memory_layout.has_memory(param)
 
 
-def moves_of(
-    optimizer: FusedOptimizer, plan: Plan, scale: Scale, verdict: Verdict | DeviceVerdict | None
-) -> Moves | None:
+def average_moves(
+    optimizer: FusedOptimizer, plan: Plan, scale: Scale, clip: ClipResult | DeviceClipResult | None
+) -> AverageMoves | None:
     """What a step of this plan does to the averages of parameters that it has no gradient for."""
     idle = plan.averages
-    for bucket in plan.buckets:
-        if bucket.active is not None and bucket.launch.step_options.averaged:
-            idle = [*idle, *_missing(bucket, bucket.active)]
+    for launch_group in plan.launch_groups:
+        if launch_group.active is not None and launch_group.launch.step_options.averaged:
+            idle = [*idle, *_missing(launch_group, launch_group.active)]
     # Under release_gradients a step has been taken already: by a backward, when that ended.
     if not idle or (optimizer._released is not None and not plan.ends_backward):
         return None
-    return Moves(optimizer, idle, scale, verdict)
+    return AverageMoves(optimizer, idle, scale, clip)
 
 
-def _missing(bucket: Bucket, active: Iterable[bool]) -> Iterator[Idle]:
-    for member, here in zip(bucket.members, active, strict=True):
+def _missing(launch_group: LaunchGroup, active: Iterable[bool]) -> Iterator[UnsteppedAverage]:
+    for slot, here in zip(launch_group.slots, active, strict=True):
         if not here:
-            average = member.state[AVERAGED]
-            yield Idle(member.param, member.group, bucket.on_device, member.state, average)
+            average = slot.state[AVERAGED]
+            yield UnsteppedAverage(
+                slot.param, slot.group, launch_group.on_device, slot.state, average
+            )
 
 
-class Moves:
+class AverageMoves:
     """The averages that move without a gradient in a step, each by its weight. All that may fail is
     done when this is constructed, before the step writes anything."""
 
     def __init__(
         self,
         optimizer: FusedOptimizer,
-        idle: Sequence[Idle],
+        idle: Sequence[UnsteppedAverage],
         scale: Scale,
-        verdict: Verdict | DeviceVerdict | None,
+        clip: ClipResult | DeviceClipResult | None,
     ) -> None:
         self._counts: list[Tensor] = []
-        self._alike: dict[float, list[Idle]] = defaultdict(list)
-        on_device: dict[tuple[torch.device, int], list[Idle]] = defaultdict(list)
+        self._alike: dict[float, list[UnsteppedAverage]] = defaultdict(list)
+        on_device: dict[tuple[torch.device, int], list[UnsteppedAverage]] = defaultdict(list)
         for each in idle:
             if not memory_layout.has_memory(each.param):
                 continue
             if each.on_device:
                 on_device[memory_layout.local(each.param).device, each.group].append(each)
-            elif isinstance(verdict, DeviceVerdict) or not scale.skip():
-                count = optimizer.hidden[each.param][N_AVERAGED]
+            elif isinstance(clip, DeviceClipResult) or not scale.skip():
+                count = optimizer.hidden_counters[each.param][N_AVERAGED]
                 group = optimizer.param_groups[each.group]
                 self._counts.append(count)
                 self._alike[options.average_weight(group, count.item() + 1.0)].append(each)
-        found = verdict.found_inf if isinstance(verdict, DeviceVerdict) else scale.found_inf
+        found = clip.found_inf if isinstance(clip, DeviceClipResult) else scale.found_inf
         self._on_device = [
-            DeviceMoves(optimizer, optimizer.param_groups[number], here, found)
+            DeviceAverageMoves(optimizer, optimizer.param_groups[number], here, found)
             for (_, number), here in on_device.items()
         ]
 
@@ -123,7 +125,7 @@ class Moves:
                 each.run()
 
 
-class DeviceMoves:
+class DeviceAverageMoves:
     """The same for parameters of one group and device, where only that knows whether the step is
     taken and which it is. Nothing is read or sent: a graph may be captured.
 
@@ -134,11 +136,11 @@ class DeviceMoves:
         self,
         optimizer: FusedOptimizer,
         group: dict[str, Any],
-        idle: Sequence[Idle],
+        idle: Sequence[UnsteppedAverage],
         found_inf: Tensor | None,
     ) -> None:
         self._idle = idle
-        self._counts = [optimizer.hidden[each.param][N_AVERAGED] for each in idle]
+        self._counts = [optimizer.hidden_counters[each.param][N_AVERAGED] for each in idle]
         self._count = torch.stack(self._counts)
         self._taken = torch.ones_like(self._count[0])
         if found_inf is not None:
@@ -175,7 +177,7 @@ def _whole(param: Tensor, state: dict[str, Any]) -> Tensor:
     return memory_layout.local(param)
 
 
-def _ends(each: Idle) -> tuple[Tensor, Tensor]:
+def _ends(each: UnsteppedAverage) -> tuple[Tensor, Tensor]:
     """An average, and what it moves towards, of one dtype."""
     average = memory_layout.local(each.average)
     return average, _whole(each.param, each.state).to(average.dtype)

@@ -128,7 +128,7 @@ class _Loading:
         kept = _kept_of(state, update, to)
         self._order[to.param], self._kept[to.param] = list(state), kept
         # torch's classes look for the numbers.
-        return {k: v for k, v in state.items() if k not in kept or k in update.number_names}
+        return {k: v for k, v in state.items() if k not in kept or k in update.counter_names}
 
     def finish(self, _: torch.optim.Optimizer) -> None:
         """Set what is not torch's to load: how the optimizer steps, and states of other dtypes."""
@@ -143,7 +143,7 @@ class _Loading:
             order = [name for name in self._order[param] if name in state]
             held[param].clear()
             held[param].update({name: state.pop(name) for name in order} | state)
-        optimizer._forget(exposed=True)
+        optimizer._forget(state_was_accessed=True)
         self.finished = True
 
 

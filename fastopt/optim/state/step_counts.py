@@ -21,7 +21,7 @@ from fastopt_kernels.chunks import NO_OPTIONS
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
-class Numbers:
+class StepCounters:
     """Numbers kept one a parameter: a flat tensor for each name, of which every owner has a view.
 
     owners: the dicts that hold them; what they hold is copied and replaced by views, but for
@@ -41,7 +41,7 @@ class Numbers:
         dtype = given.dtype if isinstance(given, Tensor) else torch.float32
         self.flat: list[Tensor] = []
         self.views: list[tuple[Tensor, ...]] = []
-        # Numbers in shared memory are other processes' too: they stay where they are.
+        # StepCounters in shared memory are other processes' too: they stay where they are.
         self.shared: list[tuple[Tensor, Tensor]] = []
         for name in names:
             flat, views = self._join(owners, name, dtype)
@@ -95,7 +95,7 @@ class Numbers:
         )
 
 
-def move_number(owner: dict[str, Any], name: str, device: torch.device) -> None:
+def move_counter(owner: dict[str, Any], name: str, device: torch.device) -> None:
     """Have a number where a device counts it, as it is there where it is already."""
     value = owner[name]
     if not isinstance(value, Tensor) or value.dtype is not torch.float32:
@@ -112,7 +112,7 @@ def _number(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.as_tensor(value, dtype=dtype, device=device).detach().reshape(())
 
 
-class DeviceSteps:
+class DeviceStepCounts:
     """The numbers of one launch where the device counts them: they stay where they are, since a
     captured graph may hold their addresses.
 
@@ -129,12 +129,12 @@ class DeviceSteps:
         device: torch.device,
     ) -> None:
         self.groups = np.asarray(groups, dtype=np.int64)
-        self._names, self._owners = update.number_names, owners
+        self._names, self._owners = update.counter_names, owners
         for owner in owners:
             for name in self._names:
-                move_number(owner, name, device)
+                move_counter(owner, name, device)
         for owner in averages:
-            move_number(owner, N_AVERAGED, device)
+            move_counter(owner, N_AVERAGED, device)
         self._tensors = self._held()
         self._addresses = self._read_addresses()
         self._averaged = [owner[N_AVERAGED] for owner in averages]
@@ -163,7 +163,7 @@ class DeviceSteps:
         return np.where(active[:, None], self._table, 0)
 
 
-class Steps:
+class StepCounts:
     """The numbers of one launch.
 
     rows: (n,) where each parameter's numbers lie in the flat tensors; groups: (n,) its group;
@@ -173,20 +173,20 @@ class Steps:
     def __init__(
         self,
         update: Update,
-        numbers: Numbers,
+        counters: StepCounters,
         rows: Sequence[int],
         groups: Sequence[int],
         shared: bool,
     ) -> None:
-        self.update, self.numbers, self.shared = update, numbers, shared
+        self.update, self.counters, self.shared = update, counters, shared
         self.groups = np.asarray(groups, dtype=np.int64)
         self.rows = np.asarray(rows, dtype=np.int64)
         self._all: slice | Array = self.rows
         if np.array_equal(self.rows, np.arange(rows[0], rows[0] + len(rows))):
             self._all = slice(rows[0], rows[0] + len(rows))
-        self._arrays = [tensor.numpy() for tensor in numbers.flat]
+        self._arrays = [tensor.numpy() for tensor in counters.flat]
         # Steps in the averages, which move without a gradient too.
-        self._averaged = None if numbers.averaged is None else numbers.averaged.numpy()
+        self._averaged = None if counters.averaged is None else counters.averaged.numpy()
         counts = self._arrays[0][self._all]
         self._view = counts if isinstance(self._all, slice) else None
         self._averaged_view = None
@@ -202,7 +202,7 @@ class Steps:
 
     def in_place(self) -> bool:
         """Whether every owner still holds its view."""
-        return self.numbers.in_place()
+        return self.counters.in_place()
 
     def counts(self) -> Array:
         """(n,) the step of each parameter."""
@@ -214,7 +214,7 @@ class Steps:
         factors: Sequence[float],
         launch: Any,
         active: Array | None,
-        exposed: bool,
+        state_was_accessed: bool,
     ) -> None:
         """Fill in the rows of scalars of the next step of the active parameters, on the host; what
         `count` counts then. Where a scalar cannot be computed, no number has changed.
@@ -222,16 +222,19 @@ class Steps:
         groups: the optimizer's parameter groups; factors: of each group's gradients
         exposed: the numbers may have been set from outside since the last step
         """
-        if self.numbers.shared:
-            self.numbers.pull()
-        self._active, self._looked = active, exposed or self.shared or bool(self.numbers.shared)
+        if self.counters.shared:
+            self.counters.pull()
+        self._active, self._looked = (
+            active,
+            state_was_accessed or self.shared or bool(self.counters.shared),
+        )
         n = self.update.n_scalars
         self._carried = []
         for row, (group, first, kin) in enumerate(self._find_classes(launch)):
             step = self._arrays[0].item(first) + 1.0
             if self.update.carried:
-                numbers = [array.item(first) for array in self._arrays[1:]]
-                values = self.update.scalars(step, *numbers, *self.update.floats(groups[group]))
+                counters = [array.item(first) for array in self._arrays[1:]]
+                values = self.update.scalars(step, *counters, *self.update.floats(groups[group]))
                 self._carried.append((kin, list(map(float, values[n:]))))
                 values = values[:n]
             else:
@@ -257,8 +260,8 @@ class Steps:
             np.add(self._view, 1, out=self._view)
         else:
             steps[self._all] += 1
-        if self.numbers.shared:
-            self.numbers.push()
+        if self.counters.shared:
+            self.counters.push()
 
     def _count_averages(self, counts: Array) -> None:
         if self._active is not None:
@@ -285,8 +288,8 @@ class Steps:
         """Parameters alike in group, step and carried numbers share a row of scalars: for each row
         its group, and where the numbers of the first and of all of its parameters lie."""
         here = np.arange(len(self.rows)) if active is None else np.flatnonzero(active)
-        numbers = [n for n in (*self._arrays, self._averaged) if n is not None]
-        table = np.stack([self.groups[here], *(n[self.rows[here]] for n in numbers)], axis=1)
+        counters = [n for n in (*self._arrays, self._averaged) if n is not None]
+        table = np.stack([self.groups[here], *(n[self.rows[here]] for n in counters)], axis=1)
         if (table == table[0]).all():
             launch.index[here] = 0
             return [(int(table[0, 0]), int(self.rows[here[0]]), self.rows[here])]

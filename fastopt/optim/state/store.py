@@ -10,7 +10,7 @@ from torch import Tensor
 from fastopt.optim import options
 from fastopt.optim.options import AVERAGED, N_AVERAGED
 from fastopt.optim.state import formats
-from fastopt.optim.state.step_counts import move_number
+from fastopt.optim.state.step_counts import move_counter
 from fastopt.optim.step import memory_layout
 from fastopt.optim.step.launch_group import check_state
 from fastopt.optim.update import OWN_STEP, number
@@ -30,11 +30,11 @@ def state_of(optimizer: FusedOptimizer, param: Tensor, key: GroupKey) -> State:
     return state
 
 
-def numbers_of(optimizer: FusedOptimizer, param: Tensor, key: GroupKey) -> State:
+def counters_of(optimizer: FusedOptimizer, param: Tensor, key: GroupKey) -> State:
     """Where a parameter's step is counted."""
     if key.update.counted or key.saves_count(param):
         return state_of(optimizer, param, key)
-    return optimizer.hidden.setdefault(param, {})
+    return optimizer.hidden_counters.setdefault(param, {})
 
 
 def prepare(
@@ -49,15 +49,15 @@ def prepare(
     before: takes what each dict held, to be put back on an error
     """
     update = key.update
-    numbers, state = numbers_of(optimizer, param, key), state_of(optimizer, param, key)
-    before += [(numbers, dict(numbers)), (state, dict(state))]
+    counters, state = counters_of(optimizer, param, key), state_of(optimizer, param, key)
+    before += [(counters, dict(counters)), (state, dict(state))]
     if not update.counted:
-        _take_count(optimizer, param, numbers, before)
+        _take_count(optimizer, param, counters, before)
     # Without a count in torch's state (SGD), a parameter begins where its buffer does.
     started = all(formats.holds(state, name) for name in update.state_names)
-    if update.step_name not in numbers or not (update.counted or started):
+    if update.step_name not in counters or not (update.counted or started):
         first = 0.0 if update.counted or not started else 1.0
-        numbers[update.step_name] = optimizer.initial_number(first, param, group)
+        counters[update.step_name] = optimizer.initial_number(first, param, group)
     options.convert_kept(state, param, key.step_options)
     for name in update.carried:
         if state.get(name) is None:
@@ -74,14 +74,14 @@ def prepare(
 
 
 def _take_count(
-    optimizer: FusedOptimizer, param: Tensor, numbers: State, before: list[tuple[State, State]]
+    optimizer: FusedOptimizer, param: Tensor, counters: State, before: list[tuple[State, State]]
 ) -> None:
     """Go on from the count of steps that was kept where it is kept no longer: beside the state, or
     in it, since options have changed or a state_dict has been loaded."""
-    for other in (optimizer.hidden.get(param), optimizer.__dict__["state"].get(param)):
-        if other is not None and other is not numbers and OWN_STEP in other:
+    for other in (optimizer.hidden_counters.get(param), optimizer.__dict__["state"].get(param)):
+        if other is not None and other is not counters and OWN_STEP in other:
             before.append((other, dict(other)))
-            numbers.setdefault(OWN_STEP, other.pop(OWN_STEP))
+            counters.setdefault(OWN_STEP, other.pop(OWN_STEP))
 
 
 def put_back(optimizer: FusedOptimizer, before: list[tuple[State, State]], n_states: int) -> None:
@@ -108,17 +108,17 @@ def prepare_average(
 
     before: takes what each dict held, to be put back on an error
     """
-    numbers = optimizer.hidden.setdefault(param, {})
-    before += [(numbers, dict(numbers)), (state, dict(state))]
+    counters = optimizer.hidden_counters.setdefault(param, {})
+    before += [(counters, dict(counters)), (state, dict(state))]
     count: Any = None
     if state.get(AVERAGED) is None:
         # In 16 bits an average stands still: a step of 1e-3 of it is rounded away.
         low = param.dtype in (torch.bfloat16, torch.float16)
         state[AVERAGED] = param.detach().float() if low else param.detach().clone()
         count = optimizer.initial_number(0.0, param, group)
-    elif (count := state.get(N_AVERAGED)) is None and (count := numbers.get(N_AVERAGED)) is None:
+    elif (count := state.get(N_AVERAGED)) is None and (count := counters.get(N_AVERAGED)) is None:
         count = _count_of_loaded(optimizer, param, group, state)
-    numbers[N_AVERAGED] = count
+    counters[N_AVERAGED] = count
     state.pop(N_AVERAGED, None)
     if group.get("ema_warmup"):
         state[N_AVERAGED] = count
@@ -144,17 +144,17 @@ def prepare_idle(
         state.update((name, _first(optimizer, name, param, group)) for name in key.update.carried)
     prepare_average(optimizer, param, group, state, before)
     check_state(AVERAGED, state[AVERAGED], param)
-    numbers = optimizer.hidden[param]
+    counters = optimizer.hidden_counters[param]
     device = memory_layout.local(param).device if on_device else torch.device("cpu")
-    move_number(numbers, N_AVERAGED, device)
-    show_count(state, numbers)
+    move_counter(counters, N_AVERAGED, device)
+    show_count(state, counters)
     return state
 
 
-def show_count(state: State, numbers: State) -> None:
+def show_count(state: State, counters: State) -> None:
     """Let a state that shows how many steps are in its average show what is counted now."""
     if N_AVERAGED in state:
-        state[N_AVERAGED] = numbers[N_AVERAGED]
+        state[N_AVERAGED] = counters[N_AVERAGED]
 
 
 def _count_of_loaded(
@@ -174,8 +174,8 @@ def has_average(optimizer: FusedOptimizer, param: Tensor) -> bool:
     held = optimizer.__dict__["state"].get(param, {})
     if held.get(AVERAGED) is None:
         return False
-    numbers = optimizer.hidden.get(param, {})
-    return number(numbers.get(N_AVERAGED, held.get(N_AVERAGED, 1.0))) > 0.0
+    counters = optimizer.hidden_counters.get(param, {})
+    return number(counters.get(N_AVERAGED, held.get(N_AVERAGED, 1.0))) > 0.0
 
 
 def _first(optimizer: FusedOptimizer, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:

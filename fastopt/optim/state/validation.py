@@ -99,7 +99,7 @@ class StateCheck:
         state = self._state
         if self._is_averaged_alone(update):
             required = ()
-        for name in update.number_names:
+        for name in update.counter_names:
             if name in state:
                 self._check_number(name, counts=name == update.step_name)
             elif update.counted:

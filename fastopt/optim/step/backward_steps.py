@@ -55,20 +55,20 @@ class BackwardSteps:
         if stepped:
             with self._optimizer._lock:
                 plan = self._plan(stepped, begun)
-                if moves := averages.moves_of(self._optimizer, plan, NO_SCALE, None):
+                if moves := averages.average_moves(self._optimizer, plan, NO_SCALE, None):
                     with interrupts.deferred():
                         moves.run()
 
     def _plan(self, stepped: set[Tensor], begun: Tensor | None) -> Plan:
         optimizer = self._optimizer
-        places = [
-            place
-            for place in optimizer.places()
+        param_refs = [
+            ref
+            for ref in optimizer.param_refs()
             # One with a gradient has its step before it.
-            if place.param not in stepped and (place.param.grad is None or place.param is begun)
+            if ref.param not in stepped and (ref.param.grad is None or ref.param is begun)
         ]
-        keys = optimizer._keys(False, [place.param for place in places])
-        plan = optimizer._make_plan(places, [None] * len(places), keys)
+        keys = optimizer._keys(False, [ref.param for ref in param_refs])
+        plan = optimizer._make_plan(param_refs, [None] * len(param_refs), keys)
         plan.ends_backward = True
         return plan
 

@@ -67,7 +67,7 @@ def step_param(
     param: Tensor,
     grad: Tensor,
     state: dict[str, Any],
-    numbers: dict[str, Any],
+    counters: dict[str, Any],
     group: Mapping[str, Any],
     g_scale: Any,
 ) -> None:
@@ -75,14 +75,14 @@ def step_param(
 
     numbers: holds the step count and the carried numbers as tensors, counted on here.
     """
-    values = scalars_of(update, param, numbers, group)
+    values = scalars_of(update, param, counters, group)
     tensors = [param, grad, *(state[name] for name in update.state_names)]
     p, g, *states = (_computed(tensor) for tensor in tensors)
     new = rebind(update.rule, _THIS)(p, g * g_scale, *states, *values[: update.n_scalars])
 
-    numbers[update.step_name] += 1
+    counters[update.step_name] += 1
     for name, value in zip(update.carried, values[update.n_scalars :], strict=True):
-        held = numbers[name]
+        held = counters[name]
         held.copy_(torch.as_tensor(value, dtype=held.dtype, device=held.device))
     written = [param, *tensors[2:]]
     for tensor, result in zip(written, new, strict=True):
@@ -90,11 +90,11 @@ def step_param(
 
 
 def scalars_of(
-    update: Update, param: Tensor, numbers: Mapping[str, Any], group: Mapping[str, Any]
+    update: Update, param: Tensor, counters: Mapping[str, Any], group: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """The scalars of the next step of a parameter and its carried numbers after it."""
     hypers, scalars = update.hypers(group), update.scalars
-    counted = [numbers[update.step_name] + 1, *(numbers[name] for name in update.carried)]
+    counted = [counters[update.step_name] + 1, *(counters[name] for name in update.carried)]
     tensors = [x for x in (*hypers, *counted) if isinstance(x, Tensor)]
     if any(x.requires_grad or not memory_layout.has_memory(x) for x in tensors):
         scalars = rebind(scalars, _THIS)
@@ -110,5 +110,5 @@ def _computed(tensor: Tensor) -> Tensor:
     """A copy in the type rules are computed in: what autograd saves must not be written over."""
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj().clone())
-    low = memory_layout.KINDS.get(tensor.dtype) in ("bf16", "fp16")
+    low = memory_layout.DTYPE_CODES.get(tensor.dtype) in ("bf16", "fp16")
     return tensor.to(torch.float32) if low else tensor.clone()

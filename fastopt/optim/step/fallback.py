@@ -9,21 +9,28 @@ import torch
 from fastopt.optim.state import formats, store
 from fastopt.optim.step import eager
 from fastopt.optim.step.grad_scale import Scale
-from fastopt.optim.step.plan import GroupKey, Odd
+from fastopt.optim.step.plan import FallbackParam, GroupKey
 from fastopt.optim.update import sign
 
 if TYPE_CHECKING:
     from fastopt.optim.optimizer import FusedOptimizer
 
 
-def check(optimizer: FusedOptimizer, odd: Odd, key: GroupKey, scale: Scale) -> None:
+def check(
+    optimizer: FusedOptimizer, fallback_params: FallbackParam, key: GroupKey, scale: Scale
+) -> None:
     """Raise what its step would, before any other parameter has been counted or written."""
     if scale.skip():
         return
-    if not odd.sparse:
-        numbers = store.numbers_of(optimizer, odd.param, key)
+    if not fallback_params.sparse:
+        counters = store.counters_of(optimizer, fallback_params.param, key)
         with torch.no_grad():
-            eager.scalars_of(key.update, odd.param, numbers, optimizer.param_groups[odd.group])
+            eager.scalars_of(
+                key.update,
+                fallback_params.param,
+                counters,
+                optimizer.param_groups[fallback_params.group],
+            )
     elif scale.grad_scale is not None:
         raise RuntimeError(
             f"{type(optimizer).__name__} with fused=True cannot unscale sparse gradients: got one "
@@ -31,13 +38,15 @@ def check(optimizer: FusedOptimizer, odd: Odd, key: GroupKey, scale: Scale) -> N
         )
 
 
-def step(optimizer: FusedOptimizer, odd: Odd, key: GroupKey, scale: Scale) -> None:
+def step(
+    optimizer: FusedOptimizer, fallback_params: FallbackParam, key: GroupKey, scale: Scale
+) -> None:
     """One step of a parameter that no kernel takes."""
-    group, param = optimizer.param_groups[odd.group], odd.param
+    group, param = optimizer.param_groups[fallback_params.group], fallback_params.param
     grad = param.grad
     if grad is None or scale.skip():
         return
-    if odd.sparse:
+    if fallback_params.sparse:
         # torch's own update of it knows no codes.
         state = optimizer.__dict__["state"].get(param, {})
         for name in key.update.state_names:
@@ -47,7 +56,7 @@ def step(optimizer: FusedOptimizer, odd: Odd, key: GroupKey, scale: Scale) -> No
             optimizer.step_sparse(param, grad, group)
         return
     state = store.state_of(optimizer, param, key)
-    numbers = store.numbers_of(optimizer, param, key)
+    counters = store.counters_of(optimizer, param, key)
     factor = sign(group) * scale.inverse()
     with torch.set_grad_enabled(bool(group.get("differentiable"))):
-        eager.step_param(key.update, param, grad, state, numbers, group, factor)
+        eager.step_param(key.update, param, grad, state, counters, group, factor)

@@ -15,11 +15,11 @@ from fastopt.optim.options import LastStep
 from fastopt.optim.step.grad_scale import Scale
 
 if TYPE_CHECKING:
-    from fastopt.optim.step.launch_group import Bucket
+    from fastopt.optim.step.launch_group import LaunchGroup
 
 
-class DeviceVerdict:
-    """A `Verdict` that no host has seen: launches read it, and skip, by themselves.
+class DeviceClipResult:
+    """A `ClipResult` that no host has seen: launches read it, and skip, by themselves.
 
     devices: what each device's launches read (`gpu.measure.ClipResult`); of the first is the
         report
@@ -51,7 +51,7 @@ class DeviceVerdict:
         )
 
 
-class Reported:
+class ReportedClip:
     """The findings of the last step of an optimizer that was copied or unpickled since."""
 
     def __init__(self, last: LastStep) -> None:
@@ -62,20 +62,22 @@ class Reported:
         return self._last
 
 
-class DeviceLook:
+class DeviceGradNorm:
     """The launches of a plan whose gradients are on devices, each measured where it is."""
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, launch_groups: Sequence[LaunchGroup]) -> None:
         launches: dict[torch.device, list[Any]] = {}
-        for bucket in buckets:
-            bucket.launch.owners = bucket.group_of
-            launches.setdefault(bucket.launch.device, []).append(bucket.launch)
+        for launch_group in launch_groups:
+            launch_group.launch.owners = launch_group.group_of
+            launches.setdefault(launch_group.launch.device, []).append(launch_group.launch)
         self._looks = {
             device: backend.kernels(device.type, "measure").GradNorm(device, here)
             for device, here in launches.items()
         }
 
-    def take(self, groups: Sequence[Mapping[str, Any]], scale: Scale, skips: bool) -> DeviceVerdict:
+    def measure(
+        self, groups: Sequence[Mapping[str, Any]], scale: Scale, skips: bool
+    ) -> DeviceClipResult:
         """Measure and judge, without waiting for it; skips: also where no group asks for it."""
         maximum = options.maximum_of(groups)
         alone = np.array([bool(group.get(options.ALONE)) for group in groups])
@@ -89,6 +91,6 @@ class DeviceLook:
         (first, look), *others = self._looks.items()
         # What others have measured goes to the first device, and its verdict to all.
         measured = [other.run(*settings).measured for _, other in others]
-        verdict = look.run(*settings, measured)
-        devices = {first: verdict} | {device: verdict.to(device) for device, _ in others}
-        return DeviceVerdict(devices, options.one_limit(groups))
+        clip = look.run(*settings, measured)
+        devices = {first: clip} | {device: clip.to(device) for device, _ in others}
+        return DeviceClipResult(devices, options.one_limit(groups))

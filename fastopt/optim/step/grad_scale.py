@@ -10,7 +10,7 @@ from torch import Tensor
 from fastopt.optim.step import sharding
 
 if TYPE_CHECKING:
-    from fastopt.optim.step.measuring import Looking
+    from fastopt.optim.step.measuring import MeasuringOptimizer
 
 
 class Scale:
@@ -60,19 +60,19 @@ class ScalesInside:
 
     _NAME = "_step_supports_amp_scaling"
 
-    def __get__(self, optimizer: Looking | None, owner: type | None = None) -> bool:
+    def __get__(self, optimizer: MeasuringOptimizer | None, owner: type | None = None) -> bool:
         if optimizer is None or optimizer.__dict__.get(self._NAME) is False:
             raise AttributeError(self._NAME)
         if _scales_inside(optimizer) and not sharding.finds_inf_alone(optimizer):  # type: ignore[arg-type]
             return True
         raise AttributeError(self._NAME)
 
-    def __set__(self, optimizer: Looking, value: bool) -> None:
+    def __set__(self, optimizer: MeasuringOptimizer, value: bool) -> None:
         # True is set by torch's constructors, and means nothing: options may change.
         optimizer.__dict__[self._NAME] = value
 
 
-def _scales_inside(optimizer: Looking) -> bool:
+def _scales_inside(optimizer: MeasuringOptimizer) -> bool:
     clips = False
     for group in optimizer.param_groups:
         if group.get("fused"):

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fastopt.optim import options
 from fastopt.optim.step import interrupts, scaled_losses, sharding
 from fastopt.optim.step.backward_steps import BackwardSteps
-from fastopt.optim.step.plan import Place, Plan
+from fastopt.optim.step.plan import ParamRef, Plan
 from fastopt.optim.step.reduction import (
     Reduction,
     Watch,
@@ -48,10 +48,10 @@ class Released:
         self._by_fsdp = fsdp_params(self._sharded)
         self.averages = BackwardSteps(optimizer)
         self.plans: dict[Tensor, Plan] = {}
-        self._places: dict[Tensor, Place] = {}
+        self._param_refs: dict[Tensor, ParamRef] = {}
         self._handles: dict[Tensor, RemovableHandle] = {}
         # Backwards that have a `Watch`, by autograd's numbers for them.
-        self._watched: set[int] = set()
+        self._copied_telemetry: set[int] = set()
         # Reductions that gradients in `.grad` still wait for.
         self._awaited: set[Reduction] = set()
         # Parameters this backward has stepped, where DistributedDataParallel may refill `.grad`.
@@ -61,9 +61,9 @@ class Released:
 
     def leaves(self) -> Iterator[Tensor]:
         """The leaves of a graph whose backward steps: the parameters, or what FSDP2 gathers."""
-        yield from self._places
+        yield from self._param_refs
         for param, whole in gathered(self._sharded):
-            if param in self._places and whole is not None:
+            if param in self._param_refs and whole is not None:
                 yield whole
 
     def follow(self) -> None:
@@ -74,12 +74,12 @@ class Released:
         whose gradient in backward is not that of all ranks.
         """
         self._check_norms(options.measures(self._optimizer.param_groups))
-        places = {place.param: place for place in self._optimizer.places()}
-        for param in places:
+        param_refs = {ref.param: ref for ref in self._optimizer.param_refs()}
+        for param in param_refs:
             if param not in self._handles and (param.requires_grad or sharding.is_flattened(param)):
                 self._check_reduced(param)
-        self._places = places
-        for param in (*places, *self._reduction_of):
+        self._param_refs = param_refs
+        for param in (*param_refs, *self._reduction_of):
             if param not in self._handles and _can_require_grad(param):
                 self._handles[param] = _hook(param, self._receive)
 
@@ -129,18 +129,18 @@ class Released:
 
     def _watch(self) -> None:
         backward = torch._C._current_graph_task_id()
-        if backward not in self._watched:
-            self._watched.add(backward)
+        if backward not in self._copied_telemetry:
+            self._copied_telemetry.add(backward)
             Watch(self._reductions, lambda made: self._end(backward, made))
 
     def _end(self, backward: int, made: list[Reduction]) -> None:
         """Step all parameters this backward has reduced; their hooks may have run on other ranks
         only (find_unused_parameters)."""
-        self._watched.discard(backward)
+        self._copied_telemetry.discard(backward)
         if self._optimizer._released is not self:
             return
         self._awaited.difference_update(made)
-        for param in self._places:
+        for param in self._param_refs:
             if self._reduction_of.get(param) in made and param.grad is not None:
                 self._step(param)
         for param in self._stepped:
@@ -152,8 +152,8 @@ class Released:
         self.averages.add(param)
         with optimizer._lock, torch.no_grad():
             # Out of the table while it is checked: an interrupt leaves it half updated.
-            plan = optimizer.plan_of(self._places[param], self.plans.pop(param, None))
-            self._check_norms(plan.looks)
+            plan = optimizer.plan_of(self._param_refs[param], self.plans.pop(param, None))
+            self._check_norms(plan.measures_gradients)
             self.plans[param] = plan
             # A gradient that was stepped and stays would be stepped again.
             with interrupts.deferred():
@@ -165,7 +165,7 @@ class Released:
         calls it, or they are not reduced yet."""
         if {"grad_scale", "found_inf"} & self._optimizer.__dict__.keys():
             raise scaled_losses.refusal()
-        left = {self._reduction_of.get(p) for p in self._places if p.grad is not None}
+        left = {self._reduction_of.get(p) for p in self._param_refs if p.grad is not None}
         for reduction in self._awaited & left:
             reduction.check()
             raise RuntimeError(

@@ -10,75 +10,77 @@ import torch
 from torch import Tensor
 
 from fastopt.optim import options
-from fastopt.optim.options import LastStep, Verdict
+from fastopt.optim.options import ClipResult, LastStep
 from fastopt.optim.step import skipped
-from fastopt.optim.step.grad_norm import DeviceVerdict, Reported
+from fastopt.optim.step.grad_norm import DeviceClipResult, ReportedClip
 from fastopt.optim.step.grad_scale import NO_SCALE, Scale, ScalesInside
 from fastopt.optim.step.hooks import pre_hooks
-from fastopt.optim.step.planning import Planning
+from fastopt.optim.step.planning import PlanningOptimizer
 
 if TYPE_CHECKING:
     from fastopt.optim.step.plan import Plan
     from fastopt.optim.step.telemetry import ParameterTelemetry
 
 
-class Looking(Planning):
+class MeasuringOptimizer(PlanningOptimizer):
     """The part of an optimizer that looks at gradients, and tells what it saw."""
 
-    _verdict: Verdict | DeviceVerdict | Reported | None = None
+    _clip: ClipResult | DeviceClipResult | ReportedClip | None = None
     # A plan for the gradients that are there, and what the host has seen of them ahead of the step.
-    _seen: tuple[Plan, Verdict | None] | None = None
+    _measured_ahead: tuple[Plan, ClipResult | None] | None = None
     # A scaler of ours leaves it to the step to unscale (unscales), and to find what is not finite.
     unscales: bool = False
-    _finds: bool = False
+    _finds_inf: bool = False
     # Telemetry of parameters whose last step the host knew to be skipped; None: had no gradient.
-    _skipped: dict[Tensor, ParameterTelemetry | None] | None = None
+    _skipped_telemetry: dict[Tensor, ParameterTelemetry | None] | None = None
 
     _step_supports_amp_scaling = ScalesInside()
 
-    def looks(self) -> bool:
+    def measures_gradients(self) -> bool:
         """Whether a step looks at all gradients before any parameter is written."""
         return options.measures(self.param_groups)
 
-    def look(self) -> bool | None:
+    def measure_gradients(self) -> bool | None:
         """Look now, for the step that follows at once: whether an element is infinite or NaN.
 
         None where only the device will know: `found_inf_of_step`, once that was taken.
         """
-        plan = self._current_plan(told=True)
-        verdict = None if plan.look else self._see(plan)
-        if not plan.odd and not pre_hooks(self):
-            self._seen = plan, verdict
-        self._finds = plan.look is not None
-        return None if verdict is None else verdict.nonfinite > 0
+        plan = self._current_plan(may_be_skipped=True)
+        clip = None if plan.device_grad_norm else self._measure_on_host(plan)
+        if not plan.fallback_params and not pre_hooks(self):
+            self._measured_ahead = plan, clip
+        self._finds_inf = plan.device_grad_norm is not None
+        return None if clip is None else clip.nonfinite > 0
 
-    def forget_look(self) -> None:
+    def forget_measured(self) -> None:
         """What was seen holds no longer."""
-        self._seen, self._finds = None, False
+        self._measured_ahead, self._finds_inf = None, False
 
     def found_inf_of_step(self) -> Tensor | None:
         """What a step found that was left to find it: float32, not 0 where it was skipped."""
-        if self._finds and isinstance(self._verdict, DeviceVerdict):
-            return self._verdict.found_inf
+        if self._finds_inf and isinstance(self._clip, DeviceClipResult):
+            return self._clip.found_inf
         return None
 
-    def _see(self, plan: Plan) -> Verdict:
-        verdict = Verdict(self.param_groups)
-        for bucket in plan.buckets:
-            bucket.measure(verdict)
-        return verdict
+    def _measure_on_host(self, plan: Plan) -> ClipResult:
+        clip = ClipResult(self.param_groups)
+        for launch_group in plan.launch_groups:
+            launch_group.measure(clip)
+        return clip
 
-    def _judge(self, plan: Plan, seen: Verdict | None, scale: Scale) -> Verdict | DeviceVerdict:
+    def _measure_gradients(
+        self, plan: Plan, seen: ClipResult | None, scale: Scale
+    ) -> ClipResult | DeviceClipResult:
         """What the step is to do about its gradients; seen: by the host, before."""
-        verdict: Verdict | DeviceVerdict
-        if plan.look is not None:
-            verdict = plan.look.take(self.param_groups, scale, self._finds)
+        clip: ClipResult | DeviceClipResult
+        if plan.device_grad_norm is not None:
+            clip = plan.device_grad_norm.measure(self.param_groups, scale, self._finds_inf)
         else:
-            verdict = (seen or self._see(plan)).given(scale.inverse())
-        self._verdict = verdict
-        return verdict
+            clip = (seen or self._measure_on_host(plan)).with_grad_scale(scale.inverse())
+        self._clip = clip
+        return clip
 
-    def note_skip(self, scale: Scale = NO_SCALE, seen: Verdict | None = None) -> None:
+    def note_skip(self, scale: Scale = NO_SCALE, seen: ClipResult | None = None) -> None:
         """Note what is found in the gradients of a step that is skipped, as a scaler says on the
         host; seen: what was seen of them before."""
         try:
@@ -86,22 +88,22 @@ class Looking(Planning):
         except ZeroDivisionError:  # a scale that is halved at every step ends at 0
             inverse = math.inf
         if seen is None:
-            seen = skipped.verdict_of(self.param_groups, inverse)
-        self._verdict = seen.given(inverse, skip=True)
+            seen = skipped.clip_result_of(self.param_groups, inverse)
+        self._clip = seen.with_grad_scale(inverse, skip=True)
         params = [param for group in self.param_groups for param in group["params"]]
-        self._watch_skipped(params, inverse)
+        self._note_skipped_telemetry(params, inverse)
 
-    def _watch_skipped(self, params: Iterable[Tensor], inverse: float) -> None:
+    def _note_skipped_telemetry(self, params: Iterable[Tensor], inverse: float) -> None:
         """Have telemetry show what is found where a step of these is skipped."""
         rows = skipped.rows_of(self.param_groups, self.__dict__["state"], params, inverse)
         if rows:
-            self._skipped = {**(self._skipped or {}), **rows}
+            self._skipped_telemetry = {**(self._skipped_telemetry or {}), **rows}
 
-    def _forget_skipped(self, params: Iterable[Tensor]) -> None:
+    def _forget_skipped_telemetry(self, params: Iterable[Tensor]) -> None:
         """A step of these follows, which their launches measure."""
         stepped = set(params)
-        rows = {p: row for p, row in (self._skipped or {}).items() if p not in stepped}
-        self._skipped = rows or None
+        rows = {p: row for p, row in (self._skipped_telemetry or {}).items() if p not in stepped}
+        self._skipped_telemetry = rows or None
 
     @property
     def last_step(self) -> LastStep:
@@ -114,12 +116,12 @@ class Looking(Planning):
 
         Raises RuntimeError where no option had the step look (max_grad_norm, skip_nonfinite).
         """
-        if self._verdict is None:
+        if self._clip is None:
             raise RuntimeError(
                 f"the last step of this {type(self).__name__} has not looked at its gradients: "
                 "construct it with max_grad_norm or skip_nonfinite=True, and call step()."
             )
-        if not isinstance(self._verdict, Verdict):
-            return self._verdict.report()
+        if not isinstance(self._clip, ClipResult):
+            return self._clip.report()
         devices = (param.device for group in self.param_groups for param in group["params"])
-        return self._verdict.report(next(devices, torch.device("cpu")))
+        return self._clip.report(next(devices, torch.device("cpu")))

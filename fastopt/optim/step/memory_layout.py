@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastopt.storage import PLAIN, end_of
 
-KINDS = {
+DTYPE_CODES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -28,17 +28,17 @@ KINDS = {
 INTEGERS = {torch.int16: "int16", torch.int8: "int8", torch.uint8: "uint8"}
 
 
-def kind(tensor: Tensor, role: str, integer: bool = False) -> str:
+def dtype_code(tensor: Tensor, role: str, integer: bool = False) -> str:
     """The codec of a tensor's elements; TypeError for a dtype without one.
 
     integer: whether that role is one of whole numbers
     """
-    served = INTEGERS if integer else KINDS
+    served = INTEGERS if integer else DTYPE_CODES
     if tensor.dtype in served:
         return served[tensor.dtype]
     raise TypeError(
         f"{role} has dtype {tensor.dtype}; fastopt supports "
-        f"{', '.join(str(dtype).removeprefix('torch.') for dtype in KINDS)}. "
+        f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPE_CODES)}. "
         "Cast it, or leave it out of this optimizer."
     )
 

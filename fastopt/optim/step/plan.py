@@ -17,11 +17,11 @@ from fastopt import backend
 from fastopt.optim import options
 from fastopt.optim.options import AVERAGED
 from fastopt.optim.state import averages, formats, store
-from fastopt.optim.state.averages import Idle
-from fastopt.optim.state.step_counts import DeviceSteps, Numbers, Steps
+from fastopt.optim.state.averages import UnsteppedAverage
+from fastopt.optim.state.step_counts import DeviceStepCounts, StepCounters, StepCounts
 from fastopt.optim.step import memory_layout, sharding
-from fastopt.optim.step.grad_norm import DeviceLook
-from fastopt.optim.step.launch_group import Bucket, Member
+from fastopt.optim.step.grad_norm import DeviceGradNorm
+from fastopt.optim.step.launch_group import LaunchGroup, ParamSlot
 from fastopt.optim.update import Update
 from fastopt_kernels.chunks import NO_OPTIONS, STOCHASTIC, StepOptions
 
@@ -40,9 +40,9 @@ class GroupKey(NamedTuple):
     fused: bool | None
     differentiable: bool
     step_options: StepOptions
-    looks: bool
+    measures_gradients: bool
     stored: tuple[formats.Format, ...]
-    unknown: bool
+    may_be_skipped: bool
 
     def state_names(self, param: Tensor) -> tuple[str, ...]:
         """Tensors that are kept for a parameter."""
@@ -64,7 +64,7 @@ class GroupKey(NamedTuple):
         return self.stored[self.update.state_names.index(name)]
 
 
-class Place(NamedTuple):
+class ParamRef(NamedTuple):
     """A parameter, the number of its group, and its number among all parameters."""
 
     param: Tensor
@@ -72,7 +72,7 @@ class Place(NamedTuple):
     position: int
 
 
-class Odd(NamedTuple):
+class FallbackParam(NamedTuple):
     """A parameter torch's operators step: sparse, differentiable, or without its own memory."""
 
     param: Tensor
@@ -85,24 +85,26 @@ class Plan:
 
     def __init__(self, params: list[Tensor], keys: list[GroupKey]) -> None:
         self.params, self.keys = params, keys
-        self.looks = any(key.looks for key in keys)
-        self.buckets: list[Bucket] = []
+        self.measures_gradients = any(key.measures_gradients for key in keys)
+        self.launch_groups: list[LaunchGroup] = []
         # Whether a parameter is in two launches, which count its steps in turn.
         self.twice = False
-        self.look: DeviceLook | None = None
-        self.odd: list[Odd] = []
+        self.device_grad_norm: DeviceGradNorm | None = None
+        self.fallback_params: list[FallbackParam] = []
         self.idle: list[Tensor] = []
-        self.averages: list[Idle] = []
+        self.averages: list[UnsteppedAverage] = []
         self.averaged = any(key.step_options.averaged for key in keys)
         # Whether only averages move, those that a backward has not moved (release_gradients).
         self.ends_backward = False
         self.state_owners: list[Any] = []
         self.states: list[Any] = []
 
-    def numbers(self) -> list[Numbers]:
+    def counters(self) -> list[StepCounters]:
         """The numbers the host counts for these launches, which may share them."""
-        held = [each.steps.numbers for each in self.buckets if isinstance(each.steps, Steps)]
-        return list({id(numbers): numbers for numbers in held}.values())
+        held = [
+            each.steps.counters for each in self.launch_groups if isinstance(each.steps, StepCounts)
+        ]
+        return list({id(counters): counters for counters in held}.values())
 
     def remember(self, state: dict[Any, Any]) -> None:
         """Note whose states these are."""
@@ -116,7 +118,9 @@ class Plan:
             and all(map(is_, state.values(), self.states))
         )
 
-    def fits(self, params: list[Tensor], grads: list[Tensor | None], exposed: bool) -> bool:
+    def fits(
+        self, params: list[Tensor], grads: list[Tensor | None], state_was_accessed: bool
+    ) -> bool:
         """Whether the plan still describes what is there; takes in the gradients' addresses."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
@@ -124,17 +128,17 @@ class Plan:
             if param.grad is not None:
                 return False
         for each in self.averages:
-            if not each.fits(exposed):
+            if not each.fits(state_was_accessed):
                 return False
-        for bucket in self.buckets:  # noqa: SIM110 (a generator costs more than the loop)
-            if not bucket.refresh(grads, exposed):
+        for launch_group in self.launch_groups:
+            if not launch_group.refresh(grads, state_was_accessed):
                 return False
         return True
 
 
 def build(
     optimizer: FusedOptimizer,
-    places: list[Place],
+    param_refs: list[ParamRef],
     grads: list[Tensor | None],
     keys: list[GroupKey],
 ) -> Plan:
@@ -142,10 +146,10 @@ def build(
 
     Raises before anything is written: nothing of the optimizer or the parameters has changed.
     """
-    plan = Plan([place.param for place in places], keys)
+    plan = Plan([ref.param for ref in param_refs], keys)
     found: list[tuple[Tensor, Tensor, int, int]] = []
     idle: list[tuple[Tensor, int]] = []
-    for (param, number, position), grad in zip(places, grads, strict=True):
+    for (param, number, position), grad in zip(param_refs, grads, strict=True):
         if grad is None:
             plan.idle.append(param)
             idle.append((param, number))
@@ -158,8 +162,8 @@ def build(
     for param, grad, number, position in found:
         sparse = grad.layout is not torch.strided
         if sparse or keys[number].differentiable or not memory_layout.has_memory(param):
-            _check_odd(optimizer, param, keys)
-            plan.odd.append(Odd(param, number, sparse))
+            _check_fallback(optimizer, param, keys)
+            plan.fallback_params.append(FallbackParam(param, number, sparse))
         else:
             _check_param(param, keys[number])
             dense.append((param, grad, number, position))
@@ -172,8 +176,8 @@ def build(
             if grad.layout is torch.strided or keys[number].update.counted:
                 store.prepare(optimizer, param, group, keys[number], before)
         plan.averages = _idle_averages(optimizer, idle, keys, before)
-        members = [
-            Member.make(
+        slots = [
+            ParamSlot.make(
                 store.state_of(optimizer, p, keys[number]),
                 p,
                 g,
@@ -183,10 +187,16 @@ def build(
             )
             for p, g, number, position in dense
         ]
-        plan.buckets = _make_buckets(optimizer, members, keys)
-        plan.twice = any(isinstance(b.steps, Steps) and b.steps.shared for b in plan.buckets)
-        if plan.looks and plan.buckets and looks_on_device(plan.buckets[0].targets[0].device):
-            plan.look = DeviceLook(plan.buckets)
+        plan.launch_groups = _make_launch_groups(optimizer, slots, keys)
+        plan.twice = any(
+            isinstance(b.steps, StepCounts) and b.steps.shared for b in plan.launch_groups
+        )
+        if (
+            plan.measures_gradients
+            and plan.launch_groups
+            and measures_on_device(plan.launch_groups[0].targets[0].device)
+        ):
+            plan.device_grad_norm = DeviceGradNorm(plan.launch_groups)
     except BaseException:
         store.put_back(optimizer, before, n_states)
         raise
@@ -198,7 +208,7 @@ def _idle_averages(
     idle: list[tuple[Tensor, int]],
     keys: list[GroupKey],
     before: list[tuple[dict[str, Any], dict[str, Any]]],
-) -> list[Idle]:
+) -> list[UnsteppedAverage]:
     """Those of these parameters without gradient that have an average, which is made if missing."""
     found = []
     for param, number in idle:
@@ -206,12 +216,12 @@ def _idle_averages(
         if key.step_options.averaged and averages.can_follow(param):
             on_device = counts_on_device(param.device, key)
             state = store.prepare_idle(optimizer, param, group, key, on_device, before)
-            found.append(Idle(param, number, on_device, state, state[AVERAGED]))
+            found.append(UnsteppedAverage(param, number, on_device, state, state[AVERAGED]))
     return found
 
 
-def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -> None:
-    if any(key.looks or key.step_options != NO_OPTIONS or key.stored for key in keys):
+def _check_fallback(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -> None:
+    if any(key.measures_gradients or key.step_options != NO_OPTIONS or key.stored for key in keys):
         what = ", ".join(k for k in options.DEFAULTS if any(k in g for g in optimizer.param_groups))
         raise RuntimeError(
             f"{type(optimizer).__name__} with {what} takes dense gradients in memory, but got one "
@@ -221,24 +231,24 @@ def _check_odd(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -
         )
 
 
-def _check_passes(optimizer: FusedOptimizer, members: list[Member], keys: list[GroupKey]) -> None:
+def _check_passes(optimizer: FusedOptimizer, slots: list[ParamSlot], keys: list[GroupKey]) -> None:
     """Refuse what the options around the update cannot do with a parameter."""
-    looks = any(key.looks for key in keys)
+    measures_gradients = any(key.measures_gradients for key in keys)
     sharding.check(optimizer)
-    if looks and len({looks_on_device(member.target.device) for member in members}) > 1:
-        devices = sorted({str(member.target.device) for member in members})
+    if measures_gradients and len({measures_on_device(slot.target.device) for slot in slots}) > 1:
+        devices = sorted({str(slot.target.device) for slot in slots})
         raise RuntimeError(
             "max_grad_norm and skip_nonfinite are about all parameters at once, but these are on "
             f"{', '.join(devices)}: what is on the CPU would wait for the others. Give the "
             "parameters on the CPU an optimizer of their own."
         )
-    largest = looks and optimizer.param_groups[0].get("norm_type", 2.0) != 2.0
-    for member in members:
-        clipped = keys[member.group].step_options.clipped
-        if member.param.is_complex() and (clipped or largest):
+    largest = measures_gradients and optimizer.param_groups[0].get("norm_type", 2.0) != 2.0
+    for slot in slots:
+        clipped = keys[slot.group].step_options.clipped
+        if slot.param.is_complex() and (clipped or largest):
             raise RuntimeError(
                 "clip_value and norm_type=inf have no meaning for complex gradients, but got a "
-                f"parameter of dtype {member.param.dtype}. Use max_grad_norm with norm_type=2."
+                f"parameter of dtype {slot.param.dtype}. Use max_grad_norm with norm_type=2."
             )
 
 
@@ -277,9 +287,9 @@ def _check_storages(optimizer: FusedOptimizer, param: Tensor, grad: Tensor) -> N
 def _check_param(param: Tensor, key: GroupKey) -> None:
     """Refuse what no kernel of ours can step, and what would be wrong to step."""
     target = memory_layout.local(param)
-    memory_layout.kind(target, "a parameter")
+    memory_layout.dtype_code(target, "a parameter")
     if param.grad is not None:
-        memory_layout.kind(memory_layout.local(param.grad), "a gradient")
+        memory_layout.dtype_code(memory_layout.local(param.grad), "a gradient")
     backend.engine(target.device.type)
     memory_layout.check_overlap(target)
     if key.capturable and target.device.type == "cpu":
@@ -294,101 +304,112 @@ def _check_param(param: Tensor, key: GroupKey) -> None:
 def counts_on_device(device: torch.device, key: GroupKey) -> bool:
     """Whether a step is counted where the host does not see it: a captured graph replays without
     us, and only the device knows GradScaler's verdict, or its own."""
-    return device.type != "cpu" and bool(key.capturable or key.fused or key.unknown)
+    return device.type != "cpu" and bool(key.capturable or key.fused or key.may_be_skipped)
 
 
-def looks_on_device(device: torch.device) -> bool:
+def measures_on_device(device: torch.device) -> bool:
     """Whether gradients are looked at where they are, and the host is not told what was seen."""
     return device.type != "cpu"
 
 
-def _make_buckets(
-    optimizer: FusedOptimizer, members: list[Member], keys: list[GroupKey]
-) -> list[Bucket]:
+def _make_launch_groups(
+    optimizer: FusedOptimizer, slots: list[ParamSlot], keys: list[GroupKey]
+) -> list[LaunchGroup]:
     """One launch for each device, rule and combination of dtypes; more where memory overlaps."""
-    _check_passes(optimizer, members, keys)
-    waves = memory_layout.waves([member.source for member in members])
-    split: dict[_Kind, list[Member]] = defaultdict(list)
-    for member, wave in zip(members, waves, strict=True):
-        key = keys[member.group]
-        device = member.target.device
+    _check_passes(optimizer, slots, keys)
+    waves = memory_layout.waves([slot.source for slot in slots])
+    split: dict[_LaunchKey, list[ParamSlot]] = defaultdict(list)
+    for slot, wave in zip(slots, waves, strict=True):
+        key = keys[slot.group]
+        device = slot.target.device
         on_device = counts_on_device(device, key)
-        step_options = options.options_of_param(key.step_options, member.param)
-        split[_Kind(wave, device, key.update, member.kinds, on_device, step_options)].append(member)
-    buckets = []
-    for kind, chosen in split.items():
-        numels = [memory_layout.numel(member.target) for member in chosen]
-        launch = backend.engine(kind.device.type).Launch(
-            kind.update.rule,
-            kind.kinds,
+        step_options = options.options_of_param(key.step_options, slot.param)
+        split[
+            _LaunchKey(wave, device, key.update, slot.dtype_codes, on_device, step_options)
+        ].append(slot)
+    launch_groups = []
+    for launch_key, chosen in split.items():
+        numels = [memory_layout.numel(slot.target) for slot in chosen]
+        launch = backend.engine(launch_key.device.type).Launch(
+            launch_key.update.rule,
+            launch_key.dtype_codes,
             numels,
-            1 + kind.update.n_scalars + kind.step_options.n_scalars,
-            kind.device,
-            kind.step_options,
+            1 + launch_key.update.n_scalars + launch_key.step_options.n_scalars,
+            launch_key.device,
+            launch_key.step_options,
         )
         launch.name = type(optimizer).__name__.lower()
         launch.prepare(torch.get_num_threads())
-        buckets.append((kind, chosen, launch))
-    steps = _make_steps(optimizer, [(kind, chosen) for kind, chosen, _ in buckets], keys)
-    ordered = sorted(zip(buckets, steps, strict=True), key=lambda pair: pair[0][0].wave)
+        launch_groups.append((launch_key, chosen, launch))
+    steps = _make_step_counts(
+        optimizer, [(launch_key, chosen) for launch_key, chosen, _ in launch_groups], keys
+    )
+    ordered = sorted(zip(launch_groups, steps, strict=True), key=lambda pair: pair[0][0].wave)
     return [
-        Bucket(chosen, kind.update, launch, counts) for (kind, chosen, launch), counts in ordered
+        LaunchGroup(chosen, launch_key.update, launch, counts)
+        for (launch_key, chosen, launch), counts in ordered
     ]
 
 
-class _Kind(NamedTuple):
+class _LaunchKey(NamedTuple):
     """What the parameters of one launch have in common."""
 
     wave: int
     device: torch.device
     update: Update
-    kinds: tuple[str, ...]
+    dtype_codes: tuple[str, ...]
     on_device: bool
     step_options: StepOptions
 
     @property
-    def numbers(self) -> tuple[tuple[str, ...], bool]:
+    def counters(self) -> tuple[tuple[str, ...], bool]:
         """What is counted of each parameter beside its steps; launches that agree share it."""
-        return self.update.number_names, self.step_options.averaged
+        return self.update.counter_names, self.step_options.averaged
 
 
-def _make_steps(
-    optimizer: FusedOptimizer, launches: list[tuple[_Kind, list[Member]]], keys: list[GroupKey]
-) -> list[Steps | DeviceSteps]:
+def _make_step_counts(
+    optimizer: FusedOptimizer,
+    launches: list[tuple[_LaunchKey, list[ParamSlot]]],
+    keys: list[GroupKey],
+) -> list[StepCounts | DeviceStepCounts]:
     """The counts of every launch, in flat buffers that launches of one kind of numbers share (a
     parameter given twice is in two launches, and has one count)."""
     owners = []
     seen: set[int] = set()
-    for kind, members in launches:
-        mine = [store.numbers_of(optimizer, m.param, keys[m.group]) for m in members]
-        if not kind.update.counted:
+    for launch_key, slots in launches:
+        mine = [store.counters_of(optimizer, m.param, keys[m.group]) for m in slots]
+        if not launch_key.update.counted:
             # To torch, each occurrence of a parameter begins where its buffer was not there yet.
             mine = [dict(owner) if id(owner) in seen else owner for owner in mine]
         seen.update(map(id, mine))
         owners.append(mine)
     twice = len(seen) < sum(map(len, owners))
     counts = [
-        [optimizer.hidden[member.param] for member in members] if kind.step_options.averaged else []
-        for kind, members in launches
+        [optimizer.hidden_counters[slot.param] for slot in slots]
+        if launch_key.step_options.averaged
+        else []
+        for launch_key, slots in launches
     ]
     shared: dict[tuple[Any, ...], dict[int, tuple[Any, Any]]] = defaultdict(dict)
-    for (kind, _), mine, held in zip(launches, owners, counts, strict=True):
-        if not kind.on_device:
+    for (launch_key, _), mine, held in zip(launches, owners, counts, strict=True):
+        if not launch_key.on_device:
             both = zip(mine, held or mine, strict=True)
-            shared[kind.numbers].update((id(pair[0]), pair) for pair in both)
-    numbers = {}
+            shared[launch_key.counters].update((id(pair[0]), pair) for pair in both)
+    counters = {}
     for (names, averaged), pairs in shared.items():
         mine, held = map(list, zip(*pairs.values(), strict=True))
-        numbers[names, averaged] = Numbers(mine, names, held if averaged else ())
-    steps: list[Steps | DeviceSteps] = []
-    for (kind, members), mine, held in zip(launches, owners, counts, strict=True):
-        groups = [member.group for member in members]
-        if kind.on_device:
-            steps.append(DeviceSteps(kind.update, mine, held, groups, kind.device))
+        counters[names, averaged] = StepCounters(mine, names, held if averaged else ())
+    steps: list[StepCounts | DeviceStepCounts] = []
+    for (launch_key, slots), mine, held in zip(launches, owners, counts, strict=True):
+        groups = [slot.group for slot in slots]
+        if launch_key.on_device:
+            steps.append(DeviceStepCounts(launch_key.update, mine, held, groups, launch_key.device))
         else:
-            row_of = {place: row for row, place in enumerate(shared[kind.numbers])}
+            row_of = {ref: row for row, ref in enumerate(shared[launch_key.counters])}
             rows = [row_of[id(owner)] for owner in mine]
-            steps.append(Steps(kind.update, numbers[kind.numbers], rows, groups, twice))
-        for member, count in zip(members, held, strict=False):
-            store.show_count(member.state, count)
+            steps.append(
+                StepCounts(launch_key.update, counters[launch_key.counters], rows, groups, twice)
+            )
+        for slot, count in zip(slots, held, strict=False):
+            store.show_count(slot.state, count)
     return steps

@@ -11,78 +11,80 @@ from torch import Tensor
 from fastopt.optim import options
 from fastopt.optim.state import formats
 from fastopt.optim.step import plan as plans
-from fastopt.optim.step.plan import GroupKey, Place, Plan, build
+from fastopt.optim.step.plan import GroupKey, ParamRef, Plan, build
 from fastopt.optim.update import Update
 
 if TYPE_CHECKING:
     from fastopt.optim.step.telemetry import ParameterTelemetry
 
 
-class Planning:
+class PlanningOptimizer:
     """The part of an optimizer that keeps its plan."""
 
     param_groups: list[dict[str, Any]]
     _update: ClassVar[Update]
     _plan: Plan | None = None
     # Whether the states may have been replaced or saved from outside: only once `state` was read.
-    _exposed: bool = True
+    _state_was_accessed: bool = True
     # Telemetry of the last step before this optimizer was copied or unpickled.
-    _watched: dict[Tensor, ParameterTelemetry] | None = None
+    _copied_telemetry: dict[Tensor, ParameterTelemetry] | None = None
 
     def update_of(self, group: dict[str, Any]) -> Update:
         """The update a parameter group is stepped by; the same object for the same settings."""
         return self._update
 
-    def places(self) -> Iterator[Place]:
+    def param_refs(self) -> Iterator[ParamRef]:
         """Every parameter with its group's number and its own among all, in order."""
         numbers = ((k, p) for k, group in enumerate(self.param_groups) for p in group["params"])
         for position, (number, param) in enumerate(numbers):
-            yield Place(param, number, position)
+            yield ParamRef(param, number, position)
 
-    def _current_plan(self, told: bool) -> Plan:
+    def _current_plan(self, may_be_skipped: bool) -> Plan:
         """The plan for the gradients that are there now, checked against every address it holds.
 
         told: whether somebody else may skip the step
         """
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
-        keys, plan = self._keys(told, params[:1]), self._plan
+        keys, plan = self._keys(may_be_skipped, params[:1]), self._plan
         # Whatever interrupts the check of a plan leaves it half updated: it is then built anew.
         self._plan = None
         if (
             plan is not None
             and plan.keys == keys
-            and not (self._exposed and not plan.holds(self.__dict__["state"]))
-            and plan.fits(params, grads, self._exposed)
+            and not (self._state_was_accessed and not plan.holds(self.__dict__["state"]))
+            and plan.fits(params, grads, self._state_was_accessed)
         ):
             self._plan = plan
             return plan
-        plan = self._make_plan(list(self.places()), grads, keys)
+        plan = self._make_plan(list(self.param_refs()), grads, keys)
         plan.remember(self.__dict__["state"])
-        if not plan.odd:
+        if not plan.fallback_params:
             self._plan = plan
         return plan
 
-    def plan_of(self, place: Place, plan: Plan | None) -> Plan:
+    def plan_of(self, ref: ParamRef, plan: Plan | None) -> Plan:
         """A plan for one parameter alone; the one given, where it still holds."""
-        param, held = place.param, self.__dict__["state"]
+        param, held = ref.param, self.__dict__["state"]
         keys, grads = self._keys(False, [param]), [param.grad]
         if (
             plan is None
             or plan.keys != keys
-            or (self._exposed and not plan.holds({param: held.get(param)}))
-            or not plan.fits([param], grads, self._exposed)
+            or (self._state_was_accessed and not plan.holds({param: held.get(param)}))
+            or not plan.fits([param], grads, self._state_was_accessed)
         ):
-            plan = self._make_plan([place], grads, keys)
+            plan = self._make_plan([ref], grads, keys)
             plan.remember({param: held.get(param)})
         return plan
 
-    def _keys(self, told: bool, params: list[Tensor]) -> list[Any]:
+    def _keys(self, may_be_skipped: bool, params: list[Tensor]) -> list[Any]:
         """What the plan of each group hangs on: a GroupKey, as a plain tuple."""
         for group in self.param_groups:
             if group.get("skip_nonfinite"):
-                told = True
-        unknown = told and any(plans.looks_on_device(param.device) for param in params)
+                may_be_skipped = True
+        may_be_skipped = may_be_skipped and any(
+            plans.measures_on_device(param.device) for param in params
+        )
         return [
             (
                 update := self.update_of(group),
@@ -90,21 +92,23 @@ class Planning:
                 group.get("fused", False),
                 group.get("differentiable", False),
                 options.step_options_of(group),
-                options.looks(group),
+                options.measures_gradients(group),
                 () if group.get("state_dtype") is None else formats.formats_of(update, group),
-                unknown,
+                may_be_skipped,
             )
             for group in self.param_groups
         ]
 
-    def _make_plan(self, places: list[Place], grads: list[Tensor | None], keys: list[Any]) -> Plan:
+    def _make_plan(
+        self, param_refs: list[ParamRef], grads: list[Tensor | None], keys: list[Any]
+    ) -> Plan:
         for group, key in zip(self.param_groups, keys, strict=True):
             key[0].probe(group)
         with torch.no_grad():
             made = [GroupKey(*key) for key in keys]
-            plan = build(self, places, grads, made)  # type: ignore[arg-type]
-            for bucket in plan.buckets:
-                if not bucket.refresh(grads, exposed=False):
+            plan = build(self, param_refs, grads, made)  # type: ignore[arg-type]
+            for launch_group in plan.launch_groups:
+                if not launch_group.refresh(grads, state_was_accessed=False):
                     raise AssertionError("a plan must fit the gradients it was just built for")
-        self._watched = None
+        self._copied_telemetry = None
         return plan

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastopt.optim import options
-from fastopt.optim.options import Verdict
+from fastopt.optim.options import ClipResult
 from fastopt.optim.step import memory_layout, sharding
 from fastopt.optim.step.telemetry import ParameterTelemetry
 
@@ -23,16 +23,16 @@ PIECE = 1 << 20
 
 
 @torch.no_grad()
-def verdict_of(groups: Sequence[Mapping[str, Any]], inverse_scale: float) -> Verdict:
+def clip_result_of(groups: Sequence[Mapping[str, Any]], inverse_scale: float) -> ClipResult:
     """The verdict of a skipped step, of gradients that are yet to be multiplied by that."""
-    verdict = Verdict(groups)
-    part_of = _largest if verdict.maximum else _square
+    clip = ClipResult(groups)
+    part_of = _largest if clip.maximum else _square
     for number, group in enumerate(groups):
         for param in group["params"]:
             if param.grad is not None:
                 found = np.array([part_of(param.grad), _nonfinite(param.grad)])
-                verdict.add(np.array([number]), found[:1], found[1:])
-    return verdict.given(inverse_scale, skip=True)
+                clip.add(np.array([number]), found[:1], found[1:])
+    return clip.with_grad_scale(inverse_scale, skip=True)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from fastopt.optim.step import sharding
-from fastopt.optim.step.launch_group import Bucket
+from fastopt.optim.step.launch_group import LaunchGroup
 
 if TYPE_CHECKING:
     from fastopt.optim.optimizer import FusedOptimizer
@@ -115,35 +115,38 @@ def rows_of(optimizer: FusedOptimizer) -> dict[Tensor, ParameterTelemetry] | Non
     plans = [optimizer._plan] if optimizer._plan is not None else []
     if optimizer._released is not None:
         plans += optimizer._released.plans.values()
-    buckets = [
-        bucket for plan in plans for bucket in plan.buckets if bucket.launch.step_options.watched
+    launch_groups = [
+        launch_group
+        for plan in plans
+        for launch_group in plan.launch_groups
+        if launch_group.launch.step_options.watched
     ]
-    rows = _read(buckets) if buckets else optimizer._watched
-    if not optimizer._skipped:
+    rows = _read(launch_groups) if launch_groups else optimizer._copied_telemetry
+    if not optimizer._skipped_telemetry:
         return rows
-    found = {**(rows or {}), **optimizer._skipped}
+    found = {**(rows or {}), **optimizer._skipped_telemetry}
     return {param: row for param, row in found.items() if row is not None}
 
 
-def _read(buckets: Iterable[Bucket]) -> dict[Tensor, ParameterTelemetry]:
+def _read(launch_groups: Iterable[LaunchGroup]) -> dict[Tensor, ParameterTelemetry]:
     rows = {}
-    for bucket in buckets:
-        unscale = abs(bucket.inverse_scale)
-        active = bucket.active if bucket.active is not None else repeat(True)
-        for member, seen, here in zip(
-            bucket.members, bucket.launch.telemetry(), active, strict=False
+    for launch_group in launch_groups:
+        unscale = abs(launch_group.inverse_scale)
+        active = launch_group.active if launch_group.active is not None else repeat(True)
+        for slot, seen, here in zip(
+            launch_group.slots, launch_group.launch.telemetry(), active, strict=False
         ):
             if not here:
                 continue
-            n, (g, p, d) = member.target.numel(), map(math.sqrt, seen[:3])
-            rows[member.param] = ParameterTelemetry(
+            n, (g, p, d) = slot.target.numel(), map(math.sqrt, seen[:3])
+            rows[slot.param] = ParameterTelemetry(
                 unscale * g,
                 p,
                 d,
                 int(seen[3]),
                 float(seen[4]) / max(n, 1),
                 n,
-                sharding.is_part(member.param),
+                sharding.is_part(slot.param),
             )
     return rows
 

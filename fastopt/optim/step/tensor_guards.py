@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastopt.optim.step import memory_layout
 
-Walk: TypeAlias = Callable[[int, int, int, int, int], int]
+CollectDataPtrs: TypeAlias = Callable[[int, int, int, int, int], int]
 
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 # A C function, void *(PyObject *): the data pointer of any tensor that has memory.
@@ -58,7 +58,7 @@ class _Facts(NamedTuple):
         return cls(type(tensor), tensor.dtype, tensor.device, tensor.shape, pending)
 
 
-class Metadata:
+class TensorGuards:
     """What is known of some tensors, in order; it holds none of them.
 
     addresses: (n,) int64, of the tensors seen last; always the same array
@@ -66,11 +66,13 @@ class Metadata:
     role: what the tensors are, in errors
     """
 
-    def __init__(self, tensors: list[Tensor], walk: Walk | None, role: str = "a tensor") -> None:
+    def __init__(
+        self, tensors: list[Tensor], walk: CollectDataPtrs | None, role: str = "a tensor"
+    ) -> None:
         self._role = role
         self._facts = [_Facts.of(tensor) for tensor in tensors]
         self._strides = [tensor.stride() for tensor in tensors]
-        self._walk = walk
+        self._collect_data_ptrs = walk
         self._guards = _make_guards(tensors)
         self.addresses = np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
         self._where = self.addresses.ctypes.data
@@ -100,8 +102,10 @@ class Metadata:
         """None for tensors that are not alike, else what the walk finds in their addresses."""
         guarded = self._guards is not None and self._guards.check(*tensors)
         # The walk asks for addresses without asking whether there are any: guards see to that.
-        if guarded and self._walk is not None and _address_of is not None:
-            return self._walk(id(tensors), len(tensors), _address_of, self._where, self._lowest)
+        if guarded and self._collect_data_ptrs is not None and _address_of is not None:
+            return self._collect_data_ptrs(
+                id(tensors), len(tensors), _address_of, self._where, self._lowest
+            )
         if not guarded and not self._alike(tensors):
             return None
         now = np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
