@@ -71,7 +71,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             for param in group["params"]:
                 # torch's constructor makes them on the default device.
                 self.state[param]["step"] = self.initial_number(0.0, param, group)
-        self._state_was_accessed = False
+        self._store.was_accessed = False
 
     def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         value = self.defaults["initial_accumulator_value"]

@@ -13,18 +13,17 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastopt.optim import options
-from fastopt.optim.options import ClipResult
 from fastopt.optim.state import averages, checkpoints, formats, saving
+from fastopt.optim.state.store import StateStore
 from fastopt.optim.step import fallback, interrupts, sharding
-from fastopt.optim.step.counting import count
-from fastopt.optim.step.grad_norm import DeviceClipResult, ReportedClip
+from fastopt.optim.step.grad_norm import ClipResult, DeviceClipResult, ReportedClip
 from fastopt.optim.step.grad_scale import NO_SCALE, Scale
 from fastopt.optim.step.hooks import hooked
 from fastopt.optim.step.in_backward import Released
 from fastopt.optim.step.launch_group import LaunchGroup
 from fastopt.optim.step.measuring import MeasuringOptimizer
 from fastopt.optim.step.plan import Plan
-from fastopt.optim.step.telemetry import Telemetry, collect, rows_of
+from fastopt.optim.step.telemetry import ParameterTelemetry, Telemetry, names_of, rows_of
 from fastopt.optim.update import Update, number_dtype
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
@@ -70,8 +69,6 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
 
     # Held for a step: threads that step one optimizer take turns.
     _lock: threading.RLock
-    # Steps of parameters whose state has none (SGD): {param: {"step": tensor}}.
-    hidden_counters: dict[Tensor, dict[str, Any]]
     _released: Released | None = None
     # Set where a ZeroRedundancyOptimizer has given this one its rank's part of the parameters.
     _in_zero: bool = False
@@ -97,7 +94,7 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """The states by parameter, as torch has them."""
-        self._state_was_accessed = True
+        self._store.was_accessed = True
         return self.__dict__["state"]
 
     @state.setter
@@ -107,12 +104,8 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         self._forget(state_was_accessed="param_groups" in self.__dict__)
 
     def _forget(self, state_was_accessed: bool) -> None:
-        self._plan, self._skipped_telemetry, self.hidden_counters, self._state_was_accessed = (
-            None,
-            None,
-            {},
-            state_was_accessed,
-        )
+        self._plan, self._skipped_telemetry = None, None
+        self._store = StateStore(self.__dict__["state"], self, state_was_accessed)
         self.__dict__.setdefault("_lock", threading.RLock())
 
     # What a subclass may say of itself.
@@ -181,12 +174,14 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last step saw is in a plan, which is about addresses and stays behind.
-        kept: dict[str, Any] = {"_watched": rows_of(self)}
+        kept: dict[str, Any] = {"_copied_telemetry": self._telemetry_rows()}
         if self._clip is not None:
-            kept["_verdict"] = ReportedClip(self.last_step)
+            kept["_clip"] = ReportedClip(self.last_step)
         return {**super().__getstate__(), **{k: v for k, v in kept.items() if v is not None}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch's classes read the states while they are set.
+        self._store = StateStore(state["state"], self, was_accessed=True)
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -210,7 +205,7 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
     def torch_state_dict(self) -> dict[str, Any]:
         """What torch.optim's class of this name would save: its states in floating point, its
         options, and nothing else. Parameters are saved by the model, rounded as they are."""
-        return saving.plain(self)
+        return saving.plain(torch.optim.Optimizer.state_dict(self), self.carried_names)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim's class of that name, of any format.
@@ -274,18 +269,31 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
                 self._note_skipped_telemetry(plan.params, scale.inverse())
                 return
             for each in plan.fallback_params:
-                fallback.check(self, each, plan.keys[each.group], scale)
-            moves = averages.average_moves(self, plan, scale, clip) if plan.averaged else None
-            for launch_group in count(
-                plan, self.param_groups, scale, clip, self._state_was_accessed
+                fallback.check(self, self._store, each, plan.keys[each.group], scale)
+            moves = self.average_moves(plan, scale, clip) if plan.averaged else None
+            for launch_group in plan.count(
+                self.param_groups, scale, clip, self._store.was_accessed
             ):
                 self._run(launch_group, scale, clip)
             for each in plan.fallback_params:
-                fallback.step(self, each, plan.keys[each.group], scale)
+                fallback.step(self, self._store, each, plan.keys[each.group], scale)
             if moves is not None:
                 moves.run()
         finally:
             interrupts.release(handler)
+
+    def average_moves(
+        self,
+        plan: Plan,
+        scale: Scale = NO_SCALE,
+        clip: ClipResult | DeviceClipResult | None = None,
+    ) -> averages.AverageMoves | None:
+        """Moves of the averages of parameters that a step of this plan has no gradient for."""
+        unstepped = plan.unstepped_averages()
+        # Under release_gradients a step has been taken already: by a backward, when that ended.
+        if not unstepped or (self._released is not None and not plan.ends_backward):
+            return None
+        return averages.AverageMoves(self._store, self.param_groups, unstepped, scale, clip)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's."""
@@ -299,7 +307,21 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         "group.index". Of a sharded parameter it is about this rank's part, and says so (`shard`):
         no rank waits for another here. Raises RuntimeError where no step has looked.
         """
-        return collect(self, named)
+        rows = self._telemetry_rows()
+        if rows is None:
+            raise RuntimeError(
+                f"no step of this {type(self).__name__} has been watched: construct it with "
+                "telemetry=True, and call step()."
+            )
+        names = names_of(self.param_groups, named)
+        return Telemetry({name: rows[param] for param, name in names.items() if param in rows})
+
+    def _telemetry_rows(self) -> dict[Tensor, ParameterTelemetry] | None:
+        plans = [] if self._plan is None else [self._plan]
+        if self._released is not None:
+            plans += self._released.plans.values()
+        launch_groups = (each for plan in plans for each in plan.launch_groups)
+        return rows_of(launch_groups, self._copied_telemetry, self._skipped_telemetry)
 
     def release_gradients(
         self,
@@ -361,4 +383,4 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         else:
             launch_group.inverse_scale = scale.inverse()
             launch_group.run()
-        increment_version(launch_group.written_tensors(states=self._state_was_accessed))
+        increment_version(launch_group.written_tensors(states=self._store.was_accessed))

@@ -25,10 +25,8 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -167,57 +165,6 @@ def state_names(own: tuple[str, ...], step_options: StepOptions) -> tuple[str, .
     return (*own, KEPT[step_options.rounding][0]) if step_options.rounding in KEPT else own
 
 
-def convert_kept(state: dict[str, Any], param: Tensor, step_options: StepOptions) -> None:
-    """Take over what another rounding has kept of a parameter, and drop what this one does not."""
-    name, dtype = KEPT.get(options_of_param(step_options, param).rounding, ("", None))
-    for other, _ in KEPT.values():
-        if other == name or not isinstance(kept := state.get(other), Tensor):
-            continue
-        del state[other]
-        if not name or name in state:
-            continue
-        high, whole = param.detach().float(), joined(param, kept)
-        if dtype == torch.int16:
-            bits = whole.view(torch.int32) - high.view(torch.int32)
-            state[name] = bits.clamp(-(2**15), 2**15 - 1).to(dtype)
-        else:
-            state[name] = (whole - high).to(dtype)
-
-
-def joined(param: Tensor, kept: Tensor) -> Tensor:
-    """float32: a bf16 parameter with what a rounding has kept of it, its low bits or the rest."""
-    high = param.detach().float()
-    if kept.dtype == torch.int16:
-        return (high.view(torch.int32) + kept.to(torch.int32)).view(torch.float32)
-    return high + kept.float()
-
-
-def seeds_of(groups: Sequence[Mapping[str, Any]], owners: np.ndarray[Any, Any]) -> Any:
-    """(n,) uint64, or one number: what chance begins with, of each parameter's group."""
-    seeds = [int(group.get("rounding_seed") or 0) for group in groups]
-    alike = len(set(seeds)) == 1
-    return np.uint64(seeds[0]) if alike else np.array(seeds, dtype=np.uint64)[owners]
-
-
-def bases_of(seed: Any, positions: np.ndarray[Any, Any]) -> Any:
-    """(n,) int64: 64 bits of a seed and a parameter's position."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(seed, np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(
-            np.uint64
-        )
-        return x.view(np.int64)
-
-
-def keys_of(seed: Any, steps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> Any:
-    """(n,) int64: 32 bits of a seed, a step and a parameter's position, by splitmix64."""
-    with np.errstate(over="ignore"):
-        x = bases_of(seed, positions).view(np.uint64)
-        x = x * np.uint64(0xBF58476D1CE4E5B9) + steps.astype(np.uint64)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        return ((x ^ (x >> np.uint64(31))) & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
 def average_weight(group: Mapping[str, Any], count: float) -> float:
     """What the parameter weighs in step `count` of its average, which begins with the first."""
     decay = group["ema_decay"]
@@ -256,105 +203,3 @@ def measures(groups: Sequence[Mapping[str, Any]]) -> bool:
 def measures_gradients(group: Mapping[str, Any]) -> bool:
     """A step of this group needs all gradients to be looked at first."""
     return group.get("max_grad_norm") is not None or bool(group.get("skip_nonfinite"))
-
-
-def maximum_of(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the norm of these groups is the largest |g|, not sqrt(sum g^2).
-
-    Raises ValueError where they do not agree.
-    """
-    kinds = {float(group.get("norm_type", 2.0)) for group in groups}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"Invalid norm_type: {sorted(kinds)} in one optimizer (one norm is over all of its "
-            "parameters: give all groups the same)"
-        )
-    return kinds == {math.inf}
-
-
-def one_limit(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether one coefficient serves all groups, without reading limits that are on a device."""
-    limits = [group.get("max_grad_norm") for group in groups]
-    return len({id(x) if isinstance(x, Tensor) else x for x in limits}) == 1 and (
-        len(groups) == 1 or not any(group.get(ALONE) for group in groups)
-    )
-
-
-@dataclass(frozen=True)
-class LastStep:
-    """What the last step that looked at its gradients found.
-
-    grad_norm: of all gradients, unscaled; clip_coefficient: what they were multiplied by, one for
-    all groups, or (groups,) where one has a limit of its own; nonfinite: elements that were
-    infinite or NaN; skipped: whether nothing was updated for it
-    """
-
-    grad_norm: Tensor
-    clip_coefficient: Tensor
-    nonfinite: Tensor
-    skipped: Tensor
-
-
-class ClipResult:
-    """The coefficients of a step's parameter groups, and whether it is to be skipped."""
-
-    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self._groups, self._inverse_scale, self._skip = list(groups), 1.0, False
-        self.maximum = maximum_of(groups)
-        self._parts = np.zeros(len(groups))
-        self.nonfinite = 0.0
-
-    def add(self, group: np.ndarray[Any, Any], parts: Any, nonfinite: Any) -> None:
-        """Take in what was measured: sum g^2 or max |g| of tensors, and whose they are."""
-        merge = np.maximum if self.maximum else np.add
-        with np.errstate(invalid="ignore"):
-            merge.at(self._parts, group, parts)
-        self.nonfinite += float(nonfinite.sum())
-
-    def with_grad_scale(self, inverse_scale: float, skip: bool = False) -> ClipResult:
-        """The same, of gradients that are multiplied by this first; skip: somebody else says so."""
-        self._inverse_scale, self._skip = inverse_scale, skip
-        return self
-
-    def _norm(self, parts: Any) -> float:
-        if len(parts) == 1:
-            merged = float(parts[0])
-        else:
-            merged = float(np.max(parts, initial=0.0) if self.maximum else np.sum(parts))
-        return abs(self._inverse_scale) * (merged if self.maximum else math.sqrt(merged))
-
-    def _coefficient(self, index: int) -> float:
-        limit = self._groups[index].get("max_grad_norm")
-        if limit is None:
-            return 1.0
-        if len(self._groups) == 1:
-            parts = self._parts
-        elif self._groups[index].get(ALONE):
-            parts = self._parts[[index]]
-        else:
-            parts = self._parts[[not group.get(ALONE) for group in self._groups]]
-        coefficient = number(limit) / (self._norm(parts) + 1e-6)
-        # As torch's clamp: NaN stays.
-        return 1.0 if coefficient > 1.0 else coefficient
-
-    @functools.cached_property
-    def coefficients(self) -> list[float]:
-        """One a parameter group."""
-        return [self._coefficient(index) for index in range(len(self._groups))]
-
-    @property
-    def skip(self) -> bool:
-        """Whether nothing is to be updated."""
-        return self._skip or (
-            self.nonfinite > 0 and any(group.get("skip_nonfinite") for group in self._groups)
-        )
-
-    def report(self, device: torch.device) -> LastStep:
-        """The same as tensors on a device."""
-        coefficients = self.coefficients[0] if one_limit(self._groups) else self.coefficients
-        return LastStep(
-            torch.tensor(self._norm(self._parts), dtype=torch.float32, device=device),
-            torch.tensor(coefficients, dtype=torch.float32, device=device),
-            torch.tensor(int(self.nonfinite), device=device),
-            torch.tensor(self.skip, device=device),
-        )

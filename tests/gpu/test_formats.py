@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fastopt
 from bench.gpu_interpret import is_interpreted
-from fastopt.optim.options import keys_of
 from fastopt.optim.state import formats
+from fastopt.optim.step.rng_keys import keys_of
 from fastopt_kernels.chunks import BLOCK_8BIT, StepOptions
 from fastopt_kernels.cpu import eightbit as cpu
 from fastopt_kernels.cpu import engine as cpu_engine

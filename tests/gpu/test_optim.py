@@ -305,7 +305,7 @@ def test_clipping_by_value_and_averages(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("how", ["stochastic", "kahan", "master"])
 def test_roundings_are_those_of_the_cpu(how: str) -> None:
     """SGD's steps one by one, with the functions that the CPU's kernels are made of."""
-    from fastopt.optim.options import keys_of
+    from fastopt.optim.step.rng_keys import keys_of
     from fastopt_kernels.cpu import rounding
 
     params = parameters(torch.bfloat16)

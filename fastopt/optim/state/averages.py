@@ -8,25 +8,29 @@ which goes on towards the parameter, as that of torch.optim.swa_utils.AveragedMo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastopt.optim import options
 from fastopt.optim.options import AVERAGED, N_AVERAGED
-from fastopt.optim.state import store
+from fastopt.optim.state import formats
+from fastopt.optim.state.store import StateStore
 from fastopt.optim.step import memory_layout
-from fastopt.optim.step.grad_norm import DeviceClipResult
+from fastopt.optim.step.grad_norm import ClipResult, DeviceClipResult
+from fastopt.optim.step.grad_scale import Scale
 
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
-    from fastopt.optim.options import ClipResult
-    from fastopt.optim.step.grad_scale import Scale
-    from fastopt.optim.step.launch_group import LaunchGroup
-    from fastopt.optim.step.plan import Plan
+
+class AveragedOptimizer(Protocol):
+    """An optimizer as its averages see it."""
+
+    param_groups: list[dict[str, Any]]
+    _store: StateStore
+    _released: Any
+    _averaging: Averaging | None
 
 
 class UnsteppedAverage(NamedTuple):
@@ -56,36 +60,14 @@ def can_follow(param: Tensor) -> bool:
     return param.dtype in memory_layout.DTYPE_CODES and memory_layout.has_memory(param)
 
 
-def average_moves(
-    optimizer: FusedOptimizer, plan: Plan, scale: Scale, clip: ClipResult | DeviceClipResult | None
-) -> AverageMoves | None:
-    """What a step of this plan does to the averages of parameters that it has no gradient for."""
-    idle = plan.averages
-    for launch_group in plan.launch_groups:
-        if launch_group.active is not None and launch_group.launch.step_options.averaged:
-            idle = [*idle, *_missing(launch_group, launch_group.active)]
-    # Under release_gradients a step has been taken already: by a backward, when that ended.
-    if not idle or (optimizer._released is not None and not plan.ends_backward):
-        return None
-    return AverageMoves(optimizer, idle, scale, clip)
-
-
-def _missing(launch_group: LaunchGroup, active: Iterable[bool]) -> Iterator[UnsteppedAverage]:
-    for slot, here in zip(launch_group.slots, active, strict=True):
-        if not here:
-            average = slot.state[AVERAGED]
-            yield UnsteppedAverage(
-                slot.param, slot.group, launch_group.on_device, slot.state, average
-            )
-
-
 class AverageMoves:
     """The averages that move without a gradient in a step, each by its weight. All that may fail is
     done when this is constructed, before the step writes anything."""
 
     def __init__(
         self,
-        optimizer: FusedOptimizer,
+        store: StateStore,
+        groups: Sequence[dict[str, Any]],
         idle: Sequence[UnsteppedAverage],
         scale: Scale,
         clip: ClipResult | DeviceClipResult | None,
@@ -99,14 +81,14 @@ class AverageMoves:
             if each.on_device:
                 on_device[memory_layout.local(each.param).device, each.group].append(each)
             elif isinstance(clip, DeviceClipResult) or not scale.skip():
-                count = optimizer.hidden_counters[each.param][N_AVERAGED]
-                group = optimizer.param_groups[each.group]
+                count = store.hidden_counters[each.param][N_AVERAGED]
+                group = groups[each.group]
                 self._counts.append(count)
                 self._alike[options.average_weight(group, count.item() + 1.0)].append(each)
         found = clip.found_inf if isinstance(clip, DeviceClipResult) else scale.found_inf
         self._on_device = [
-            DeviceAverageMoves(optimizer, optimizer.param_groups[number], here, found)
-            for (_, number), here in on_device.items()
+            DeviceAverageMoves(store, groups[number], alike, found)
+            for (_, number), alike in on_device.items()
         ]
 
     def run(self) -> None:
@@ -134,13 +116,13 @@ class DeviceAverageMoves:
 
     def __init__(
         self,
-        optimizer: FusedOptimizer,
+        store: StateStore,
         group: dict[str, Any],
         idle: Sequence[UnsteppedAverage],
         found_inf: Tensor | None,
     ) -> None:
         self._idle = idle
-        self._counts = [optimizer.hidden_counters[each.param][N_AVERAGED] for each in idle]
+        self._counts = [store.hidden_counters[each.param][N_AVERAGED] for each in idle]
         self._count = torch.stack(self._counts)
         self._taken = torch.ones_like(self._count[0])
         if found_inf is not None:
@@ -173,7 +155,7 @@ def _whole(param: Tensor, state: dict[str, Any]) -> Tensor:
     """A parameter on this rank, with what a rounding has kept of it."""
     for name, _ in options.KEPT.values():
         if isinstance(kept := state.get(name), Tensor):
-            return options.joined(memory_layout.local(param), memory_layout.local(kept))
+            return formats.joined(memory_layout.local(param), memory_layout.local(kept))
     return memory_layout.local(param)
 
 
@@ -183,13 +165,13 @@ def _ends(each: UnsteppedAverage) -> tuple[Tensor, Tensor]:
     return average, _whole(each.param, each.state).to(average.dtype)
 
 
-def end_backward(optimizer: FusedOptimizer) -> None:
+def end_backward(optimizer: AveragedOptimizer) -> None:
     """Let no average wait for the end of a backward that is over."""
     if optimizer._released is not None:
         optimizer._released.averages.end()
 
 
-def refuse_inside(optimizer: FusedOptimizer, what: str, param: Tensor | None = None) -> None:
+def refuse_inside(optimizer: AveragedOptimizer, what: str, param: Tensor | None = None) -> None:
     """Raises RuntimeError where parameters hold their averages, and lose what they are given.
 
     param: what a backward was to step, and to free the gradient of
@@ -210,12 +192,12 @@ class Averaging:
         self.depth = 0
         self.own: list[tuple[Tensor, Tensor]] = []
 
-    def take(self, optimizer: FusedOptimizer) -> None:
+    def take(self, optimizer: AveragedOptimizer) -> None:
         """Put the averages into the parameters."""
-        held = optimizer.__dict__["state"]
+        held = optimizer._store.states
         groups = [g for g in optimizer.param_groups if g.get("ema_decay") is not None]
         params = [param for group in groups for param in group["params"]]
-        chosen = [param for param in params if store.has_average(optimizer, param)]
+        chosen = [param for param in params if optimizer._store.has_average(param)]
         self.own = [(param, param.detach().clone()) for param in chosen]
         for param in chosen:
             _write(param, held[param][AVERAGED])
@@ -237,7 +219,7 @@ def _write(param: Tensor, value: Tensor) -> None:
 
 
 @contextmanager
-def averaged(optimizer: FusedOptimizer) -> Iterator[None]:
+def averaged(optimizer: AveragedOptimizer) -> Iterator[None]:
     """`FusedOptimizer.averaged`."""
     if not any(group.get("ema_decay") is not None for group in optimizer.param_groups):
         raise RuntimeError(f"construct {type(optimizer).__name__} with ema_decay to keep averages")

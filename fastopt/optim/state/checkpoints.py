@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastopt.optim import options
+from fastopt.optim.contract import Loadable
 from fastopt.optim.state import formats
 from fastopt.optim.state.saving import BARRIER, OWN_GROUP_KEYS, VERSION, VERSION_KEY
 from fastopt.optim.state.validation import StateCheck, check_group
 from fastopt.optim.update import OWN_STEP, Update, number_dtype
-
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -33,7 +31,7 @@ def check_version(state_dict: Mapping[str, Any]) -> None:
 
 
 def load(
-    optimizer: FusedOptimizer,
+    optimizer: Loadable,
     state_dict: dict[str, Any],
     by_torch: Callable[[dict[str, Any]], None],
 ) -> None:
@@ -73,7 +71,7 @@ class _Param(NamedTuple):
 class _Loading:
     """One call of load_state_dict."""
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
+    def __init__(self, optimizer: Loadable) -> None:
         self._optimizer = optimizer
         # Of each group, the options that stay; of each parameter, its entries in order, and those
         # that torch is not given.
@@ -118,7 +116,7 @@ class _Loading:
         optimizer = self._optimizer
         update = optimizer.update_of(to.group)
         state = formats.renamed(state)
-        _drop_leftovers(state, optimizer.__dict__["state"].get(to.param, {}), update)
+        _drop_leftovers(state, optimizer._store.states.get(to.param, {}), update)
         if not state:
             return {}
         base = getattr(optimizer, "_update", None)
@@ -137,7 +135,7 @@ class _Loading:
             for name in OWN_GROUP_KEYS:
                 group.pop(name, None)
             group.update(own)
-        held = optimizer.__dict__["state"]
+        held = optimizer._store.states
         for param, kept in self._kept.items():
             state = {**held[param], **kept}
             order = [name for name in self._order[param] if name in state]
@@ -147,7 +145,7 @@ class _Loading:
         self.finished = True
 
 
-def _fill_in(optimizer: FusedOptimizer, group: dict[str, Any], mine: Mapping[str, Any]) -> None:
+def _fill_in(optimizer: Loadable, group: dict[str, Any], mine: Mapping[str, Any]) -> None:
     """Take from the optimizer's group what torch's class has not, and so its state_dicts have not;
     what an older one of them lacks torch fills in."""
     theirs = [c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim")]

@@ -22,9 +22,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastopt.optim.options import KEPT, options_of_param
 from fastopt.optim.step import memory_layout
 from fastopt.optim.update import Update
-from fastopt_kernels.chunks import BASE, BLOCK_8BIT, LAST, LEAST_SCALE, ORIGIN, SHIFT, value_of
+from fastopt_kernels.chunks import (
+    BASE,
+    BLOCK_8BIT,
+    LAST,
+    LEAST_SCALE,
+    ORIGIN,
+    SHIFT,
+    StepOptions,
+    value_of,
+)
 
 EIGHT = "8bit"
 Format: TypeAlias = torch.dtype | str | None
@@ -247,3 +257,66 @@ def _memory_order(tensor: Tensor) -> list[int]:
 
 def _shaped(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
     return flat.view([like.shape[k] for k in order])
+
+
+def check_state(name: str, state: Any, param: Tensor) -> None:
+    """A state is written at its address: one that is not of this parameter would be torn memory."""
+    came = type(state).__name__
+    if isinstance(state, Tensor):
+        came = f"shape {tuple(state.shape)} on {state.device} ({state.layout})"
+        if (
+            state.layout is torch.strided
+            and memory_layout.has_memory(state)
+            and state.shape == param.shape
+            and state.device == param.device
+            and state.is_complex() == param.is_complex()
+            and torch._debug_has_internal_overlap(memory_layout.local(state)) != 1
+        ):
+            return
+    raise RuntimeError(
+        f"The size of a parameter {tuple(param.shape)} on {param.device} must match its state "
+        f"{name!r}, a tensor with memory of its own, but that is {came}. Load a state_dict that "
+        "fits, or delete optimizer.state[parameter] to begin anew."
+    )
+
+
+def check_scale(name: str, scale: Any, param: Tensor) -> None:
+    blocks = n_blocks(param)
+    if not (
+        isinstance(scale, Tensor)
+        and scale.shape == (blocks,)
+        and scale.dtype is torch.float32
+        and scale.is_contiguous()
+        and scale.device == param.device
+    ):
+        came = f"{tuple(scale.shape)} {scale.dtype}" if isinstance(scale, Tensor) else repr(scale)
+        raise RuntimeError(
+            f"The state {name!r} of a parameter of shape {tuple(param.shape)} must be {blocks} "
+            f"contiguous float32 on {param.device}, but is {came}. Load a state_dict that fits, or "
+            "delete optimizer.state[parameter] to begin anew."
+        )
+
+
+def convert_kept(state: dict[str, Any], param: Tensor, step_options: StepOptions) -> None:
+    """Take over what another rounding has kept of a parameter, and drop what this one does not."""
+    name, dtype = KEPT.get(options_of_param(step_options, param).rounding, ("", None))
+    for other, _ in KEPT.values():
+        if other == name or not isinstance(kept := state.get(other), Tensor):
+            continue
+        del state[other]
+        if not name or name in state:
+            continue
+        high, whole = param.detach().float(), joined(param, kept)
+        if dtype == torch.int16:
+            bits = whole.view(torch.int32) - high.view(torch.int32)
+            state[name] = bits.clamp(-(2**15), 2**15 - 1).to(dtype)
+        else:
+            state[name] = (whole - high).to(dtype)
+
+
+def joined(param: Tensor, kept: Tensor) -> Tensor:
+    """float32: a bf16 parameter with what a rounding has kept of it, its low bits or the rest."""
+    high = param.detach().float()
+    if kept.dtype == torch.int16:
+        return (high.view(torch.int32) + kept.to(torch.int32)).view(torch.float32)
+    return high + kept.float()

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from fastopt.optim import options
 from fastopt.optim.state import formats
 from fastopt.optim.update import OWN_STEP, number
-
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
 
 # Beside "state" and "param_groups", where states are stored in a way that torch's are not.
 VERSION_KEY, VERSION = "fastopt_version", 2
@@ -58,9 +53,10 @@ def own_names(state: Mapping[str, Any]) -> tuple[str, ...]:
     return (*(name for name in own if name in state), *codes, *scales)
 
 
-def plain(optimizer: FusedOptimizer) -> dict[str, Any]:
-    """A state_dict for torch.optim's class of the optimizer's name."""
-    state_dict = torch.optim.Optimizer.state_dict(optimizer)
+def plain(state_dict: dict[str, Any], carried: tuple[str, ...]) -> dict[str, Any]:
+    """A state_dict for torch.optim's class of the optimizer's name.
+
+    carried: the counters of a parameter beside its step"""
     states = {
         key: _plain_state(state) if isinstance(state, Mapping) else state
         for key, state in state_dict["state"].items()
@@ -69,7 +65,7 @@ def plain(optimizer: FusedOptimizer) -> dict[str, Any]:
         {name: value for name, value in group.items() if name not in OWN_GROUP_KEYS}
         for group in state_dict["param_groups"]
     ]
-    numbers = {"step", *optimizer.carried_names}
+    numbers = {"step", *carried}
     kept = {k: v for k, v in states.items() if not isinstance(v, dict) or _stepped(v, numbers)}
     return {"state": kept, "param_groups": groups}
 

@@ -6,24 +6,22 @@ import inspect
 import math
 import numbers
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastopt.optim import options
+from fastopt.optim.contract import Loadable
 from fastopt.optim.state import formats
 from fastopt.optim.step import memory_layout
 from fastopt.optim.update import Update
-
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
 
 _KEPT_ERRORS = (ValueError, TypeError, RuntimeError)
 
 
 def check_group(
-    optimizer: FusedOptimizer, number: int, saved: Mapping[str, Any], group: dict[str, Any]
+    optimizer: Loadable, number: int, saved: Mapping[str, Any], group: dict[str, Any]
 ) -> None:
     """Raise what the constructor would for a parameter group.
 
@@ -46,7 +44,7 @@ def check_group(
         ) from error
 
 
-def _check_by_constructors(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
+def _check_by_constructors(optimizer: Loadable, group: Mapping[str, Any]) -> None:
     """Construct an optimizer of an empty parameter with the hyper-parameters of a group.
 
     By each class that has a constructor of its own, since one may not pass on all of its bases'. A
@@ -64,10 +62,8 @@ def _check_by_constructors(optimizer: FusedOptimizer, group: Mapping[str, Any]) 
 
 
 def _constructed(cls: type) -> Iterator[type]:
-    from fastopt.optim.optimizer import FusedOptimizer
-
     for each in cls.__mro__:
-        bare = each in (FusedOptimizer, torch.optim.Optimizer)
+        bare = each is torch.optim.Optimizer
         if not bare and issubclass(each, torch.optim.Optimizer) and "__init__" in vars(each):
             yield each
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,18 +13,39 @@ from torch.autograd.function import BackwardCFunction
 
 from fastopt.optim.state import averages
 from fastopt.optim.step import interrupts
-from fastopt.optim.step.grad_scale import NO_SCALE
+from fastopt.optim.step.group_key import ParamRef
 from fastopt.optim.step.plan import Plan
 
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
+
+class BackwardOptimizer(averages.AveragedOptimizer, Protocol):
+    """An optimizer as its steps in backward see it."""
+
+    _lock: threading.RLock
+
+    def param_refs(self) -> Iterator[ParamRef]:
+        """Every parameter, in order."""
+
+    def plan_of(self, ref: ParamRef, plan: Plan | None) -> Plan:
+        """A plan for one parameter alone; the one given, where it still holds."""
+
+    def plan_of_averages(self, param_refs: list[ParamRef]) -> Plan:
+        """A plan in which nothing is stepped, and only averages move."""
+
+    def run_plan(self, plan: Plan) -> None:
+        """One step of what a plan holds."""
+
+    def average_moves(self, plan: Plan) -> averages.AverageMoves | None:
+        """Moves of the averages of parameters that this step has no gradient for."""
+
+    def end_release(self, released: Any) -> None:
+        """Step no longer in backward."""
 
 
 class BackwardSteps:
     """The parameters that a backward has stepped. A backward is a step: when it ends, the averages
     of those it had no gradient for move."""
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
+    def __init__(self, optimizer: BackwardOptimizer) -> None:
         self._optimizer = optimizer
         self._stepped: set[Tensor] = set()
         self._task: int | None = None
@@ -55,7 +78,7 @@ class BackwardSteps:
         if stepped:
             with self._optimizer._lock:
                 plan = self._plan(stepped, begun)
-                if moves := averages.average_moves(self._optimizer, plan, NO_SCALE, None):
+                if moves := self._optimizer.average_moves(plan):
                     with interrupts.deferred():
                         moves.run()
 
@@ -67,10 +90,7 @@ class BackwardSteps:
             # One with a gradient has its step before it.
             if ref.param not in stepped and (ref.param.grad is None or ref.param is begun)
         ]
-        keys = optimizer._keys(False, [ref.param for ref in param_refs])
-        plan = optimizer._make_plan(param_refs, [None] * len(param_refs), keys)
-        plan.ends_backward = True
-        return plan
+        return optimizer.plan_of_averages(param_refs)
 
 
 def _is_nested() -> bool:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from fastopt.optim.state import formats, store
+from fastopt.optim.contract import Stepped
+from fastopt.optim.state import formats
+from fastopt.optim.state.store import StateStore
 from fastopt.optim.step import eager
 from fastopt.optim.step.grad_scale import Scale
-from fastopt.optim.step.plan import FallbackParam, GroupKey
+from fastopt.optim.step.group_key import GroupKey
+from fastopt.optim.step.plan import FallbackParam
 from fastopt.optim.update import sign
-
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
 
 
 def check(
-    optimizer: FusedOptimizer, fallback_params: FallbackParam, key: GroupKey, scale: Scale
+    optimizer: Stepped, store: StateStore, each: FallbackParam, key: GroupKey, scale: Scale
 ) -> None:
     """Raise what its step would, before any other parameter has been counted or written."""
     if scale.skip():
         return
-    if not fallback_params.sparse:
-        counters = store.counters_of(optimizer, fallback_params.param, key)
+    if not each.sparse:
+        counters = store.counters_of(each.param, key)
         with torch.no_grad():
             eager.scalars_of(
                 key.update,
-                fallback_params.param,
+                each.param,
                 counters,
-                optimizer.param_groups[fallback_params.group],
+                optimizer.param_groups[each.group],
             )
     elif scale.grad_scale is not None:
         raise RuntimeError(
@@ -39,24 +37,24 @@ def check(
 
 
 def step(
-    optimizer: FusedOptimizer, fallback_params: FallbackParam, key: GroupKey, scale: Scale
+    optimizer: Stepped, store: StateStore, each: FallbackParam, key: GroupKey, scale: Scale
 ) -> None:
     """One step of a parameter that no kernel takes."""
-    group, param = optimizer.param_groups[fallback_params.group], fallback_params.param
+    group, param = optimizer.param_groups[each.group], each.param
     grad = param.grad
     if grad is None or scale.skip():
         return
-    if fallback_params.sparse:
+    if each.sparse:
         # torch's own update of it knows no codes.
-        state = optimizer.__dict__["state"].get(param, {})
+        state = store.states.get(param, {})
         for name in key.update.state_names:
             if formats.holds(state, name):
                 formats.conform(state, name, None, key.update, param)
         with torch.no_grad():
             optimizer.step_sparse(param, grad, group)
         return
-    state = store.state_of(optimizer, param, key)
-    counters = store.counters_of(optimizer, param, key)
+    state = store.state_of(param, key)
+    counters = store.counters_of(param, key)
     factor = sign(group) * scale.inverse()
     with torch.set_grad_enabled(bool(group.get("differentiable"))):
         eager.step_param(key.update, param, grad, state, counters, group, factor)

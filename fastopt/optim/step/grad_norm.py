@@ -2,20 +2,123 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.optim import options
-from fastopt.optim.options import LastStep
+from fastopt.optim.options import ALONE
 from fastopt.optim.step.grad_scale import Scale
+from fastopt.optim.step.launch_group import LaunchGroup
+from fastopt.optim.update import number
 
-if TYPE_CHECKING:
-    from fastopt.optim.step.launch_group import LaunchGroup
+
+def maximum_of(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the norm of these groups is the largest |g|, not sqrt(sum g^2).
+
+    Raises ValueError where they do not agree.
+    """
+    kinds = {float(group.get("norm_type", 2.0)) for group in groups}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Invalid norm_type: {sorted(kinds)} in one optimizer (one norm is over all of its "
+            "parameters: give all groups the same)"
+        )
+    return kinds == {math.inf}
+
+
+def one_limit(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one coefficient serves all groups, without reading limits that are on a device."""
+    limits = [group.get("max_grad_norm") for group in groups]
+    return len({id(x) if isinstance(x, Tensor) else x for x in limits}) == 1 and (
+        len(groups) == 1 or not any(group.get(ALONE) for group in groups)
+    )
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """What the last step that looked at its gradients found.
+
+    grad_norm: of all gradients, unscaled; clip_coefficient: what they were multiplied by, one for
+    all groups, or (groups,) where one has a limit of its own; nonfinite: elements that were
+    infinite or NaN; skipped: whether nothing was updated for it
+    """
+
+    grad_norm: Tensor
+    clip_coefficient: Tensor
+    nonfinite: Tensor
+    skipped: Tensor
+
+
+class ClipResult:
+    """The coefficients of a step's parameter groups, and whether it is to be skipped."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._groups, self._inverse_scale, self._skip = list(groups), 1.0, False
+        self.maximum = maximum_of(groups)
+        self._parts = np.zeros(len(groups))
+        self.nonfinite = 0.0
+
+    def add(self, group: np.ndarray[Any, Any], parts: Any, nonfinite: Any) -> None:
+        """Take in what was measured: sum g^2 or max |g| of tensors, and whose they are."""
+        merge = np.maximum if self.maximum else np.add
+        with np.errstate(invalid="ignore"):
+            merge.at(self._parts, group, parts)
+        self.nonfinite += float(nonfinite.sum())
+
+    def with_grad_scale(self, inverse_scale: float, skip: bool = False) -> ClipResult:
+        """The same, of gradients that are multiplied by this first; skip: somebody else says so."""
+        self._inverse_scale, self._skip = inverse_scale, skip
+        return self
+
+    def _norm(self, parts: Any) -> float:
+        if len(parts) == 1:
+            merged = float(parts[0])
+        else:
+            merged = float(np.max(parts, initial=0.0) if self.maximum else np.sum(parts))
+        return abs(self._inverse_scale) * (merged if self.maximum else math.sqrt(merged))
+
+    def _coefficient(self, index: int) -> float:
+        limit = self._groups[index].get("max_grad_norm")
+        if limit is None:
+            return 1.0
+        if len(self._groups) == 1:
+            parts = self._parts
+        elif self._groups[index].get(ALONE):
+            parts = self._parts[[index]]
+        else:
+            parts = self._parts[[not group.get(ALONE) for group in self._groups]]
+        coefficient = number(limit) / (self._norm(parts) + 1e-6)
+        # As torch's clamp: NaN stays.
+        return 1.0 if coefficient > 1.0 else coefficient
+
+    @functools.cached_property
+    def coefficients(self) -> list[float]:
+        """One a parameter group."""
+        return [self._coefficient(index) for index in range(len(self._groups))]
+
+    @property
+    def skip(self) -> bool:
+        """Whether nothing is to be updated."""
+        return self._skip or (
+            self.nonfinite > 0 and any(group.get("skip_nonfinite") for group in self._groups)
+        )
+
+    def report(self, device: torch.device) -> LastStep:
+        """The same as tensors on a device."""
+        coefficients = self.coefficients[0] if one_limit(self._groups) else self.coefficients
+        return LastStep(
+            torch.tensor(self._norm(self._parts), dtype=torch.float32, device=device),
+            torch.tensor(coefficients, dtype=torch.float32, device=device),
+            torch.tensor(int(self.nonfinite), device=device),
+            torch.tensor(self.skip, device=device),
+        )
 
 
 class DeviceClipResult:
@@ -79,8 +182,8 @@ class DeviceGradNorm:
         self, groups: Sequence[Mapping[str, Any]], scale: Scale, skips: bool
     ) -> DeviceClipResult:
         """Measure and judge, without waiting for it; skips: also where no group asks for it."""
-        maximum = options.maximum_of(groups)
-        alone = np.array([bool(group.get(options.ALONE)) for group in groups])
+        maximum = maximum_of(groups)
+        alone = np.array([bool(group.get(ALONE)) for group in groups])
         families = (np.cumsum(alone) * alone).astype(np.int64)
         limits = [
             0.0 if group.get("max_grad_norm") is None else group["max_grad_norm"]
@@ -93,4 +196,4 @@ class DeviceGradNorm:
         measured = [other.run(*settings).measured for _, other in others]
         clip = look.run(*settings, measured)
         devices = {first: clip} | {device: clip.to(device) for device, _ in others}
-        return DeviceClipResult(devices, options.one_limit(groups))
+        return DeviceClipResult(devices, one_limit(groups))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastopt.optim.step import sharding
 
-if TYPE_CHECKING:
-    from fastopt.optim.step.measuring import MeasuringOptimizer
+
+class Unscaling(Protocol):
+    """An optimizer as the attribute below sees it; unscales: a scaler leaves that to the step."""
+
+    param_groups: list[dict[str, Any]]
+    unscales: bool
 
 
 class Scale:
@@ -60,19 +64,19 @@ class ScalesInside:
 
     _NAME = "_step_supports_amp_scaling"
 
-    def __get__(self, optimizer: MeasuringOptimizer | None, owner: type | None = None) -> bool:
+    def __get__(self, optimizer: Unscaling | None, owner: type | None = None) -> bool:
         if optimizer is None or optimizer.__dict__.get(self._NAME) is False:
             raise AttributeError(self._NAME)
         if _scales_inside(optimizer) and not sharding.finds_inf_alone(optimizer):  # type: ignore[arg-type]
             return True
         raise AttributeError(self._NAME)
 
-    def __set__(self, optimizer: MeasuringOptimizer, value: bool) -> None:
+    def __set__(self, optimizer: Unscaling, value: bool) -> None:
         # True is set by torch's constructors, and means nothing: options may change.
         optimizer.__dict__[self._NAME] = value
 
 
-def _scales_inside(optimizer: MeasuringOptimizer) -> bool:
+def _scales_inside(optimizer: Unscaling) -> bool:
     clips = False
     for group in optimizer.param_groups:
         if group.get("fused"):

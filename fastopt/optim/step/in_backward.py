@@ -7,7 +7,7 @@ backward (`reduction`): its parameters are stepped there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastopt.optim import options
 from fastopt.optim.step import interrupts, scaled_losses, sharding
-from fastopt.optim.step.backward_steps import BackwardSteps
-from fastopt.optim.step.plan import ParamRef, Plan
+from fastopt.optim.step.backward_steps import BackwardOptimizer, BackwardSteps
+from fastopt.optim.step.group_key import ParamRef
+from fastopt.optim.step.plan import Plan
 from fastopt.optim.step.reduction import (
     Reduction,
     Watch,
@@ -27,16 +28,13 @@ from fastopt.optim.step.reduction import (
     reductions,
 )
 
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
-
 
 class Released:
     """The hooks of an optimizer that steps in backward; `remove()` ends it."""
 
     def __init__(
         self,
-        optimizer: FusedOptimizer,
+        optimizer: BackwardOptimizer,
         per_tensor: bool,
         model: torch.nn.Module | None = None,
         local: bool = False,

@@ -15,53 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.optim.options import LOW_BITS, ClipResult, bases_of, keys_of, option_hypers, seeds_of
+from fastopt.optim.options import LOW_BITS, option_hypers
 from fastopt.optim.state import formats
 from fastopt.optim.state.step_counts import DeviceStepCounts, StepCounts
 from fastopt.optim.step import memory_layout
 from fastopt.optim.step.grad_scale import Scale
 from fastopt.optim.step.memory_layout import Staged
+from fastopt.optim.step.rng_keys import bases_of, keys_of, seeds_of
 from fastopt.optim.step.tensor_guards import TensorGuards
 from fastopt.optim.update import Update, sign
 from fastopt.storage import PLAIN
-
-
-def check_state(name: str, state: Any, param: Tensor) -> None:
-    """A state is written at its address: one that is not of this parameter would be torn memory."""
-    came = type(state).__name__
-    if isinstance(state, Tensor):
-        came = f"shape {tuple(state.shape)} on {state.device} ({state.layout})"
-        if (
-            state.layout is torch.strided
-            and memory_layout.has_memory(state)
-            and state.shape == param.shape
-            and state.device == param.device
-            and state.is_complex() == param.is_complex()
-            and torch._debug_has_internal_overlap(memory_layout.local(state)) != 1
-        ):
-            return
-    raise RuntimeError(
-        f"The size of a parameter {tuple(param.shape)} on {param.device} must match its state "
-        f"{name!r}, a tensor with memory of its own, but that is {came}. Load a state_dict that "
-        "fits, or delete optimizer.state[parameter] to begin anew."
-    )
-
-
-def _check_scale(name: str, scale: Any, param: Tensor) -> None:
-    blocks = formats.n_blocks(param)
-    if not (
-        isinstance(scale, Tensor)
-        and scale.shape == (blocks,)
-        and scale.dtype is torch.float32
-        and scale.is_contiguous()
-        and scale.device == param.device
-    ):
-        came = f"{tuple(scale.shape)} {scale.dtype}" if isinstance(scale, Tensor) else repr(scale)
-        raise RuntimeError(
-            f"The state {name!r} of a parameter of shape {tuple(param.shape)} must be {blocks} "
-            f"contiguous float32 on {param.device}, but is {came}. Load a state_dict that fits, or "
-            "delete optimizer.state[parameter] to begin anew."
-        )
 
 
 def _readable(grad: Tensor, target: Tensor) -> bool:
@@ -116,10 +79,10 @@ class ParamSlot:
         scales = set(map(formats.scale_name, coded))
         for name in state_names:
             if name in scales:
-                _check_scale(name, state.get(name), param)
+                formats.check_scale(name, state.get(name), param)
                 slot.states.append(state[name])
                 continue
-            check_state(name, state[name], param)
+            formats.check_state(name, state[name], param)
             tensor = memory_layout.local(state[name])
             if memory_layout.is_lazy(tensor) or not memory_layout.same_layout(tensor, slot.target):
                 buffer = torch.empty_like(slot.target, dtype=tensor.dtype)
@@ -222,10 +185,17 @@ class LaunchGroup:
         for row, slot in enumerate(self.slots):
             self.launch.tensors[row, 2:] = [state.data_ptr() for state in slot.states]
 
-    def measure(self, clip: ClipResult) -> None:
-        """Let the verdict see the gradients; their addresses are those taken last."""
-        measured = self.launch.measure(clip.maximum)
-        clip.add(self.group_of, measured.parts, measured.nonfinite)
+    def measure(self, maximum: bool) -> tuple[np.ndarray[Any, Any], Any, Any]:
+        """Of each gradient its parameter group, sum g^2 or max |g|, and elements not finite.
+
+        maximum: the norm is max |g|. Addresses are those taken last.
+        """
+        measured = self.launch.measure(maximum)
+        return self.group_of, measured.parts, measured.nonfinite
+
+    def missing_slots(self) -> list[ParamSlot]:
+        """The parameters whose gradient is missing this time."""
+        return [] if self.active is None else [self.slots[k] for k in np.flatnonzero(~self.active)]
 
     def prepare(
         self, groups: list[dict[str, Any]], factors: list[float], state_was_accessed: bool

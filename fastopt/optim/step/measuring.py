@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastopt.optim import options
-from fastopt.optim.options import ClipResult, LastStep
 from fastopt.optim.step import skipped
-from fastopt.optim.step.grad_norm import DeviceClipResult, ReportedClip
+from fastopt.optim.step.grad_norm import ClipResult, DeviceClipResult, LastStep, ReportedClip
 from fastopt.optim.step.grad_scale import NO_SCALE, Scale, ScalesInside
 from fastopt.optim.step.hooks import pre_hooks
+from fastopt.optim.step.plan import Plan
 from fastopt.optim.step.planning import PlanningOptimizer
-
-if TYPE_CHECKING:
-    from fastopt.optim.step.plan import Plan
-    from fastopt.optim.step.telemetry import ParameterTelemetry
+from fastopt.optim.step.telemetry import ParameterTelemetry
 
 
 class MeasuringOptimizer(PlanningOptimizer):
@@ -65,7 +61,7 @@ class MeasuringOptimizer(PlanningOptimizer):
     def _measure_on_host(self, plan: Plan) -> ClipResult:
         clip = ClipResult(self.param_groups)
         for launch_group in plan.launch_groups:
-            launch_group.measure(clip)
+            clip.add(*launch_group.measure(clip.maximum))
         return clip
 
     def _measure_gradients(
@@ -95,7 +91,7 @@ class MeasuringOptimizer(PlanningOptimizer):
 
     def _note_skipped_telemetry(self, params: Iterable[Tensor], inverse: float) -> None:
         """Have telemetry show what is found where a step of these is skipped."""
-        rows = skipped.rows_of(self.param_groups, self.__dict__["state"], params, inverse)
+        rows = skipped.rows_of(self.param_groups, self._store.states, params, inverse)
         if rows:
             self._skipped_telemetry = {**(self._skipped_telemetry or {}), **rows}
 

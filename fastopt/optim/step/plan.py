@@ -8,68 +8,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastopt import backend
 from fastopt.optim import options
+from fastopt.optim.contract import Stepped
 from fastopt.optim.options import AVERAGED
-from fastopt.optim.state import averages, formats, store
-from fastopt.optim.state.averages import UnsteppedAverage
+from fastopt.optim.state.averages import UnsteppedAverage, can_follow
 from fastopt.optim.state.step_counts import DeviceStepCounts, StepCounters, StepCounts
-from fastopt.optim.step import memory_layout, sharding
-from fastopt.optim.step.grad_norm import DeviceGradNorm
+from fastopt.optim.state.store import StateStore, show_count
+from fastopt.optim.step import checks, memory_layout, sharding
+from fastopt.optim.step.grad_norm import ClipResult, DeviceClipResult, DeviceGradNorm
+from fastopt.optim.step.grad_scale import Scale
+from fastopt.optim.step.group_key import GroupKey, ParamRef
 from fastopt.optim.step.launch_group import LaunchGroup, ParamSlot
 from fastopt.optim.update import Update
-from fastopt_kernels.chunks import NO_OPTIONS, STOCHASTIC, StepOptions
-
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
-
-
-class GroupKey(NamedTuple):
-    """The settings of a parameter group a plan is built for; other changes need no new plan.
-
-    unknown: whether a step may be skipped, which on a device the host is not told
-    """
-
-    update: Update
-    capturable: bool
-    fused: bool | None
-    differentiable: bool
-    step_options: StepOptions
-    measures_gradients: bool
-    stored: tuple[formats.Format, ...]
-    may_be_skipped: bool
-
-    def state_names(self, param: Tensor) -> tuple[str, ...]:
-        """Tensors that are kept for a parameter."""
-        step_options = options.options_of_param(self.step_options, param)
-        names = options.state_names(formats.names_of(self.update, self.stored), step_options)
-        return names + formats.scales_of(self.update, self.stored)
-
-    def saves_count(self, param: Tensor) -> bool:
-        """True where a state holds the count of an update that has none in torch's (SGD): chance
-        follows from it, and goes on when a state_dict is loaded."""
-        rounding = options.options_of_param(self.step_options, param).rounding
-        follows = rounding == STOCHASTIC or formats.EIGHT in self.stored
-        return follows and not self.update.counted
-
-    def format_of(self, name: str) -> formats.Format:
-        """The format of a state of the update."""
-        if not self.stored:
-            return None
-        return self.stored[self.update.state_names.index(name)]
-
-
-class ParamRef(NamedTuple):
-    """A parameter, the number of its group, and its number among all parameters."""
-
-    param: Tensor
-    group: int
-    position: int
+from fastopt_kernels.chunks import StepOptions
 
 
 class FallbackParam(NamedTuple):
@@ -135,9 +92,77 @@ class Plan:
                 return False
         return True
 
+    def unstepped_averages(self) -> list[UnsteppedAverage]:
+        """The averages of parameters that this step has no gradient for."""
+        found = list(self.averages)
+        for launch_group in self.launch_groups:
+            if launch_group.launch.step_options.averaged:
+                on_device = launch_group.on_device
+                for slot in launch_group.missing_slots():
+                    average = slot.state[AVERAGED]
+                    found.append(
+                        UnsteppedAverage(slot.param, slot.group, on_device, slot.state, average)
+                    )
+        return found
+
+    def count(
+        self,
+        groups: list[dict[str, Any]],
+        scale: Scale,
+        clip: ClipResult | DeviceClipResult | None,
+        state_was_accessed: bool,
+    ) -> list[LaunchGroup]:
+        """Count the step of every launch that is to run now; gives those launches.
+
+        The scalars of all of them come first: where a hyper-parameter is nothing to compute with,
+        this raises, and nothing has been counted.
+        """
+        running: list[LaunchGroup] = []
+        factors: list[float] | None = None
+        before = (
+            [(counters, counters.values()) for counters in self.counters()] if self.twice else []
+        )
+        try:
+            for launch_group in self.launch_groups:
+                if launch_group.empty:
+                    continue
+                if not launch_group.on_device:
+                    # Only here, since it may wait for a device.
+                    factors = _factors(groups, scale, clip) if factors is None else factors
+                    if not factors:
+                        continue
+                launch_group.prepare(groups, factors or [], state_was_accessed)
+                # The second launch of a parameter that is given twice goes on from the first one's.
+                if self.twice:
+                    launch_group.count()
+                running.append(launch_group)
+        except BaseException:
+            for counters, values in before:
+                counters.restore(values)
+            raise
+        if not self.twice:
+            for launch_group in running:
+                launch_group.count()
+        return running
+
+
+def _factors(
+    groups: list[dict[str, Any]], scale: Scale, clip: ClipResult | DeviceClipResult | None
+) -> list[float]:
+    """The factors of each group's gradients on the host; empty where it skips the step."""
+    if isinstance(clip, DeviceClipResult):
+        return [1.0] * len(groups)
+    if scale.skip():
+        return []
+    inverse = scale.inverse()
+    if isinstance(clip, ClipResult):
+        return [inverse * coefficient for coefficient in clip.coefficients]
+    return [inverse] * len(groups)
+
 
 def build(
-    optimizer: FusedOptimizer,
+    optimizer: Stepped,
+    store: StateStore,
     param_refs: list[ParamRef],
     grads: list[Tensor | None],
     keys: list[GroupKey],
@@ -154,31 +179,31 @@ def build(
             plan.idle.append(param)
             idle.append((param, number))
         else:
-            _check_grad(optimizer, param, grad, optimizer.param_groups[number])
-            _check_storages(optimizer, param, grad)
+            checks.check_grad(optimizer, param, grad, optimizer.param_groups[number])
+            checks.check_storages(store, param, grad)
             found.append((param, grad, number, position))
 
     dense = []
     for param, grad, number, position in found:
         sparse = grad.layout is not torch.strided
         if sparse or keys[number].differentiable or not memory_layout.has_memory(param):
-            _check_fallback(optimizer, param, keys)
+            checks.check_fallback(optimizer, param, keys)
             plan.fallback_params.append(FallbackParam(param, number, sparse))
         else:
             _check_param(param, keys[number])
             dense.append((param, grad, number, position))
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    n_states = len(optimizer.__dict__["state"])
+    n_states = len(store.states)
     try:
         for param, grad, number, _ in found:
             group = optimizer.param_groups[number]
             # A sparse buffer begins as a sparse gradient (SGD), not as zeros.
             if grad.layout is torch.strided or keys[number].update.counted:
-                store.prepare(optimizer, param, group, keys[number], before)
-        plan.averages = _idle_averages(optimizer, idle, keys, before)
+                store.prepare(param, group, keys[number], before)
+        plan.averages = _idle_averages(optimizer.param_groups, store, idle, keys, before)
         slots = [
             ParamSlot.make(
-                store.state_of(optimizer, p, keys[number]),
+                store.state_of(p, keys[number]),
                 p,
                 g,
                 number,
@@ -187,7 +212,7 @@ def build(
             )
             for p, g, number, position in dense
         ]
-        plan.launch_groups = _make_launch_groups(optimizer, slots, keys)
+        plan.launch_groups = _make_launch_groups(optimizer, store, slots, keys)
         plan.twice = any(
             isinstance(b.steps, StepCounts) and b.steps.shared for b in plan.launch_groups
         )
@@ -198,13 +223,14 @@ def build(
         ):
             plan.device_grad_norm = DeviceGradNorm(plan.launch_groups)
     except BaseException:
-        store.put_back(optimizer, before, n_states)
+        store.put_back(before, n_states)
         raise
     return plan
 
 
 def _idle_averages(
-    optimizer: FusedOptimizer,
+    groups: list[dict[str, Any]],
+    store: StateStore,
     idle: list[tuple[Tensor, int]],
     keys: list[GroupKey],
     before: list[tuple[dict[str, Any], dict[str, Any]]],
@@ -212,26 +238,15 @@ def _idle_averages(
     """Those of these parameters without gradient that have an average, which is made if missing."""
     found = []
     for param, number in idle:
-        group, key = optimizer.param_groups[number], keys[number]
-        if key.step_options.averaged and averages.can_follow(param):
+        group, key = groups[number], keys[number]
+        if key.step_options.averaged and can_follow(param):
             on_device = counts_on_device(param.device, key)
-            state = store.prepare_idle(optimizer, param, group, key, on_device, before)
+            state = store.prepare_idle(param, group, key, on_device, before)
             found.append(UnsteppedAverage(param, number, on_device, state, state[AVERAGED]))
     return found
 
 
-def _check_fallback(optimizer: FusedOptimizer, param: Tensor, keys: list[GroupKey]) -> None:
-    if any(key.measures_gradients or key.step_options != NO_OPTIONS or key.stored for key in keys):
-        what = ", ".join(k for k in options.DEFAULTS if any(k in g for g in optimizer.param_groups))
-        raise RuntimeError(
-            f"{type(optimizer).__name__} with {what} takes dense gradients in memory, but got one "
-            f"of layout {param.grad.layout if param.grad is not None else None} for a "
-            f"{type(param).__name__} of shape {tuple(param.shape)}. Give such parameters an "
-            "optimizer of their own, without these options."
-        )
-
-
-def _check_passes(optimizer: FusedOptimizer, slots: list[ParamSlot], keys: list[GroupKey]) -> None:
+def _check_options(optimizer: Stepped, slots: list[ParamSlot], keys: list[GroupKey]) -> None:
     """Refuse what the options around the update cannot do with a parameter."""
     measures_gradients = any(key.measures_gradients for key in keys)
     sharding.check(optimizer)
@@ -250,38 +265,6 @@ def _check_passes(optimizer: FusedOptimizer, slots: list[ParamSlot], keys: list[
                 "clip_value and norm_type=inf have no meaning for complex gradients, but got a "
                 f"parameter of dtype {slot.param.dtype}. Use max_grad_norm with norm_type=2."
             )
-
-
-def _check_grad(
-    optimizer: FusedOptimizer, param: Tensor, grad: Tensor, group: dict[str, Any]
-) -> None:
-    if grad.layout is not torch.strided and (reason := optimizer.sparse_error(group)):
-        raise RuntimeError(reason)
-    if grad.shape != param.shape:
-        raise RuntimeError(
-            f"The size of a parameter {tuple(param.shape)} must match the size of its gradient "
-            f"{tuple(grad.shape)}. Clear the gradient (zero_grad) after giving the parameter a new "
-            "shape."
-        )
-    if grad.device != param.device:
-        raise RuntimeError(
-            f"Expected a parameter and its gradient on one device, but got {param.device} and "
-            f"{grad.device}. Clear the gradient (zero_grad) after moving the parameter."
-        )
-    if param.is_complex() != grad.is_complex():
-        raise RuntimeError(
-            f"a parameter of dtype {param.dtype} has a gradient of dtype {grad.dtype}: both must "
-            "be real or both complex. Clear the gradient (zero_grad) after casting the parameter."
-        )
-
-
-def _check_storages(optimizer: FusedOptimizer, param: Tensor, grad: Tensor) -> None:
-    """Refuse what a step would read or write past the end of its storage."""
-    memory_layout.check_storage(param, "a parameter")
-    memory_layout.check_storage(grad, "a gradient")
-    for name, value in optimizer.__dict__["state"].get(param, {}).items():
-        if isinstance(value, Tensor):
-            memory_layout.check_storage(value, f"the state {name!r} of a parameter")
 
 
 def _check_param(param: Tensor, key: GroupKey) -> None:
@@ -313,10 +296,10 @@ def measures_on_device(device: torch.device) -> bool:
 
 
 def _make_launch_groups(
-    optimizer: FusedOptimizer, slots: list[ParamSlot], keys: list[GroupKey]
+    optimizer: Stepped, store: StateStore, slots: list[ParamSlot], keys: list[GroupKey]
 ) -> list[LaunchGroup]:
     """One launch for each device, rule and combination of dtypes; more where memory overlaps."""
-    _check_passes(optimizer, slots, keys)
+    _check_options(optimizer, slots, keys)
     waves = memory_layout.waves([slot.source for slot in slots])
     split: dict[_LaunchKey, list[ParamSlot]] = defaultdict(list)
     for slot, wave in zip(slots, waves, strict=True):
@@ -342,7 +325,7 @@ def _make_launch_groups(
         launch.prepare(torch.get_num_threads())
         launch_groups.append((launch_key, chosen, launch))
     steps = _make_step_counts(
-        optimizer, [(launch_key, chosen) for launch_key, chosen, _ in launch_groups], keys
+        store, [(launch_key, chosen) for launch_key, chosen, _ in launch_groups], keys
     )
     ordered = sorted(zip(launch_groups, steps, strict=True), key=lambda pair: pair[0][0].wave)
     return [
@@ -368,7 +351,7 @@ class _LaunchKey(NamedTuple):
 
 
 def _make_step_counts(
-    optimizer: FusedOptimizer,
+    store: StateStore,
     launches: list[tuple[_LaunchKey, list[ParamSlot]]],
     keys: list[GroupKey],
 ) -> list[StepCounts | DeviceStepCounts]:
@@ -377,7 +360,7 @@ def _make_step_counts(
     owners = []
     seen: set[int] = set()
     for launch_key, slots in launches:
-        mine = [store.counters_of(optimizer, m.param, keys[m.group]) for m in slots]
+        mine = [store.counters_of(m.param, keys[m.group]) for m in slots]
         if not launch_key.update.counted:
             # To torch, each occurrence of a parameter begins where its buffer was not there yet.
             mine = [dict(owner) if id(owner) in seen else owner for owner in mine]
@@ -385,7 +368,7 @@ def _make_step_counts(
         owners.append(mine)
     twice = len(seen) < sum(map(len, owners))
     counts = [
-        [optimizer.hidden_counters[slot.param] for slot in slots]
+        [store.hidden_counters[slot.param] for slot in slots]
         if launch_key.step_options.averaged
         else []
         for launch_key, slots in launches
@@ -411,5 +394,5 @@ def _make_step_counts(
                 StepCounts(launch_key.update, counters[launch_key.counters], rows, groups, twice)
             )
         for slot, count in zip(slots, held, strict=False):
-            store.show_count(slot.state, count)
+            show_count(slot.state, count)
     return steps

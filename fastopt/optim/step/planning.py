@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastopt.optim import options
 from fastopt.optim.state import formats
+from fastopt.optim.state.store import StateStore
 from fastopt.optim.step import plan as plans
-from fastopt.optim.step.plan import GroupKey, ParamRef, Plan, build
+from fastopt.optim.step.group_key import GroupKey, ParamRef
+from fastopt.optim.step.plan import Plan, build
+from fastopt.optim.step.telemetry import ParameterTelemetry
 from fastopt.optim.update import Update
-
-if TYPE_CHECKING:
-    from fastopt.optim.step.telemetry import ParameterTelemetry
 
 
 class PlanningOptimizer:
@@ -24,8 +24,7 @@ class PlanningOptimizer:
     param_groups: list[dict[str, Any]]
     _update: ClassVar[Update]
     _plan: Plan | None = None
-    # Whether the states may have been replaced or saved from outside: only once `state` was read.
-    _state_was_accessed: bool = True
+    _store: StateStore
     # Telemetry of the last step before this optimizer was copied or unpickled.
     _copied_telemetry: dict[Tensor, ParameterTelemetry] | None = None
 
@@ -42,7 +41,7 @@ class PlanningOptimizer:
     def _current_plan(self, may_be_skipped: bool) -> Plan:
         """The plan for the gradients that are there now, checked against every address it holds.
 
-        told: whether somebody else may skip the step
+        may_be_skipped: true where a GradScaler may skip the step on a device
         """
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
@@ -52,29 +51,36 @@ class PlanningOptimizer:
         if (
             plan is not None
             and plan.keys == keys
-            and not (self._state_was_accessed and not plan.holds(self.__dict__["state"]))
-            and plan.fits(params, grads, self._state_was_accessed)
+            and not (self._store.was_accessed and not plan.holds(self._store.states))
+            and plan.fits(params, grads, self._store.was_accessed)
         ):
             self._plan = plan
             return plan
         plan = self._make_plan(list(self.param_refs()), grads, keys)
-        plan.remember(self.__dict__["state"])
+        plan.remember(self._store.states)
         if not plan.fallback_params:
             self._plan = plan
         return plan
 
     def plan_of(self, ref: ParamRef, plan: Plan | None) -> Plan:
         """A plan for one parameter alone; the one given, where it still holds."""
-        param, held = ref.param, self.__dict__["state"]
+        param, held = ref.param, self._store.states
         keys, grads = self._keys(False, [param]), [param.grad]
         if (
             plan is None
             or plan.keys != keys
-            or (self._state_was_accessed and not plan.holds({param: held.get(param)}))
-            or not plan.fits([param], grads, self._state_was_accessed)
+            or (self._store.was_accessed and not plan.holds({param: held.get(param)}))
+            or not plan.fits([param], grads, self._store.was_accessed)
         ):
             plan = self._make_plan([ref], grads, keys)
             plan.remember({param: held.get(param)})
+        return plan
+
+    def plan_of_averages(self, param_refs: list[ParamRef]) -> Plan:
+        """A plan in which nothing is stepped, and only averages move."""
+        keys = self._keys(False, [ref.param for ref in param_refs])
+        plan = self._make_plan(param_refs, [None] * len(param_refs), keys)
+        plan.ends_backward = True
         return plan
 
     def _keys(self, may_be_skipped: bool, params: list[Tensor]) -> list[Any]:
@@ -106,7 +112,7 @@ class PlanningOptimizer:
             key[0].probe(group)
         with torch.no_grad():
             made = [GroupKey(*key) for key in keys]
-            plan = build(self, param_refs, grads, made)  # type: ignore[arg-type]
+            plan = build(self, self._store, param_refs, grads, made)  # type: ignore[arg-type]
             for launch_group in plan.launch_groups:
                 if not launch_group.refresh(grads, state_was_accessed=False):
                     raise AssertionError("a plan must fit the gradients it was just built for")

@@ -11,20 +11,25 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastopt.optim.step.in_backward import Released
 
-_released: weakref.WeakSet[Released] = weakref.WeakSet()
+class SteppedInBackward(Protocol):
+    """Parameters that are stepped in backward."""
+
+    def leaves(self) -> Iterator[Tensor]:
+        """The leaves of a graph whose backward steps."""
+
+
+_released: weakref.WeakSet[SteppedInBackward] = weakref.WeakSet()
 # Nodes that compute a part of the graph anew in backward: its parameters are not in the graph.
 _HIDING = frozenset({"CheckpointFunctionBackward"})
 
 
-def refuse_for(released: Released) -> None:
+def refuse_for(released: SteppedInBackward) -> None:
     """From now on refuse to scale the losses of parameters that are released."""
     _released.add(released)
     for scaler in _with_subclasses(torch.amp.GradScaler):
@@ -33,7 +38,7 @@ def refuse_for(released: Released) -> None:
             scaler.scale = _checked(scale)  # type: ignore[method-assign]
 
 
-def allow_for(released: Released) -> None:
+def allow_for(released: SteppedInBackward) -> None:
     _released.discard(released)
 
 

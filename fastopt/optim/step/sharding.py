@@ -11,17 +11,14 @@ module alone decides where that is so. In a process group of one rank nothing is
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from fastopt.optim import options
+from fastopt.optim.contract import Stepped
 from fastopt.optim.step import memory_layout
-
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
@@ -57,14 +54,14 @@ def _is_whole(flat: Tensor) -> bool:
     return whole is not None and whole == getattr(flat, "_sharded_size", whole) and whole[0] > 1
 
 
-def check(optimizer: FusedOptimizer) -> None:
+def check(optimizer: Stepped) -> None:
     """Raises RuntimeError where an option is about all gradients, of which this rank has a part."""
     if not many_processes():
         return
     optimizer._in_zero = optimizer._in_zero or _called_by_zero(optimizer)
     if not options.measures(optimizer.param_groups):
         return
-    params = list(optimizer._all_params())
+    params = [param for group in optimizer.param_groups for param in group["params"]]
     clip = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)"
     if any(map(is_shard, params)):
         what = "some parameters are DTensors of which this rank has a shard"
@@ -83,7 +80,7 @@ def check(optimizer: FusedOptimizer) -> None:
     )
 
 
-def _called_by_zero(optimizer: FusedOptimizer) -> bool:
+def _called_by_zero(optimizer: Stepped) -> bool:
     """True where a ZeroRedundancyOptimizer of several ranks constructs or steps this optimizer, as
     the one over its rank's parameters. It leaves no mark: it is found among the callers."""
     module = sys.modules.get(_ZERO)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastopt.optim import options
-from fastopt.optim.options import ClipResult
+from fastopt.optim.state import formats
 from fastopt.optim.step import memory_layout, sharding
+from fastopt.optim.step.grad_norm import ClipResult
 from fastopt.optim.step.telemetry import ParameterTelemetry
 
 # Elements that are widened to float64 at once.
@@ -71,7 +72,7 @@ def _whole(param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) ->
         options.options_of_param(options.step_options_of(group), param).rounding, ("", None)
     )
     kept = state.get(name)
-    return options.joined(param, memory_layout.local(kept)) if isinstance(kept, Tensor) else param
+    return formats.joined(param, memory_layout.local(kept)) if isinstance(kept, Tensor) else param
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fastopt.optim.step import sharding
 from fastopt.optim.step.launch_group import LaunchGroup
-
-if TYPE_CHECKING:
-    from fastopt.optim.optimizer import FusedOptimizer
 
 # A layer's gradient is flagged where its root mean square is this many times from the median
 # layer's: float32 holds seven digits, so beyond three it begins to matter which of two are added.
@@ -107,24 +104,21 @@ class Telemetry(Mapping[str, ParameterTelemetry]):
         )
 
 
-def rows_of(optimizer: FusedOptimizer) -> dict[Tensor, ParameterTelemetry] | None:
+def rows_of(
+    launch_groups: Iterable[LaunchGroup],
+    copied: dict[Tensor, ParameterTelemetry] | None,
+    skipped: Mapping[Tensor, ParameterTelemetry | None] | None,
+) -> dict[Tensor, ParameterTelemetry] | None:
     """The telemetry of the last launches by parameter; None where none was watched.
 
-    Of an optimizer that was copied or unpickled and has not stepped since, what the original knew.
+    copied: of the original, for an optimizer that was copied or unpickled and has not stepped
+    since; skipped: of parameters whose last step was skipped, None for one without a gradient
     """
-    plans = [optimizer._plan] if optimizer._plan is not None else []
-    if optimizer._released is not None:
-        plans += optimizer._released.plans.values()
-    launch_groups = [
-        launch_group
-        for plan in plans
-        for launch_group in plan.launch_groups
-        if launch_group.launch.step_options.watched
-    ]
-    rows = _read(launch_groups) if launch_groups else optimizer._copied_telemetry
-    if not optimizer._skipped_telemetry:
+    watched = [each for each in launch_groups if each.launch.step_options.watched]
+    rows = _read(watched) if watched else copied
+    if not skipped:
         return rows
-    found = {**(rows or {}), **optimizer._skipped_telemetry}
+    found = {**(rows or {}), **skipped}
     return {param: row for param, row in found.items() if row is not None}
 
 
@@ -151,26 +145,13 @@ def _read(launch_groups: Iterable[LaunchGroup]) -> dict[Tensor, ParameterTelemet
     return rows
 
 
-def collect(
-    optimizer: FusedOptimizer, named: Iterable[tuple[str, Tensor]] | None = None
-) -> Telemetry:
-    """`FusedOptimizer.telemetry`."""
-    rows = rows_of(optimizer)
-    if rows is None:
-        raise RuntimeError(
-            f"no step of this {type(optimizer).__name__} has been watched: construct it with "
-            "telemetry=True, and call step()."
-        )
-    names = _names(optimizer, named)
-    return Telemetry({name: rows[param] for param, name in names.items() if param in rows})
-
-
-def _names(
-    optimizer: FusedOptimizer, named: Iterable[tuple[str, Tensor]] | None
+def names_of(
+    groups: Sequence[Mapping[str, Any]], named: Iterable[tuple[str, Tensor]] | None
 ) -> dict[Tensor, str]:
+    """The name of each parameter: as given, else of its group's, else "group.index"."""
     given = {param: name for name, param in named} if named is not None else {}
     names: dict[Tensor, str] = {}
-    for number, group in enumerate(optimizer.param_groups):
+    for number, group in enumerate(groups):
         known = group.get("param_names") or [f"{number}.{k}" for k in range(len(group["params"]))]
         names.update(zip(group["params"], known, strict=True))
     return {param: given.get(param, name) for param, name in names.items()}
