@@ -154,22 +154,22 @@ class Path(NamedTuple):
 
 def _right(maker: _Maker, optimizer: str, dtype: torch.dtype, option: str) -> tuple[Path, Path]:
     """The ways of parameters and averages by torch's steps in float64."""
-    extras = OPTIONS[option]
+    step_options = OPTIONS[option]
     params = [nn.Parameter(x.double()) for x in maker.drawn(dtype, 0)]
     way, averages = (Path.starting([p.detach() for p in params]) for _ in range(2))
     torchs = getattr(torch.optim, optimizer)(params, foreach=False, **_hyperparameters(optimizer))
     for step in range(STEPS):
         grads = [g.double() for g in maker.drawn(dtype, step + 1)]
-        if limit := extras.get("max_grad_norm"):
+        if limit := step_options.get("max_grad_norm"):
             norm = torch.cat([g.reshape(-1) for g in grads]).norm()
             grads = [g * min(1.0, float(limit / (norm + 1e-6))) for g in grads]
-        if limit := extras.get("clip_value"):
+        if limit := step_options.get("clip_value"):
             grads = [g.clamp(-limit, limit) for g in grads]
         for p, g in zip(params, grads, strict=True):
             p.grad = g
         torchs.step()
         way.go([p.detach() for p in params])
-        weight = 1.0 - extras.get("ema_decay", 0.0) if step else 1.0
+        weight = 1.0 - step_options.get("ema_decay", 0.0) if step else 1.0
         averages.go([a.lerp(p, weight) for a, p in zip(averages.end, way.end, strict=True)])
     return way, averages
 

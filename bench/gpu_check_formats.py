@@ -19,7 +19,7 @@ import fastopt
 from bench.gpu_check_passes import LIMIT, WAYS, _bits, _Maker, _near, _same
 from bench.gpu_device import Device
 from bench.gpu_rows import Row
-from fastopt.optim import formats
+from fastopt.optim.state import formats
 from fastopt_kernels.chunks import BLOCK_8BIT
 
 # Around a block and a chunk, and a large one.
@@ -53,8 +53,8 @@ def rows(device: Device, quick: bool) -> Iterator[Row]:
     maker = _Maker(device, QUICK_SIZES if quick else SIZES, 2 if quick else 6)
     for name in list(SERVED)[:1] if quick else SERVED:
         yield Row(f"8 bits: {name}", partial(_coded, maker, name, DTYPES[: 1 if quick else 3]), 20)
-    extras = AROUND[-1:] if quick else AROUND
-    yield Row("8 bits: counted on the device", partial(_counted, maker, extras), 10)
+    step_options = AROUND[-1:] if quick else AROUND
+    yield Row("8 bits: counted on the device", partial(_counted, maker, step_options), 10)
     yield Row("8 bits: the same bits at any alignment", partial(_alignment, maker))
     yield Row("8 bits: skipped and not finite", partial(_not_finite, maker))
     yield Row("8 bits: chance is fair", partial(_fair, maker))
@@ -122,16 +122,16 @@ def _teeth(maker: _Maker) -> None:
 
 def _counted(maker: _Maker, around: Sequence[Around]) -> None:
     """The bits of steps that the host counts, with and without what stands around the rule."""
-    for dtype, extras in around:
+    for dtype, step_options in around:
         found = []
         for options in WAYS.values():
             params = maker.parameters(dtype)
-            ours = _make("AdamW", params, rounding_seed=2**40 + 5, **extras, **options)
+            ours = _make("AdamW", params, rounding_seed=2**40 + 5, **step_options, **options)
             for step in range(3):
                 _give(params, maker.gradients(params, step))
                 ours.step()
             found.append(_bits(ours))
-        _same(*found, f"{dtype} {extras}")
+        _same(*found, f"{dtype} {step_options}")
 
 
 def _alignment(maker: _Maker) -> None:
@@ -187,14 +187,14 @@ def _fair(maker: _Maker) -> None:
 
 
 def _telemetry(maker: _Maker, around: Sequence[Around]) -> None:
-    for (dtype, extras), options in ((x, way) for x in around for way in WAYS.values()):
+    for (dtype, step_options), options in ((x, way) for x in around for way in WAYS.values()):
         params = maker.parameters(dtype)
-        ours = fastopt.optim.AdamW(params, lr=0.05, telemetry=True, **extras, **options)
+        ours = fastopt.optim.AdamW(params, lr=0.05, telemetry=True, **step_options, **options)
         for step in range(2):
             _give(params, maker.gradients(params, step))
             before = [p.detach().clone() for p in params]
             ours.step()
-        _check_rows(ours.telemetry().values(), before, params, f"{dtype} {extras}")
+        _check_rows(ours.telemetry().values(), before, params, f"{dtype} {step_options}")
 
 
 def _check_rows(rows: Any, before: Sequence[Tensor], params: Sequence[Tensor], what: str) -> None:

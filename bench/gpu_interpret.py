@@ -17,14 +17,14 @@ import torch
 
 from bench.gpu_rows import NotApplicableError
 from fastopt import backend
-from fastopt.optim import plan
-from fastopt.optim.plan import GroupKey
+from fastopt.optim.step import plan
+from fastopt.optim.step.plan import GroupKey
 
 # As pyproject.toml asks for it.
 OLDEST_NUMBA = (0, 68)
 _NUMBA = backend._KERNELS["cpu"]
 # What a plan asks, as fastopt has it.
-_OWN = (plan.counts_on_device, plan.looks_on_device, plan._check_param)
+_OWN = (plan.counts_on_device, plan.measures_on_device, plan._check_param)
 
 
 def is_interpreted() -> bool:
@@ -35,7 +35,7 @@ def _counts_on_device(device: torch.device, key: GroupKey) -> bool:
     return bool(key.capturable or key.fused or key.unknown)
 
 
-def _looks_on_device(device: torch.device) -> bool:
+def _measures_on_device(device: torch.device) -> bool:
     return True
 
 
@@ -46,14 +46,14 @@ def _check_param(param: Any, key: GroupKey) -> None:
 def _set_route(kernels: str, asked: tuple[Any, Any, Any]) -> None:
     backend._KERNELS["cpu"] = kernels
     backend.kernels.cache_clear()
-    plan.counts_on_device, plan.looks_on_device, plan._check_param = asked
+    plan.counts_on_device, plan.measures_on_device, plan._check_param = asked
 
 
 def route_cpu_to_triton() -> None:
     """From here on this process runs what is on the CPU by the GPU kernels."""
     if not is_interpreted():
         raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
-    _set_route(backend._KERNELS["cuda"], (_counts_on_device, _looks_on_device, _check_param))
+    _set_route(backend._KERNELS["cuda"], (_counts_on_device, _measures_on_device, _check_param))
     # NumPy stands in for the device and warns of what IEEE arithmetic may do there.
     np.seterr(all="ignore")
 
@@ -65,7 +65,7 @@ def numba_on_cpu() -> Iterator[None]:
     Raises NotApplicableError without a Numba that they compile with.
     """
     before = backend._KERNELS["cpu"]
-    asked = (plan.counts_on_device, plan.looks_on_device, plan._check_param)
+    asked = (plan.counts_on_device, plan.measures_on_device, plan._check_param)
     try:
         import numba
     except Exception as error:  # one that does not fit this NumPy is as absent as none

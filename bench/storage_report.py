@@ -31,7 +31,7 @@ import fastopt
 from bench import machine
 from bench.render import conditions, markdown_table
 from bench.sections import publish
-from fastopt.optim.passes import LOW_BITS, ROUNDINGS
+from fastopt.optim.options import LOW_BITS, ROUNDINGS
 from fastopt_kernels.chunks import BLOCK_8BIT, SHIFT
 
 Record = dict[str, Any]

@@ -8,7 +8,7 @@ import torch
 
 from bench import storage_report
 from bench.storage_report import CODECS, STEPS, Codec, moved, octaves, powers, tracked
-from fastopt.optim import formats
+from fastopt.optim.state import formats
 from fastopt_kernels.chunks import SHIFT, value_of
 
 NEAREST, BY_CHANCE = CODECS[:2]

@@ -38,7 +38,7 @@ def adopt(optimizer: torch.optim.Optimizer, wrappers: Iterable[Any] = ()) -> Non
             wrapped.__wrapped__ = ours.step  # type: ignore[union-attr]
     for replace in replacements:
         replace(MethodType(ours.step, optimizer))
-    optimizer._forget(exposed=True)  # type: ignore[attr-defined]
+    optimizer._forget(state_was_accessed=True)  # type: ignore[attr-defined]
 
 
 def _where_held(

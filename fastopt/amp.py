@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from fastopt.optim import scaled, sharding
-from fastopt.optim.base import FusedOptimizer
-from fastopt.optim.scale import step_is_replaced
+from fastopt.optim.optimizer import FusedOptimizer
+from fastopt.optim.step import scaled_losses, sharding
+from fastopt.optim.step.grad_scale import step_is_replaced
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -33,11 +33,11 @@ class GradScaler(torch.amp.GradScaler):
         if self._enabled:
             sharding.check_scaler(optimizer)
             if getattr(optimizer, "_released", None) is not None:
-                raise scaled.refusal()
+                raise scaled_losses.refusal()
         if (
             not self._enabled
             or not isinstance(optimizer, FusedOptimizer)
-            or not optimizer.looks()
+            or not optimizer.measures_gradients()
             or step_is_replaced(optimizer)
         ):
             return super().step(optimizer, *args, **kwargs)
@@ -51,7 +51,7 @@ class GradScaler(torch.amp.GradScaler):
             return result
         finally:
             self._stepped, optimizer.unscales = None, False
-            optimizer.forget_look()
+            optimizer.forget_measured()
 
     def _maybe_opt_step(
         self,
@@ -72,7 +72,7 @@ class GradScaler(torch.amp.GradScaler):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         # Where only the device will know, the step's own word takes the place of this one.
-        seen = float(self._stepped.look() or 0.0)
+        seen = float(self._stepped.measure_gradients() or 0.0)
         found = torch.full((), seen, dtype=torch.float32, device=scale.device)
         state: dict[str, Any] = self._per_optimizer_states[id(optimizer)]
         state["found_inf_per_device"] = {scale.device: found}

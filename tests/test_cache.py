@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from fastopt_kernels import rules
-from fastopt_kernels.chunks import NO_EXTRAS
+from fastopt.optim.sgd import sgd
+from fastopt_kernels.chunks import NO_OPTIONS
 from fastopt_kernels.cpu.base import cache
 from fastopt_kernels.cpu.step import engine
 from tests.optim.workers import environment
@@ -33,7 +33,9 @@ TIMEOUT = 600
 PRELUDE = """
     import json, os
     import numpy as np
-    from fastopt_kernels import rules, xp
+    from fastopt.optim.adagrad import adagrad as adagrad_rule
+    from fastopt.optim.sgd import sgd as sgd_rule, sgd_momentum
+    from fastopt_kernels import xp
     from fastopt_kernels.cpu.step import engine
     from fastopt_kernels.cpu.step.launch import Launch
 
@@ -59,13 +61,13 @@ PRELUDE = """
     LARGE = dict(n=200_000, threads=2)
 
     def sgd(**large):  # 0.75
-        return run(rules.sgd, 0.0, 0.25, **large)
+        return run(sgd_rule, 0.0, 0.25, **large)
 
     def momentum(**large):  # 0.625
-        return run(rules.sgd_momentum, 0.0, 0.25, 0.5, 1.0, states=1, **large)
+        return run(sgd_momentum, 0.0, 0.25, 0.5, 1.0, states=1, **large)
 
     def adagrad(**large):  # 0.2929
-        return run(rules.adagrad, 0.0, 1.0, 0.0, states=1, **large)
+        return run(adagrad_rule, 0.0, 1.0, 0.0, states=1, **large)
 
     def say(*results):
         print(json.dumps([list(results), sorted(compiled)]))
@@ -245,7 +247,7 @@ def test_the_folder_without_a_choice_is_in_the_users_cache(tmp_path: Path) -> No
 @functools.cache
 def compiled_here() -> Any:
     """A kernel that was compiled in this process, so that it can be kept: one from disk cannot."""
-    return engine._make_kernel(rules.sgd, ("fp32", "fp32"), 3, NO_EXTRAS, False, "compiled_here")
+    return engine._make_kernel(sgd, ("fp32", "fp32"), 3, NO_OPTIONS, False, "compiled_here")
 
 
 def with_checksum(payload: bytes) -> bytes:

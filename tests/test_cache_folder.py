@@ -252,8 +252,8 @@ KILLED = """
     sgd()
 """
 AT_ONCE = """
-    from fastopt_kernels.chunks import NO_EXTRAS
-    kernel = engine._make_kernel(rules.sgd, ("fp32", "fp32"), 3, NO_EXTRAS, False, "at_once")
+    from fastopt_kernels.chunks import NO_OPTIONS
+    kernel = engine._make_kernel(sgd_rule, ("fp32", "fp32"), 3, NO_OPTIONS, False, "at_once")
     letters, folder = "abcdef", os.environ["FASTOPT_CACHE_DIR"]
     engine.disk.save("sgd_" + "a" * 32, kernel)
     (name,) = os.listdir(folder)

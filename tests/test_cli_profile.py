@@ -25,8 +25,9 @@ from fastopt.cli.profile import arithmetic, clock, measure, subjects, training
 from fastopt.cli.profile.clock import Breakdown
 from fastopt.cli.profile.subjects import Subject, Traffic
 from fastopt.cli.shared import limits
+from fastopt.optim.sgd import sgd_scalars
 from fastopt.optim.update import Update
-from fastopt_kernels import launches, rules
+from fastopt_kernels import launches
 from fastopt_kernels.cpu.base import bandwidth
 
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def test_arithmetic_of_a_rule_is_counted_from_its_source() -> None:
     update = sgd.update_of(sgd.param_groups[0])
     # scale g; add decay * p; lr * g; subtract
     assert arithmetic.of_update(update) == 5
-    lesser = Update(_one_product_less, rules.sgd_scalars)
+    lesser = Update(_one_product_less, sgd_scalars)
     assert arithmetic.of_update(lesser) == 4
 
 

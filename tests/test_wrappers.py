@@ -240,7 +240,7 @@ def test_the_optimizer_inside_becomes_ours(
 
 def class_alone(wrapper: Any) -> Any:
     wrapper.optimizer.__class__ = fastopt.optim.AdamW
-    wrapper.optimizer._forget(exposed=True)
+    wrapper.optimizer._forget(state_was_accessed=True)
     return wrapper
 
 

@@ -4,8 +4,33 @@ from __future__ import annotations
 
 import torch
 
-from fastopt.optim.base import FusedOptimizer
-from fastopt_kernels import rules
+from fastopt.optim.optimizer import FusedOptimizer
+from fastopt_kernels import xp
+
+
+def adadelta(
+    p: float,
+    g: float,
+    s: float,
+    d: float,
+    weight_decay: float,
+    lr: float,
+    rho: float,
+    nu: float,
+    eps: float,
+) -> tuple[float, ...]:
+    """delta = sqrt(d + eps) / sqrt(s' + eps) g;  p' = p - lr delta.  Zeiler 2012, algorithm 1."""
+    g = xp.add_scaled(g, weight_decay, p)
+    s = rho * s + (nu * g) * g
+    delta = xp.sqrt(d + eps) / xp.sqrt(s + eps) * g
+    d = rho * d + (nu * delta) * delta
+    return p - lr * delta, s, d
+
+
+def adadelta_scalars(
+    step: float, lr: float, rho: float, eps: float, weight_decay: float
+) -> tuple[float, ...]:
+    return weight_decay, lr, rho, 1.0 - rho, eps
 
 
 class Adadelta(FusedOptimizer, torch.optim.Adadelta):
@@ -16,5 +41,5 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
     torch.optim.Adadelta.
     """
 
-    rule, scalars = rules.adadelta, rules.adadelta_scalars
+    rule, scalars = adadelta, adadelta_scalars
     state_names = nonnegative_names = ("square_avg", "acc_delta")

@@ -8,8 +8,23 @@ import torch
 from torch import Tensor
 from torch.optim.adagrad import adagrad as torch_adagrad
 
-from fastopt.optim.base import FusedOptimizer
-from fastopt_kernels import rules
+from fastopt.optim.optimizer import FusedOptimizer
+from fastopt_kernels import xp
+
+
+def adagrad(
+    p: float, g: float, s: float, weight_decay: float, clr: float, eps: float
+) -> tuple[float, ...]:
+    """s' = s + g^2;  p' = p - clr g / (sqrt(s') + eps).  Duchi et al. 2011."""
+    g = xp.add_scaled(g, weight_decay, p)
+    s = s + g * g
+    return p - clr * g / (xp.sqrt(s) + eps), s
+
+
+def adagrad_scalars(
+    step: float, lr: float, lr_decay: float, weight_decay: float, eps: float
+) -> tuple[float, ...]:
+    return weight_decay, lr / (1.0 + (step - 1.0) * lr_decay), eps
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -20,7 +35,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     have.
     """
 
-    rule, scalars = rules.adagrad, rules.adagrad_scalars
+    rule, scalars = adagrad, adagrad_scalars
     state_names = nonnegative_names = ("sum",)
 
     def __init__(
@@ -56,7 +71,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             for param in group["params"]:
                 # torch's constructor makes them on the default device.
                 self.state[param]["step"] = self.initial_number(0.0, param, group)
-        self._exposed = False
+        self._store.was_accessed = False
 
     def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         value = self.defaults["initial_accumulator_value"]

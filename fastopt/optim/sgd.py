@@ -8,21 +8,73 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from fastopt.optim.base import FusedOptimizer
+from fastopt.optim.optimizer import FusedOptimizer
 from fastopt.optim.update import Update
-from fastopt_kernels import rules
+from fastopt_kernels import xp
 
-_PLAIN = Update(rules.sgd, rules.sgd_scalars, counted=False)
+
+def sgd(p: float, g: float, weight_decay: float, lr: float) -> tuple[float, ...]:
+    """p' = p - lr (g + weight_decay p)."""
+    g = xp.add_scaled(g, weight_decay, p)
+    return (p - lr * g,)
+
+
+def sgd_scalars(step: float, lr: float, weight_decay: float) -> tuple[float, ...]:
+    return weight_decay, lr
+
+
+def sgd_momentum(
+    p: float, g: float, buf: float, weight_decay: float, lr: float, keep: float, damp: float
+) -> tuple[float, ...]:
+    """buf' = keep buf + damp g;  p' = p - lr buf'.  Polyak 1964; torch's first buf is g."""
+    g = xp.add_scaled(g, weight_decay, p)
+    buf = keep * buf + damp * g
+    return p - lr * buf, buf
+
+
+def sgd_momentum_scalars(
+    step: float, lr: float, momentum: float, dampening: float, weight_decay: float
+) -> tuple[float, ...]:
+    keep = xp.where(step > 1.0, momentum, 0.0)
+    damp = xp.where(step > 1.0, 1.0 - dampening, 1.0)
+    return weight_decay, lr, keep, damp
+
+
+def sgd_nesterov(
+    p: float,
+    g: float,
+    buf: float,
+    weight_decay: float,
+    lr: float,
+    keep: float,
+    damp: float,
+    momentum: float,
+) -> tuple[float, ...]:
+    """buf' = keep buf + damp g;  p' = p - lr (g + momentum buf').  Sutskever et al. 2013."""
+    g = xp.add_scaled(g, weight_decay, p)
+    buf = keep * buf + damp * g
+    return p - lr * (g + momentum * buf), buf
+
+
+def sgd_nesterov_scalars(
+    step: float, lr: float, momentum: float, dampening: float, weight_decay: float
+) -> tuple[float, ...]:
+    keep = xp.where(step > 1.0, momentum, 0.0)
+    damp = xp.where(step > 1.0, 1.0 - dampening, 1.0)
+    return weight_decay, lr, keep, damp, momentum
+
+
+_PLAIN = Update(sgd, sgd_scalars, counted=False)
 _MOMENTUM = Update(
-    rules.sgd_momentum,
-    rules.sgd_momentum_scalars,
+    sgd_momentum,
+    sgd_momentum_scalars,
     ("momentum_buffer",),
     counted=False,
     eight_bit=("momentum_buffer",),
 )
 _NESTEROV = Update(
-    rules.sgd_nesterov,
-    rules.sgd_nesterov_scalars,
+    sgd_nesterov,
+    sgd_nesterov_scalars,
     ("momentum_buffer",),
     counted=False,
     eight_bit=("momentum_buffer",),

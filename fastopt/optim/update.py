@@ -1,4 +1,16 @@
-"""What steps one parameter group: a rule, its host half and the names of its states."""
+"""A rule, the function that computes its scalars, and the names of its states, bound together.
+
+A rule takes one element of the parameter, its gradient, its states and the scalars of the step,
+all floats, and returns the new parameter and states as a tuple: the update math of an optimizer,
+once, for both compilers. It holds no number literals: a literal is a double, and doubles halve the
+vector width. The scalars function beside it computes the scalars of a step in double. It takes
+`step` (counted from 1), the carried scalars if there are any, and hyper-parameters by the names
+they have in a parameter group (`beta1` is `betas[0]`); it returns the rule's scalars in order, then
+the carried ones.
+
+The arithmetic of the rules is ordered so that huge, tiny and non-finite gradients give what torch
+gives.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +140,7 @@ class Update:
         return "step" if self.counted else OWN_STEP
 
     @property
-    def number_names(self) -> tuple[str, ...]:
+    def counter_names(self) -> tuple[str, ...]:
         """The entries that are one number a parameter: the step count, then the carried ones."""
         return (self.step_name, *self.carried)
 

@@ -1,4 +1,4 @@
-"""What both engines are told of a launch beside its rule: the chunk table, and the extras."""
+"""Of a launch beside its rule, for both engines: the chunk table, and the options of the step."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def n_codes(kinds: tuple[str, ...]) -> int:
     return sum(kind in CODES_8BIT for kind in kinds)
 
 
-class Extras(NamedTuple):
-    """What stands around a rule.
+class StepOptions(NamedTuple):
+    """Options of a step that are part of its kernel, beside the rule.
 
     Clipping and averaging take one scalar each, after those of the rule, in this order. An average
     is one more stream after the states, and what a rounding keeps another one after that. A launch
-    that is watched notes of each chunk what SEEN names.
+    that is watched notes of each chunk what TELEMETRY names.
     """
 
     clipped: bool = False
@@ -56,11 +56,11 @@ class Extras(NamedTuple):
         return int(self.clipped) + 2 * int(self.averaged)
 
 
-NO_EXTRAS = Extras()
+NO_OPTIONS = StepOptions()
 
 # Of a chunk: sum g^2, sum p'^2, sum (p' - p)^2; elements of g that are infinite or NaN; elements
 # that are stored as they were though p' is not p, or g is not 0.
-SEEN = ("grad", "param", "update", "nonfinite", "lost")
+TELEMETRY = ("grad", "param", "update", "nonfinite", "lost")
 
 
 def chunk_table(numels: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:

@@ -2,7 +2,7 @@
 
 A rule is a plain function of floats whose globals hold a module named `xp`. Each compiler gets
 the same source with its own module of these names: `cpu.xp` (Numba), `gpu.xp` (Triton),
-`fastopt.optim.eager` (torch). This one serves the host half, the scalars of a step.
+`fastopt.optim.step.eager` (torch). This one serves the host half, the scalars of a step.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastopt.optim.update import Update
-from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras
+from fastopt_kernels.chunks import NO_OPTIONS, STOCHASTIC, StepOptions
 from fastopt_kernels.gpu.machine_code import Launched, compiling
 from fastopt_kernels.gpu.step import reduce
 from tests.gpu.checked import Case, Checked, checked
@@ -42,16 +42,16 @@ def check_clipped(
     kinds: tuple[str, str, str],
     target: str,
     maximum: bool = False,
-    extras: Extras = NO_EXTRAS,
+    step_options: StepOptions = NO_OPTIONS,
 ) -> list[Checked]:
     """Compile a step that is clipped by norm under GradScaler: measure, count and update."""
     with compiling(target) as compiled:
-        launch = launch_of(update, kinds, update.rule, extras)
+        launch = launch_of(update, kinds, update.rule, step_options)
         one = torch.ones(1)
-        look = reduce.Look(CPU, [launch])
-        verdict = look.run(np.zeros(1, dtype=np.int64), [1.0], maximum, True, one, one)
-        run_on_device(launch, update, False, verdict)
-        launch.run(1, verdict)
+        look = reduce.GradNorm(CPU, [launch])
+        clip = look.run(np.zeros(1, dtype=np.int64), [1.0], maximum, True, one, one)
+        run_on_device(launch, update, False, clip)
+        launch.run(1, clip)
         measuring, scalars, (skipping, clipped) = (
             compiled.of(name) for name in ("measure_kernel", "scalars_kernel", "update_kernel")
         )
@@ -73,8 +73,8 @@ def all_checks(targets: Sequence[str]) -> Checks:
             lambda c=kinds, t=target, m=maximum: check_clipped(adam, c, t, m),
         )
     for target, rounding in itertools.product(targets, (0, STOCHASTIC)):
-        extras = Extras(clipped=True, averaged=True, rounding=rounding)
+        step_options = StepOptions(clipped=True, averaged=True, rounding=rounding)
         yield (
             Case(target, "adam_scalars", "bf16", ROUNDINGS[rounding]),
-            lambda t=target, e=extras: [check_scalars(adam, KINDS[1], t, extras=e)],
+            lambda t=target, e=step_options: [check_scalars(adam, KINDS[1], t, step_options=e)],
         )

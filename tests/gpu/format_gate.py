@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from fastopt_kernels.chunks import KAHAN, MASTER, STOCHASTIC, Extras
+from fastopt_kernels.chunks import KAHAN, MASTER, STOCHASTIC, StepOptions
 from tests.gpu.checked import Case
 from tests.gpu.gate import ROUNDINGS, Checks, check_update, updates
 
@@ -26,20 +26,20 @@ def all_checks(targets: Sequence[str]) -> Checks:
     adam = updates()["adam"]
     for target, rounding in itertools.product(targets, (STOCHASTIC, KAHAN, MASTER)):
         for watched in (False, True):
-            extras = Extras(True, True, rounding, watched)
+            step_options = StepOptions(True, True, rounding, watched)
             what = f"{ROUNDINGS[rounding]}{', watched' * watched}"
             yield (
                 Case(target, "adam", "-".join(KINDS[1]), what),
-                lambda t=target, e=extras: [check_update(adam, KINDS[1], t, extras=e)],
+                lambda t=target, e=step_options: [check_update(adam, KINDS[1], t, step_options=e)],
             )
     for target, name, kinds in itertools.product(targets, WATCHED, SEEN):
-        update, extras = updates()[name], Extras(watched=True)
+        update, step_options = updates()[name], StepOptions(watched=True)
         if not update.state_names and kinds[2] != kinds[0]:
             continue
         for skip in (False, True):
             yield (
                 Case(target, name, "-".join(kinds), f"watched{', skip' * skip}"),
-                lambda u=update, k=kinds, t=target, s=skip, e=extras: [
-                    check_update(u, k, t, s, extras=e)
+                lambda u=update, k=kinds, t=target, s=skip, e=step_options: [
+                    check_update(u, k, t, s, step_options=e)
                 ],
             )

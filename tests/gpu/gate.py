@@ -23,6 +23,7 @@ import importlib
 import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,12 @@ import torch
 
 import fastopt.optim
 from fastopt.optim.update import Update
-from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras, n_codes
+from fastopt_kernels.chunks import KAHAN, MASTER, NO_OPTIONS, STOCHASTIC, StepOptions, n_codes
 from fastopt_kernels.gpu import machine_code
 from fastopt_kernels.gpu.machine_code import Launched, compiling
 from fastopt_kernels.gpu.step import engine
+from fastopt_kernels.gpu.step.clip_result import ClipResult
 from fastopt_kernels.gpu.step.launch import Launch
-from fastopt_kernels.gpu.step.verdict import Verdict
 from tests.gpu.checked import Case, Checked, checked
 
 TARGETS = machine_code.TARGETS
@@ -63,6 +64,18 @@ def updates() -> dict[str, Update]:
             update = value if isinstance(value, Update) else vars_update(value)
             if update is not None:
                 found[update.rule.__name__] = update
+    return found
+
+
+def rule_functions() -> dict[str, Callable[..., Any]]:
+    """Every rule and every scalars function in the modules of fastopt.optim, by name."""
+    found = {}
+    for info in pkgutil.iter_modules(fastopt.optim.__path__):
+        module = importlib.import_module(f"fastopt.optim.{info.name}")
+        for name, value in vars(module).items():
+            first = value.__code__.co_varnames[:2] if isinstance(value, FunctionType) else ()
+            if first == ("p", "g") or (first[:1] == ("step",) and name.endswith("_scalars")):
+                found[name] = value
     return found
 
 
@@ -99,7 +112,7 @@ def checked_scalars(launched: Launched) -> Checked:
     return found
 
 
-# With all extras around the update.
+# With all options of the step.
 ROUNDINGS = {0: "extras", STOCHASTIC: "by chance", KAHAN: "kahan", MASTER: "master"}
 
 
@@ -107,17 +120,17 @@ def launch_of(
     update: Update,
     kinds: Sequence[str],
     rule: Callable[..., Any],
-    extras: Extras = NO_EXTRAS,
+    step_options: StepOptions = NO_OPTIONS,
 ) -> Launch:
     """A launch over one tensor of two chunks; nothing of it is ever read. Of states "8bit" are
     those that may be, the others float32."""
     p, g, state = kinds
     states = tuple(stored(update, name, state) for name in update.state_names)
-    average = ("fp64" if p == "fp64" else "fp32",) if extras.averaged else ()
-    kept = {KAHAN: ("bf16",), MASTER: ("int16",)}.get(extras.rounding, ())
+    average = ("fp64" if p == "fp64" else "fp32",) if step_options.averaged else ()
+    kept = {KAHAN: ("bf16",), MASTER: ("int16",)}.get(step_options.rounding, ())
     streams = (p, g, *states, *average, *kept, *["fp32"] * n_codes(states))
-    n_scalars = update.n_scalars + 1 + extras.n_scalars
-    return Launch(rule, streams, [engine.CHUNK + 1], n_scalars, CPU, extras)
+    n_scalars = update.n_scalars + 1 + step_options.n_scalars
+    return Launch(rule, streams, [engine.CHUNK + 1], n_scalars, CPU, step_options)
 
 
 def stored(update: Update, name: str, kind: str) -> str:
@@ -135,16 +148,16 @@ def check_update(
     target: str,
     skip: bool = False,
     rule: Callable[..., Any] | None = None,
-    extras: Extras = NO_EXTRAS,
+    step_options: StepOptions = NO_OPTIONS,
 ) -> Checked:
     """Compile the update as a host-counted launch has it, or (skip) as one with found_inf."""
     with compiling(target) as compiled:
-        launch = launch_of(update, kinds, rule or update.rule, extras)
+        launch = launch_of(update, kinds, rule or update.rule, step_options)
         if skip:
             run_on_device(launch, update, scaled=True)
         else:
             launch.run(1)
-        return checked_update(compiled.of("update_kernel")[0], launch.kinds, extras.watched)
+        return checked_update(compiled.of("update_kernel")[0], launch.kinds, step_options.watched)
 
 
 def check_scalars(
@@ -152,24 +165,24 @@ def check_scalars(
     kinds: tuple[str, str, str],
     target: str,
     scaled: bool = True,
-    extras: Extras = NO_EXTRAS,
+    step_options: StepOptions = NO_OPTIONS,
 ) -> Checked:
     """Compile the kernel that counts the steps; scaled: with GradScaler's scale and found_inf."""
     with compiling(target) as compiled:
-        run_on_device(launch_of(update, kinds, update.rule, extras), update, scaled)
+        run_on_device(launch_of(update, kinds, update.rule, step_options), update, scaled)
         return checked_scalars(compiled.of("scalars_kernel")[0])
 
 
 def run_on_device(
-    launch: Launch, update: Update, scaled: bool, verdict: Verdict | None = None
+    launch: Launch, update: Update, scaled: bool, clip: ClipResult | None = None
 ) -> None:
     one = torch.ones(1) if scaled else None
-    n_numbers = 1 + len(update.carried) + launch.extras.averaged
+    n_numbers = 1 + len(update.carried) + launch.step_options.averaged
     numbers = np.zeros((1, n_numbers), dtype=np.int64)
     groups = np.zeros(1, dtype=np.int64)
-    row = [1.0] * (1 + len(update.hyper_names) + launch.extras.n_hypers)
+    row = [1.0] * (1 + len(update.hyper_names) + launch.step_options.n_hypers)
     bases = groups if launch.draws else None
-    launch.run_on_device(update.scalars, numbers, groups, [row], one, one, verdict, bases)
+    launch.run_on_device(update.scalars, numbers, groups, [row], one, one, clip, bases)
 
 
 # What is compiled, by its name.
@@ -177,7 +190,7 @@ Checks = Iterator[tuple[Case, Callable[[], Sequence[Checked]]]]
 
 
 def all_checks(targets: Sequence[str]) -> Checks:
-    """Every update, as the host counts its steps and (skip) as the device does, and with extras;
+    """Every update, as the host counts its steps and (skip) as the device does, and with options;
     every scalars kernel."""
     counted = {update.scalars: update for update in updates().values()}
     for target, (name, update) in itertools.product(targets, updates().items()):
@@ -188,11 +201,13 @@ def all_checks(targets: Sequence[str]) -> Checks:
         for kinds, rounding in itertools.product(sorted(kinds_here), ROUNDINGS):
             if rounding and kinds[0] != "bf16":
                 continue
-            extras = Extras(clipped=True, averaged=True, rounding=rounding)
+            step_options = StepOptions(clipped=True, averaged=True, rounding=rounding)
             case = Case(target, name, "-".join(kinds), ROUNDINGS[rounding])
             yield (
                 case,
-                lambda u=update, k=kinds, t=target, e=extras: [check_update(u, k, t, extras=e)],
+                lambda u=update, k=kinds, t=target, e=step_options: [
+                    check_update(u, k, t, step_options=e)
+                ],
             )
         if counted[update.scalars] is not update:
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastopt
-from fastopt.optim.scale import Scale
+from fastopt.optim.step.grad_scale import Scale
 from tests.gpu.test_passes import bits, same
 from tests.optim.pairs import give_grads, make_params
 from tests.optim.test_averages import DECAY, Oracle, check

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,11 +12,12 @@ import torch
 
 from bench.gpu_oracle import CASES, Case
 from bench.gpu_streams import Streams
-from fastopt_kernels import rules, xp
+from fastopt_kernels import xp
 from fastopt_kernels.chunks import chunk_table
 from fastopt_kernels.gpu.step import engine, update
 from fastopt_kernels.gpu.step import launch as step_launch
 from fastopt_kernels.gpu.step.launch import Launch
+from tests.gpu import gate
 
 CPU = torch.device("cpu")
 # Empty, one element and several chunks with a tail; the third begins off a 16-byte boundary.
@@ -82,7 +82,7 @@ def bodies(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_the_cases_are_every_rule_there_is() -> None:
-    functions = {f for _, f in inspect.getmembers(rules, inspect.isfunction)}
+    functions = set(gate.rule_functions().values())
     scalars = {f for f in functions if f.__name__.endswith("_scalars")}
     assert {case.update.rule for case in CASES} == functions - scalars
     assert {case.update.scalars for case in CASES} == scalars

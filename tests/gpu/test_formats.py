@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import fastopt
 from bench.gpu_interpret import is_interpreted
-from fastopt.optim import formats, passes
-from fastopt_kernels.chunks import BLOCK_8BIT, Extras
+from fastopt.optim.state import formats
+from fastopt.optim.step.rng_keys import keys_of
+from fastopt_kernels.chunks import BLOCK_8BIT, StepOptions
 from fastopt_kernels.cpu.step import eight_bit as cpu
 from fastopt_kernels.cpu.step import launch as cpu_launch
 from fastopt_kernels.gpu.step import eight_bit, engine
@@ -134,7 +135,7 @@ def _exact(p, g, m, v, step, half):
 def launch_of(module: Any) -> list[Tensor]:
     """Three steps of that rule with an average; everything that was written."""
     kinds = ("fp32", "fp32", "int8", "uint8", "fp32", "fp32", "fp32")
-    launch = module.Launch(_exact, kinds, list(SIZES), 4, CPU, Extras(averaged=True))
+    launch = module.Launch(_exact, kinds, list(SIZES), 4, CPU, StepOptions(averaged=True))
     random = torch.Generator().manual_seed(3)
 
     def dyadic(n: int) -> Tensor:
@@ -148,7 +149,7 @@ def launch_of(module: Any) -> list[Tensor]:
     launch.tensors[:] = [[x.data_ptr() for x in row] for row in rows]
     launch.scalars[:] = [1.0, 0.25, 0.5, 0.5]
     for step in range(3):
-        launch.keys[:] = passes.keys_of(7, np.full(len(SIZES), step), np.arange(len(SIZES)))
+        launch.keys[:] = keys_of(7, np.full(len(SIZES), step), np.arange(len(SIZES)))
         launch.run(1)
         for row in rows:
             row[1].copy_(dyadic(len(row[1])))
@@ -217,7 +218,7 @@ def test_states_that_are_off_do_not_pass() -> None:
     assert "step 1: exp_avg" in follow("AdamW", torch.float32, wrong=True)
 
 
-EXTRAS: dict[str, dict[str, Any]] = {
+STEP_OPTIONS: dict[str, dict[str, Any]] = {
     "counted on the device": {},
     "clipped by value, averaged": {"clip_value": 0.5, "ema_decay": 0.75},
     "clipped by norm": {"max_grad_norm": 0.7},
@@ -227,14 +228,14 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("extra", STEP_OPTIONS)
 def test_counted_on_the_device_the_bits_are_the_same(extra: str) -> None:
     """Keys, and so codes, are of the count that the device keeps; one gradient is missing."""
-    dtype = torch.bfloat16 if "param_rounding" in EXTRAS[extra] else torch.float32
+    dtype = torch.bfloat16 if "param_rounding" in STEP_OPTIONS[extra] else torch.float32
     sides = []
     for options in ({}, {"capturable": True}):
         params = parameters((3, 300, 257), dtype)
-        optimizer = make("AdamW", params, rounding_seed=2**40 + 5, **EXTRAS[extra], **options)
+        optimizer = make("AdamW", params, rounding_seed=2**40 + 5, **STEP_OPTIONS[extra], **options)
         for _ in given_in_turn(params, 3):
             optimizer.step()
         sides.append(bits(optimizer, params))

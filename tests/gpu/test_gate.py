@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from typing import Any
 
@@ -12,8 +11,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from fastopt_kernels import rules
-from fastopt_kernels.chunks import KAHAN, MASTER, NO_EXTRAS, STOCHASTIC, Extras
+from fastopt_kernels.chunks import KAHAN, MASTER, NO_OPTIONS, STOCHASTIC, StepOptions
 from fastopt_kernels.gpu.base import memory
 from fastopt_kernels.gpu.machine_code import compiling
 from fastopt_kernels.gpu.step import engine, reduce
@@ -34,7 +32,7 @@ SAMPLE = TURNS + [("adam", FLOAT32, target) for target in gate.TARGETS]
 
 
 def test_the_gate_finds_every_rule_there_is() -> None:
-    functions = dict(inspect.getmembers(rules, inspect.isfunction))
+    functions = gate.rule_functions()
     scalars = {name for name in functions if name.endswith("_scalars")}
     assert set(UPDATES) == functions.keys() - scalars
     assert set(SCALARS) == scalars
@@ -48,13 +46,15 @@ def test_an_update_kernel_passes(name: str, kinds: tuple[str, str, str], target:
 
 @pytest.mark.parametrize("kinds", [FLOAT32, BFLOAT16], ids="-".join)
 def test_an_update_kernel_that_clips_and_averages_passes(kinds: tuple[str, str, str]) -> None:
-    faults = gate.check_update(ADAM, kinds, "sm_90", extras=Extras(True, True)).faults
+    faults = gate.check_update(ADAM, kinds, "sm_90", step_options=StepOptions(True, True)).faults
     assert faults == []
 
 
 @pytest.mark.parametrize("rounding", [STOCHASTIC, KAHAN, MASTER])
 def test_an_update_kernel_that_rounds_passes(rounding: int) -> None:
-    faults = gate.check_update(ADAM, BFLOAT16, "sm_90", extras=Extras(rounding=rounding)).faults
+    faults = gate.check_update(
+        ADAM, BFLOAT16, "sm_90", step_options=StepOptions(rounding=rounding)
+    ).faults
     assert faults == []
 
 
@@ -74,7 +74,7 @@ def test_an_update_kernel_with_codes_passes(name: str, kinds: int, target: str) 
 
 @pytest.mark.parametrize("kinds", [FLOAT32, format_gate.KINDS[0]], ids="-".join)
 def test_an_update_kernel_that_is_watched_passes(kinds: tuple[str, str, str]) -> None:
-    found = gate.check_update(ADAM, kinds, "sm_90", extras=Extras(watched=True))
+    found = gate.check_update(ADAM, kinds, "sm_90", step_options=StepOptions(watched=True))
     assert found.faults == []
     assert found.read.float64 > 0
 
@@ -92,8 +92,8 @@ def test_the_kernels_of_a_clipped_step_pass(
     kinds: tuple[str, str, str], target: str, maximum: bool
 ) -> None:
     """Measure, count with every extra, update."""
-    extras = Extras(True, True, STOCHASTIC if kinds[0] == "bf16" else 0)
-    found = clip_gate.check_clipped(ADAM, kinds, target, maximum, extras)
+    step_options = StepOptions(True, True, STOCHASTIC if kinds[0] == "bf16" else 0)
+    found = clip_gate.check_clipped(ADAM, kinds, target, maximum, step_options)
     assert [each.faults for each in found] == [[]] * 4
 
 
@@ -172,7 +172,7 @@ def test_measuring_without_the_promise_of_alignment_fails(monkeypatch: pytest.Mo
     fresh = triton.jit(own.fn, do_not_specialize=own.do_not_specialize)
     monkeypatch.setattr(reduce, "measure_kernel", fresh)
     with compiling("sm_90") as compiled:
-        look = reduce.Look(gate.CPU, [gate.launch_of(ADAM, FLOAT32, ADAM.rule, NO_EXTRAS)])
+        look = reduce.GradNorm(gate.CPU, [gate.launch_of(ADAM, FLOAT32, ADAM.rule, NO_OPTIONS)])
         look.run(np.zeros(1, dtype=np.int64), [1.0], False, True, None, None)
     found = clip_gate.checked_measure(compiled.of("measure_kernel")[0], "fp32")
     assert [text.split(" of ")[0].split(maxsplit=1)[1] for text in found.faults] == ["loads"]

@@ -78,10 +78,10 @@ def test_a_captured_step_keeps_what_its_plan_alone_holds(monkeypatch: pytest.Mon
         p.grad = torch.randn(p.shape[::-1]).t()
     optimizer = fastopt.optim.AdamW(params, capturable=True)
     optimizer.step()
-    (bucket,) = optimizer._plan.buckets
+    (launch_group,) = optimizer._plan.launch_groups
     held = {x.data_ptr() for x in kept}
-    assert {int(address) for address in bucket.launch.tensors[:, 1]} <= held
-    assert bucket.targets[0].data_ptr() in held
+    assert {int(address) for address in launch_group.launch.tensors[:, 1]} <= held
+    assert launch_group.targets[0].data_ptr() in held
     assert params[1].data_ptr() not in held
 
 
@@ -306,7 +306,7 @@ def test_clipping_by_value_and_averages(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("how", ["stochastic", "kahan", "master"])
 def test_roundings_are_those_of_the_cpu(how: str) -> None:
     """SGD's steps one by one, with the functions that the CPU's kernels are made of."""
-    from fastopt.optim import passes
+    from fastopt.optim.step.rng_keys import keys_of
     from fastopt_kernels.cpu.step import rounding
 
     params = parameters(torch.bfloat16)
@@ -318,7 +318,7 @@ def test_roundings_are_those_of_the_cpu(how: str) -> None:
         for param, grad in zip(params, gradients(params, 9 + step), strict=True):
             param.grad = grad
         # SGD, without a buffer, counts from 2.
-        keys = passes.keys_of(3, np.full(len(params), step + 1), np.arange(len(params)))
+        keys = keys_of(3, np.full(len(params), step + 1), np.arange(len(params)))
         ours.step()
         for k, param in enumerate(params):
             assert param.grad is not None

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fastopt
 from bench.gpu_oracle import CASES, Checked
-from fastopt.optim import plan
-from fastopt.optim.scale import Scale
+from fastopt.optim.step import plan
+from fastopt.optim.step.grad_scale import Scale
 from fastopt_kernels.gpu.step import engine, reduce
 from fastopt_kernels.gpu.step.launch import Launch
 from tests.gpu.test_optim import Launches, in_two_groups, parameters
@@ -124,12 +124,12 @@ def test_clipping_is_torchs_in_two_launches(how: str, maximum: bool, launches: L
 
 @pytest.mark.parametrize("wrong", [1e9, LIMIT * 1.01])
 def test_this_comparison_sees_a_wrong_limit(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = reduce.Look.run
+    take = reduce.GradNorm.run
 
-    def with_another_limit(self: Any, families: Any, limits: Any, *rest: Any) -> Any:
-        return take(self, families, [wrong for _ in limits], *rest)
+    def with_another_limit(self: Any, norm_groups: Any, limits: Any, *rest: Any) -> Any:
+        return take(self, norm_groups, [wrong for _ in limits], *rest)
 
-    monkeypatch.setattr(reduce.Look, "run", with_another_limit)
+    monkeypatch.setattr(reduce.GradNorm, "run", with_another_limit)
     with pytest.raises(AssertionError, match="off, the worst at"):
         run(maximum=False)
 
@@ -230,18 +230,18 @@ def test_what_another_device_measured_counts() -> None:
     launch = Launch(ADAMW.update.rule, ("fp32",) * 4, [3000], 9, torch.device("cpu"))
     x = torch.randn(3000)
     launch.tensors[0, 1] = x.data_ptr()
-    look = reduce.Look(launch.device, [launch])
+    look = reduce.GradNorm(launch.device, [launch])
     settings = (launch.owners, [LIMIT], False, False, None, None)
-    verdict = look.run(*settings, [torch.tensor([9.0, 2.0], dtype=torch.float64)] * 2)
+    clip = look.run(*settings, [torch.tensor([9.0, 2.0], dtype=torch.float64)] * 2)
     right = float((x.double().square().sum() + 18.0).sqrt())
-    assert float(verdict.wide[0]) == pytest.approx(right, rel=1e-12)
-    assert float(verdict.factors(True)) == pytest.approx(coefficient(right), rel=1e-12)
-    assert verdict.wide[1] == 4.0
+    assert float(clip.wide[0]) == pytest.approx(right, rel=1e-12)
+    assert float(clip.factors(True)) == pytest.approx(coefficient(right), rel=1e-12)
+    assert clip.wide[1] == 4.0
 
 
 def test_gradients_on_both_sides_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     told = cycle([True, False])
-    monkeypatch.setattr(plan, "looks_on_device", lambda device: next(told))
+    monkeypatch.setattr(plan, "measures_on_device", lambda device: next(told))
     params = parameters(shapes=SHAPES)
     before = [p.detach().clone() for p in params]
     optimizer = fastopt.optim.SGD(params, lr=0.1, max_grad_norm=1.0)
@@ -313,7 +313,7 @@ def test_a_scaler_unscales_skips_and_is_told(cls: Any, options: dict[str, Any]) 
             assert float(checked.ours.last_step.grad_norm) == pytest.approx(norm, rel=1e-6)
         scaler.update()
         assert scaler.get_scale() == scale
-    assert not checked.ours._finds
+    assert not checked.ours._finds_inf
 
 
 @pytest.mark.usefixtures("on_a_device")
@@ -348,10 +348,10 @@ def test_two_optimizers_of_one_scaler_have_each_its_own_verdict() -> None:
     assert scaler.get_scale() == 2.0
 
 
-# What stands around the rule, where the device counts the steps.
+# Options of the step, where the device counts the steps.
 
 
-EXTRAS: dict[str, dict[str, Any]] = {
+STEP_OPTIONS: dict[str, dict[str, Any]] = {
     "clip_value": {"clip_value": 0.5},
     "averages": {"ema_decay": 0.9},
     "averages, warmed up": {"ema_decay": 0.75, "ema_warmup": 2, "clip_value": 1.5},
@@ -362,15 +362,17 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", [how for how in COUNTED if COUNTED[how]])
-@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("extra", STEP_OPTIONS)
 def test_extras_are_those_of_steps_the_host_counts(extra: str, how: str) -> None:
     """Bit by bit: what the host counts is compared with torch in test_optim."""
-    dtype = torch.bfloat16 if "param_rounding" in EXTRAS[extra] else torch.float32
+    dtype = torch.bfloat16 if "param_rounding" in STEP_OPTIONS[extra] else torch.float32
     sides = []
     for options in ({}, COUNTED[how]):
         params = parameters(dtype, SHAPES)
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.01}]
-        optimizer = fastopt.optim.SGD(groups, lr=0.1, momentum=0.9, **EXTRAS[extra], **options)
+        optimizer = fastopt.optim.SGD(
+            groups, lr=0.1, momentum=0.9, **STEP_OPTIONS[extra], **options
+        )
         for _ in given_in_turn(params, 4):
             optimizer.step()
         sides.append(bits(optimizer, params))

@@ -59,12 +59,12 @@ def test_a_dry_run_passes_every_check_it_can(tmp_path: Path) -> None:
 
 WITH_A_WRONG_RULE = """
 import sys
-from fastopt_kernels import rules
+from fastopt.optim import adam
 
 def wrong(p, g, m, v, weight_decay, decay, step_size, mu, beta2, nu, eps, v_scale):
     return p, m, v
 
-rules.adam.__code__ = wrong.__code__
+adam.adam.__code__ = wrong.__code__
 from bench.gpu_worker import main
 sys.exit(main())
 """

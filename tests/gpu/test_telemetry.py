@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastopt
-from fastopt.optim.scale import Scale
+from fastopt.optim.step.grad_scale import Scale
 from fastopt_kernels.gpu.step import engine, telemetry
 from tests.gpu.test_optim import parameters
 from tests.gpu.test_passes import LIMIT, bits, give, given_in_turn, gradients, same
@@ -218,7 +218,7 @@ def test_where_numbers_lie_stays_for_a_captured_graph() -> None:
     places = []
     for _ in given_in_turn(params, 3):
         optimizer.step()
-        launch = optimizer._plan.buckets[0].launch
+        launch = optimizer._plan.launch_groups[0].launch
         places.append(launch._seen.room(1))
     assert places[0] is places[1] is not places[2]
     assert [len(place) for place in places] == [5, 5, 3]

@@ -350,7 +350,7 @@ def test_own_values_are_back_after_an_error_and_an_interrupt(
         raise KeyboardInterrupt
     assert same(everything(optimizer), before)
     # One that comes while the values are written, there or back.
-    from fastopt.optim import averages
+    from fastopt.optim.state import averages
 
     for turn in (2, 6):
         write, calls = averages._write, []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastopt
-from fastopt.optim import formats
+from fastopt.optim.state import formats
 from fastopt_kernels.chunks import BLOCK_8BIT
 from tests.optim.pairs import give_grads, make_params
 

@@ -18,7 +18,7 @@ Params = list[Any]
 
 def held(optimizer: Any, params: Params) -> list[Tensor]:
     """Copies of the parameters, their states and all counts."""
-    kept = [optimizer.__dict__["state"], optimizer.hidden]
+    kept = [optimizer.__dict__["state"], optimizer._store.hidden_counters]
     dicts = [each.get(p, {}) for each in kept for p in params]
     return [
         x.to_dense().clone() if isinstance(x, Tensor) else torch.tensor(x)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastopt
 from fastopt import backend
-from fastopt.optim import passes
+from fastopt.optim import options
 from tests import oracle
 
 # Keywords ours take and torch's class does not.
@@ -121,7 +121,7 @@ def test_signature_is_that_of_torch(name: str) -> None:
     assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [
         (p.name, p.kind, p.default) for p in theirs
     ]
-    assert [p.name for p in added] == [*ADDED.get(name, []), *passes.DEFAULTS]
+    assert [p.name for p in added] == [*ADDED.get(name, []), *options.DEFAULTS]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in added)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastopt
-from fastopt.optim import formats
+from fastopt.optim.state import formats
 from tests.optim import pairs
 from tests.optim.pairs import give_grads, make_params
 

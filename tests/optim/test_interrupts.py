@@ -75,7 +75,7 @@ def test_a_handler_of_the_users_own_is_called_once(monkeypatch: pytest.MonkeyPat
 def test_these_checks_see_an_interrupt_that_is_not_deferred(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastopt.optim.interrupts.hold", lambda: None)
+    monkeypatch.setattr("fastopt.optim.step.interrupts.hold", lambda: None)
     params, happened = interrupted_step(monkeypatch, lambda _: signal.default_int_handler)
     assert happened == ["launch", "raised"]
     assert [int(param[0].item()) for param in params] == [0, 1]
@@ -83,7 +83,7 @@ def test_these_checks_see_an_interrupt_that_is_not_deferred(
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
 def test_what_is_no_python_handler_stays(handler: Any) -> None:
-    from fastopt.optim import interrupts
+    from fastopt.optim.step import interrupts
 
     before = signal.signal(signal.SIGINT, handler)
     try:

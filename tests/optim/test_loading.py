@@ -43,7 +43,9 @@ def everything(optimizer: Any) -> dict[str, Any]:
             "groups": [{k: v for k, v in g.items() if k != "params"} for g in held["param_groups"]],
             "states": states,
             "defaults": optimizer.defaults,
-            "uncounted": {id(key): state for key, state in optimizer.hidden.items()},
+            "uncounted": {
+                id(key): state for key, state in optimizer._store.hidden_counters.items()
+            },
         }
     ) | {
         "identities": [id(x) for x in (held["param_groups"], held["state"], *states.values())],

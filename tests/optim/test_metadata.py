@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-from fastopt.optim import metadata
-from fastopt.optim.metadata import Metadata, Walk
+from fastopt.optim.step import tensor_guards
+from fastopt.optim.step.tensor_guards import CollectDataPtrs, TensorGuards
 from fastopt_kernels.cpu.base.data_ptrs import LOW, MOVED, compiled
 
 
 @pytest.fixture(params=["guards and walk", "guards", "questions"])
-def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Walk | None:
+def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CollectDataPtrs | None:
     """As torch is here, and as it is where it tells us less."""
     if request.param == "guards and walk":
-        assert metadata._address_of is not None, "this torch has the function the walk calls"
+        assert tensor_guards._address_of is not None, "this torch has the function the walk calls"
         return compiled()  # type: ignore[no-any-return]
     if request.param == "questions":
-        monkeypatch.setattr(metadata, "_guards", None)
+        monkeypatch.setattr(tensor_guards, "_guards", None)
     return None
 
 
@@ -31,9 +31,9 @@ def make() -> list[Tensor]:
     return [torch.randn(4, 4), nn.Parameter(torch.randn(4, 4)), torch.randn(5)]
 
 
-def test_addresses_are_those_of_the_tensors_seen_last(walk: Walk | None) -> None:
+def test_addresses_are_those_of_the_tensors_seen_last(walk: CollectDataPtrs | None) -> None:
     first, second = make(), make()
-    known = Metadata(first, walk)
+    known = TensorGuards(first, walk)
     assert known.unmoved(first)
     assert known.take(second)
     assert known.addresses.tolist() == [tensor.data_ptr() for tensor in second]
@@ -41,9 +41,9 @@ def test_addresses_are_those_of_the_tensors_seen_last(walk: Walk | None) -> None
     assert not known.unmoved(first)
 
 
-def test_one_moved_tensor_among_a_thousand_is_seen(walk: Walk | None) -> None:
+def test_one_moved_tensor_among_a_thousand_is_seen(walk: CollectDataPtrs | None) -> None:
     tensors = [torch.randn(3) for _ in range(1000)]
-    known = Metadata(tensors, walk)
+    known = TensorGuards(tensors, walk)
     tensors[617].data = torch.randn(3)
     assert not known.unmoved(tensors)
     assert known.unmoved(tensors)
@@ -79,9 +79,11 @@ OTHERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_another_kind_of_tensor_may_not_stand_there(walk: Walk | None, other: str) -> None:
+def test_another_kind_of_tensor_may_not_stand_there(
+    walk: CollectDataPtrs | None, other: str
+) -> None:
     tensors: list[Any] = make()
-    known = Metadata(tensors, walk)
+    known = TensorGuards(tensors, walk)
     before = known.addresses.tolist()
     replaced = tensors[0].clone()
     make_other = OTHERS[other]
@@ -91,9 +93,9 @@ def test_another_kind_of_tensor_may_not_stand_there(walk: Walk | None, other: st
     assert known.addresses.tolist() == before
 
 
-def test_what_a_kernel_does_not_see_may_change(walk: Walk | None) -> None:
+def test_what_a_kernel_does_not_see_may_change(walk: CollectDataPtrs | None) -> None:
     tensors = make()
-    known = Metadata(tensors, walk)
+    known = TensorGuards(tensors, walk)
     tensors[0].requires_grad_()
     assert known.unmoved(tensors)
     with torch.inference_mode():
@@ -107,7 +109,7 @@ def test_the_walk_reads_every_item_and_says_whether_one_is_new() -> None:
     into = np.zeros(3, dtype=np.int64)
 
     def walked(tensors: list[Tensor], lowest: int = 0) -> int:
-        arguments = (id(tensors), len(tensors), metadata._address_of, into.ctypes.data, lowest)
+        arguments = (id(tensors), len(tensors), tensor_guards._address_of, into.ctypes.data, lowest)
         return int(compiled()(*arguments))
 
     tensors = make()

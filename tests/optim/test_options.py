@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastopt
 from fastopt.optim import FusedOptimizer
-from fastopt_kernels import rules
+from fastopt.optim.sgd import sgd, sgd_scalars
 from tests.optim.pairs import NAMES, give_grads, make_params
 
 BF16 = torch.bfloat16
@@ -167,7 +167,7 @@ OWN = ["max_grad_norm", "skip_nonfinite", "ema_decay", "ema_warmup", "param_roun
 class Own(FusedOptimizer):
     """A user's optimizer whose class has options on."""
 
-    rule, scalars = rules.sgd, rules.sgd_scalars
+    rule, scalars = sgd, sgd_scalars
 
     def __init__(self, params: Any, lr: float = 0.01) -> None:
         own = {name: VALUES[name][0] for name in OWN}

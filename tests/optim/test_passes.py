@@ -13,7 +13,7 @@ import torch
 
 import fastopt
 from fastopt.optim import FusedOptimizer
-from fastopt_kernels import rules
+from fastopt.optim.sgd import sgd, sgd_scalars
 from tests.optim import pairs
 from tests.optim.pairs import CASES, SHAPES, construct, give_grads, make_params
 
@@ -389,7 +389,7 @@ def test_groups_show_only_what_is_set() -> None:
 
 def test_a_users_own_optimizer_takes_them() -> None:
     class Mine(FusedOptimizer):
-        rule, scalars = rules.sgd, rules.sgd_scalars
+        rule, scalars = sgd, sgd_scalars
 
         def __init__(self, params: Any, lr: float = 0.1) -> None:
             super().__init__(params, {"lr": lr, "weight_decay": 0.0})

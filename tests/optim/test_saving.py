@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastopt
-from fastopt.optim import formats
+from fastopt.optim.state import formats
 from tests.optim.pairs import give_grads, make_params
 from tests.optim.test_formats import EIGHT, SERVED, make, run
 

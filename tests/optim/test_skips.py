@@ -123,7 +123,7 @@ def check_reports(cls: Any, options: dict[str, Any], ours: Any = fastopt.optim.A
         give_scaled(params, 1, scaler.get_scale(), overflows)
         scaler.step(optimizer)
         scaler.update()
-        if not overflows and not optimizer.looks():
+        if not overflows and not optimizer.measures_gradients():
             with pytest.raises(RuntimeError, match="max_grad_norm"):
                 _ = optimizer.last_step
             continue
@@ -301,7 +301,7 @@ def test_under_fsdp1_the_scaler_unscales(
     option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its scaler reduces what it found over ranks only there: replicas would drift."""
-    monkeypatch.setattr("fastopt.optim.sharding.many_processes", lambda: True)
+    monkeypatch.setattr("fastopt.optim.step.sharding.many_processes", lambda: True)
     params = make_params()
     optimizer = fastopt.optim.AdamW(params, **option)
     assert inside(optimizer)

@@ -227,7 +227,7 @@ def test_of_a_skipped_step_it_shows_what_was_found(how: str, after: int) -> None
 class ShowsTheStepBefore(fastopt.optim.AdamW):
     """Wrong."""
 
-    def _watch_skipped(self, *args: Any) -> None: ...
+    def _note_skipped_telemetry(self, *args: Any) -> None: ...
 
 
 @pytest.mark.parametrize("how", ["own", "fused"])

@@ -115,12 +115,12 @@ def _of_plan(optimizer: optim.FusedOptimizer) -> tuple[Traffic, int]:
     """What a step moves and computes: every stream of its launches is read, all but g written."""
     read = updated = operations = 0
     plan = optimizer._plan
-    for bucket in plan.buckets if plan is not None else []:
-        for member in bucket.members:
-            grad, kept = member.grad_dtype.itemsize * member.target.numel(), member.states
-            read += grad * (2 if plan is not None and plan.looks else 1)
-            updated += member.target.nbytes + sum(x.nbytes for x in kept)
-            operations += member.target.numel() * of_update(bucket.update)
+    for launch_group in plan.launch_groups if plan is not None else []:
+        for slot in launch_group.slots:
+            grad, kept = slot.grad_dtype.itemsize * slot.target.numel(), slot.states
+            read += grad * (2 if plan is not None and plan.measures_gradients else 1)
+            updated += slot.target.nbytes + sum(x.nbytes for x in kept)
+            operations += slot.target.numel() * of_update(launch_group.update)
     return Traffic(read, 0, updated), operations
 
 

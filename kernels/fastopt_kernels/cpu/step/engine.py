@@ -3,8 +3,8 @@
     for each chunk (tensor, first, last) of the table, in parallel:
         p, *states = rule(p, g_scale * g, *states, *scalars)        for each element
 
-Around the rule, where `extras` say so: the gradient is clamped to a limit, and the parameter goes
-into its running average.
+Where `step_options` say so, the gradient is clamped to a limit before the rule, and the parameter
+goes into its running average after it.
 
 The addresses of a chunk are read before its loop: a load from the table inside the loop may alias
 the stores, and nothing would vectorize (35 against 13 ms at 33M elements).
@@ -26,7 +26,7 @@ from fastopt_kernels.chunks import (
     KAHAN,
     MASTER,
     STOCHASTIC,
-    Extras,
+    StepOptions,
     n_codes,
 )
 from fastopt_kernels.cpu.base import cache as disk
@@ -36,15 +36,15 @@ from fastopt_kernels.cpu.step import eight_bit, rounding, telemetry
 from fastopt_kernels.xp import rebind, uncompilable
 
 
-def _make_around(rule, kinds, extras, tag):
-    """around(x, row, i, key): the rule on element i of every stream, with the extras; they are the
-    last streams, and the last of the scalars. Gives what is stored, and what is seen of it."""
+def _make_apply_rule(rule, kinds, step_options, tag):
+    """apply_rule(x, row, i, key): the rule and the step's options on element i of each stream;
+    the options' streams and scalars are the last. Gives what is stored, and its telemetry."""
     update = njit(disk.named(rebind(rule, cpu_xp), tag), **cpu_xp.JIT)
-    clipped, averaged, rounded, watched = extras
+    clipped, averaged, rounded, watched = step_options
     by_chance, kahan, master = (rounded == k for k in (STOCHASTIC, KAHAN, MASTER))
     rounded_param, rounded_kept = map(memory.make_rounded, (kinds[0], "bf16"))
 
-    def around(x, row, i, key):
+    def apply_rule(x, row, i, key):
         p, g, states, scalars = x[0], row[0] * x[1], x[2:], row[1:]
         if kahan:
             p, states = p + states[-1], states[:-1]
@@ -78,27 +78,27 @@ def _make_around(rule, kinds, extras, tag):
             return ((p,) + new, telemetry.see(x[1], before, exact, after))  # noqa: RUF005
         return ((p,) + new, ())  # noqa: RUF005
 
-    return njit(disk.named(around, tag), **cpu_xp.JIT)
+    return njit(disk.named(apply_rule, tag), **cpu_xp.JIT)
 
 
-def _make_chunk(rule, kinds, n_scalars, extras, tag):
+def _make_chunk(rule, kinds, n_scalars, step_options, tag):
     """update_chunk(tensors, chunks, index, scalars, keys, c): the loop over one chunk."""
     compute = memory.compute_type(kinds[0])
     # A parameter that is rounded here need not be rounded again.
-    stored = ("top16", *kinds[1:]) if extras.rounding else kinds
-    around = _make_around(rule, kinds, extras, tag)
+    stored = ("top16", *kinds[1:]) if step_options.rounding else kinds
+    apply_rule = _make_apply_rule(rule, kinds, step_options, tag)
     coded = n_codes(kinds)
     update = (
-        _make_blocks(around, kinds[:-coded], stored[:-coded], extras, tag)
+        _make_blocks(apply_rule, kinds[:-coded], stored[:-coded], step_options, tag)
         if coded
-        else _make_loop(around, kinds, stored, extras, tag)
+        else _make_loop(apply_rule, kinds, stored, step_options, tag)
     )
     int64_triple = memory.make_row(types.int64, 3)
     int64_row = memory.make_row(types.int64, len(kinds))
     int64_single = memory.make_row(types.int64, 1)
     scalar_row = memory.make_row(compute, n_scalars)
 
-    nothing, _, write = telemetry.make_sums(extras.watched)
+    nothing, _, write = telemetry.make_sums(step_options.watched)
 
     def update_chunk(tensors, chunks, index, scalars, keys, seen, c):
         tensor, first, last = int64_triple(chunks, c)
@@ -110,15 +110,15 @@ def _make_chunk(rule, kinds, n_scalars, extras, tag):
     return njit(disk.named(update_chunk, tag), **cpu_xp.JIT)
 
 
-def _make_loop(around, kinds, stored, extras, tag):
+def _make_loop(apply_rule, kinds, stored, step_options, tag):
     """update(addresses, row, key, first, last, sums): element by element; sums of what is seen."""
     compute = memory.compute_type(kinds[0])
     load, store = memory.make_load(kinds, compute), memory.make_store(stored, compute)
-    _, add_all, _ = telemetry.make_sums(extras.watched)
+    _, add_all, _ = telemetry.make_sums(step_options.watched)
 
     def loop(addresses, row, key, first, last, sums):
         for i in range(first, last):
-            new, seen = around(load(addresses, i), row, i, key)
+            new, seen = apply_rule(load(addresses, i), row, i, key)
             store(addresses, i, new)
             sums = add_all(sums, seen)
         return sums
@@ -126,7 +126,7 @@ def _make_loop(around, kinds, stored, extras, tag):
     return njit(disk.named(loop, tag), **cpu_xp.JIT)
 
 
-def _make_blocks(around, kinds, stored, extras, tag):
+def _make_blocks(apply_rule, kinds, stored, step_options, tag):
     """The same, block by block: 8-bit states go to scratch until the largest of a block is known.
 
     kinds, stored: without the scales, which are the last of the addresses
@@ -146,7 +146,7 @@ def _make_blocks(around, kinds, stored, extras, tag):
     )
     coded = tuple(kinds[k] for k in where)
     settle, encode = eight_bit.make_settle(coded), eight_bit.make_encode(coded, tuple(where))
-    _, add_all, _ = telemetry.make_sums(extras.watched)
+    _, add_all, _ = telemetry.make_sums(step_options.watched)
     make_room, nothing = eight_bit.make_scratch(n), (np.int32(0),) * n
 
     def blocks(addresses, row, key, first, last, sums):
@@ -157,7 +157,7 @@ def _make_blocks(around, kinds, stored, extras, tag):
             block, spare = start // BLOCK_8BIT, scratch - 4 * start
             unit, to, largest = units(scales, block), targets(own, spare), nothing
             for i in range(start, end):
-                new, seen = around(decode(load(own, i), unit), row, i, key)
+                new, seen = apply_rule(decode(load(own, i), unit), row, i, key)
                 store(to, i, new)
                 sums = add_all(sums, seen)
                 largest = grow(largest, new)
@@ -171,8 +171,8 @@ def _make_blocks(around, kinds, stored, extras, tag):
     return njit(disk.named(blocks, tag), **cpu_xp.JIT)
 
 
-def _make_kernel(rule, kinds, n_scalars, extras, parallel, tag):
-    update_chunk = _make_chunk(rule, kinds, n_scalars, extras, tag)
+def _make_kernel(rule, kinds, n_scalars, step_options, parallel, tag):
+    update_chunk = _make_chunk(rule, kinds, n_scalars, step_options, tag)
     chunk_range = prange if parallel else range
 
     def kernel(tensors, chunks, index, scalars, keys, seen, n_chunks):
@@ -189,18 +189,18 @@ def compiled(
     rule: Callable[..., Any],
     kinds: tuple[str, ...],
     n_scalars: int,
-    extras: Extras,
+    step_options: StepOptions,
     parallel: bool,
 ) -> Any:
     """The compile result for a rule and specialization, from disk where it has been made before."""
 
     def make(tag: str) -> Any:
         try:
-            return _make_kernel(rule, kinds, n_scalars, extras, parallel, tag)
+            return _make_kernel(rule, kinds, n_scalars, step_options, parallel, tag)
         except NumbaError as error:
             raise uncompilable(rule, "Numba", error) from error
 
-    return disk.obtain(key_of(rule, kinds, n_scalars, extras, parallel), make)
+    return disk.obtain(key_of(rule, kinds, n_scalars, step_options, parallel), make)
 
 
 @cache
@@ -208,8 +208,8 @@ def key_of(
     rule: Callable[..., Any],
     kinds: tuple[str, ...],
     n_scalars: int,
-    extras: Extras,
+    step_options: StepOptions,
     parallel: bool,
 ) -> str:
     """What the kernel is kept under on disk."""
-    return disk.key(rule, kinds, n_scalars, tuple(extras), parallel)
+    return disk.key(rule, kinds, n_scalars, tuple(step_options), parallel)

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from fastopt_kernels import launches
-from fastopt_kernels.chunks import NO_EXTRAS, SEEN, STOCHASTIC, Extras, chunk_table, n_codes
+from fastopt_kernels.chunks import (
+    NO_OPTIONS,
+    STOCHASTIC,
+    TELEMETRY,
+    StepOptions,
+    chunk_table,
+    n_codes,
+)
 from fastopt_kernels.cpu.base import data_ptrs
 from fastopt_kernels.cpu.base.threads import run_parallel, worth_it
 from fastopt_kernels.cpu.step import engine
@@ -43,11 +50,11 @@ class Launch:
         numels: list[int],
         n_scalars: int,
         device: object = None,
-        extras: Extras = NO_EXTRAS,
+        step_options: StepOptions = NO_OPTIONS,
     ) -> None:
         n = len(numels)
-        self.rule, self.kinds, self.n_scalars, self.extras = rule, kinds, n_scalars, extras
-        self.name = rule.__name__
+        self.rule, self.kinds, self.name = rule, kinds, rule.__name__
+        self.n_scalars, self.step_options = n_scalars, step_options
         self.numels = np.asarray(numels, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
@@ -69,7 +76,7 @@ class Launch:
     @property
     def draws(self) -> bool:
         """Whether anything is rounded by chance, so that `keys` count."""
-        return self.extras.rounding == STOCHASTIC or n_codes(self.kinds) > 0
+        return self.step_options.rounding == STOCHASTIC or n_codes(self.kinds) > 0
 
     def select(self, active: np.ndarray | None) -> None:
         """Restrict the launch to the tensors where `active` holds; None takes all."""
@@ -80,7 +87,7 @@ class Launch:
         tensors, index = self._addresses
         # Where `tensors` and `chunks` lie: asking numpy takes 0.4 us.
         self.where = (tensors, chunks.ctypes.data)
-        self._seen = np.zeros((len(chunks) if self.extras.watched else 0, len(SEEN)))
+        self._seen = np.zeros((len(chunks) if self.step_options.watched else 0, len(TELEMETRY)))
         row_of = (index, self._scalars_address, self.keys.ctypes.data)
         self._args = (*self.where, *row_of, self._seen.ctypes.data, len(chunks))
         self.n_elements = int((chunks[:, 2] - chunks[:, 1]).sum())
@@ -99,7 +106,7 @@ class Launch:
             _call(entry, self._args, n_threads if parallel else 1)
             return
         n, idle = n_threads if parallel else 1, (*self._args[:-1], 0)
-        key = engine.key_of(self.rule, self.kinds, self.n_scalars, self.extras, parallel)
+        key = engine.key_of(self.rule, self.kinds, self.n_scalars, self.step_options, parallel)
         with launches.seen(self.name, key, lambda: _call(entry, idle, n)):
             _call(entry, self._args, n)
 
@@ -107,13 +114,15 @@ class Launch:
         """sum g^2 or max |g| of every selected tensor's gradient, and its non-finite elements."""
         return measure(self, maximum)
 
-    def seen(self) -> np.ndarray:
-        """(n, len(SEEN)) float64: what the last run saw of each tensor, in order of its chunks."""
-        found = np.zeros((len(self.tensors), len(SEEN)))
+    def telemetry(self) -> np.ndarray:
+        """(n, len(TELEMETRY)) float64: telemetry of each tensor in the last run."""
+        found = np.zeros((len(self.tensors), len(TELEMETRY)))
         np.add.at(found, self.chunks[:, 0], self._seen)
         return found
 
     def _entry(self, n_threads: int) -> tuple[Any, bool]:
         parallel = worth_it(n_threads, self.n_elements)
-        compiled = engine.compiled(self.rule, self.kinds, self.n_scalars, self.extras, parallel)
+        compiled = engine.compiled(
+            self.rule, self.kinds, self.n_scalars, self.step_options, parallel
+        )
         return compiled.entry_point, parallel

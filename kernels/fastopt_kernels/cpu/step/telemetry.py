@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
-from fastopt_kernels.chunks import SEEN
+from fastopt_kernels.chunks import TELEMETRY
 from fastopt_kernels.cpu.base import memory
 from fastopt_kernels.cpu.base.vector_math import add
 from fastopt_kernels.cpu.base.xp import JIT
@@ -20,8 +20,8 @@ _store = memory.make_storer("fp64", types.float64)
 
 @njit(**JIT)
 def see(g, before, exact, after):
-    """Of one element what SEEN names: its gradient, its parameter before the rule, as the rule has
-    it, and as it is stored."""
+    """What TELEMETRY names, of one element: of its gradient, and of its parameter before the rule,
+    as the rule has it, and as it is stored."""
     g, p, d = np.float64(g), np.float64(exact), np.float64(exact) - np.float64(before)
     nonfinite = _NONE if g - g == _ZERO else _ONE
     kept = after == before
@@ -42,7 +42,7 @@ def _add_five(sums, seen):
 
 @njit(**JIT)
 def _write_five(address, c, sums):
-    first = c * len(SEEN)
+    first = c * len(TELEMETRY)
     _store(address, first, sums[0])
     _store(address, first + 1, sums[1])
     _store(address, first + 2, sums[2])

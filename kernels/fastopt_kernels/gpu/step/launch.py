@@ -12,14 +12,14 @@ import triton
 from triton.compiler import CompilationError
 
 from fastopt_kernels import launches
-from fastopt_kernels.chunks import NO_EXTRAS, STOCHASTIC, Extras, chunk_table, n_codes
+from fastopt_kernels.chunks import NO_OPTIONS, STOCHASTIC, StepOptions, chunk_table, n_codes
 from fastopt_kernels.gpu.base import memory
 from fastopt_kernels.gpu.base.device import register_options, warp_size
 from fastopt_kernels.gpu.step import engine, telemetry
+from fastopt_kernels.gpu.step.clip_result import ClipResult
 from fastopt_kernels.gpu.step.scalars import scalars_kernel
 from fastopt_kernels.gpu.step.tables import Tables, copy_device_values, here, host_value
 from fastopt_kernels.gpu.step.update import update_kernel
-from fastopt_kernels.gpu.step.verdict import Verdict
 from fastopt_kernels.xp import uncompilable
 
 SCALARS_BLOCK = 128
@@ -32,7 +32,7 @@ class Launch:
     index:   (n,) int64, the row of scalars each tensor takes
     scalars: (n, n_scalars) float32 (float64 for float64 parameters); column 0 scales the gradient
     keys:    (n,) int64, what chance depends on beside the element (stochastic rounding)
-    owners:  (n,) int64, the parameter group of each tensor; read where a verdict is given
+    owners:  (n,) int64, the parameter group of each tensor; read where a clip result is given
     name:    what a profiler shows it as
     """
 
@@ -43,11 +43,11 @@ class Launch:
         numels: list[int],
         n_scalars: int,
         device: torch.device,
-        extras: Extras = NO_EXTRAS,
+        step_options: StepOptions = NO_OPTIONS,
     ) -> None:
         n = len(numels)
         self.rule, self.kinds, self.n_scalars, self.device = rule, kinds, n_scalars, device
-        self.extras, self.name = extras, rule.__name__
+        self.step_options, self.name = step_options, rule.__name__
         self.keys, self.owners = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
         self.tensors = np.zeros((n, len(kinds)), dtype=np.int64)
         self.index = np.zeros(n, dtype=np.int64)
@@ -63,7 +63,7 @@ class Launch:
     @property
     def draws(self) -> bool:
         """Whether anything is rounded by chance, so that `keys` count."""
-        return self.extras.rounding == STOCHASTIC or n_codes(self.kinds) > 0
+        return self.step_options.rounding == STOCHASTIC or n_codes(self.kinds) > 0
 
     def select(self, active: np.ndarray | None) -> None:
         """Restrict the launch to the tensors where `active` holds; None takes all."""
@@ -76,10 +76,15 @@ class Launch:
     def _register_options(self, n_warps: int, may_skip: bool) -> dict[str, int]:
         """A plain update leaves them to the compiler. Many take those that decode and encode, round
         with care, or have numbers of two registers."""
-        extras = self.extras
-        many = n_codes(self.kinds) > 0 or extras.rounding != 0 or self.kinds[0] == "fp64"
+        step_options = self.step_options
+        many = n_codes(self.kinds) > 0 or step_options.rounding != 0 or self.kinds[0] == "fp64"
         # One that is watched and may be skipped has a loop for either (sgd in bf16 on sm_80).
-        if many or extras.clipped or extras.averaged or (extras.watched and may_skip):
+        if (
+            many
+            or step_options.clipped
+            or step_options.averaged
+            or (step_options.watched and may_skip)
+        ):
             return register_options(n_warps, many)
         return {}
 
@@ -95,30 +100,30 @@ class Launch:
         """(chunks, 3) int64, of the selected tensors."""
         return self._tables.lasting
 
-    def seen(self) -> np.ndarray:
-        """(n, len(SEEN)) float64: what the last run saw of each tensor, its gradient without the
-        scale that only the device knew. Waits for the device."""
+    def telemetry(self) -> np.ndarray:
+        """(n, len(TELEMETRY)) float64: telemetry of each tensor in the last run, without the scale
+        that only the device knew. Waits for the device."""
         return self._seen.merged(len(self.tensors))
 
     def run(
         self,
         n_threads: int,
-        verdict: Verdict | None = None,
+        clip: ClipResult | None = None,
         grad_scale: torch.Tensor | None = None,
     ) -> None:
         """Update every selected tensor, with the scalars the host has filled in.
 
-        grad_scale: what gradients are told of without; they are unscaled by the verdict
+        grad_scale: what gradients are told of without; they are unscaled by the clip result
         """
         if len(self.chunks):
             with self._on_device():
                 arrays = [self.tensors, self.index, self.scalars]
                 if self.draws:
                     arrays.append(self.keys)
-                if verdict is not None:
+                if clip is not None:
                     arrays.append(self.owners)
                 tables, chunks = self._tables.send(arrays)
-                factors = verdict and (verdict.factors(self._wide), tables.pop())
+                factors = clip and (clip.factors(self._wide), tables.pop())
                 self._update(*tables[:3], chunks, *tables[3:], factors=factors, scale=grad_scale)
 
     def run_on_device(
@@ -129,7 +134,7 @@ class Launch:
         hypers: Sequence[Sequence[Any]],
         grad_scale: torch.Tensor | None = None,
         found_inf: torch.Tensor | None = None,
-        verdict: Verdict | None = None,
+        clip: ClipResult | None = None,
         bases: np.ndarray | None = None,
     ) -> None:
         """Count the steps and compute the scalars on the device, then update.
@@ -137,21 +142,21 @@ class Launch:
         numbers: (n, 1 + carried) int64 addresses of float32 step and carried numbers, 0 for none,
                  and with an average one more, of the steps in it
         groups:  (n,) int64 row of `hypers`
-        hypers:  for each group the gradient's sign, the hyper-parameters and those of the extras
+        hypers:  for each group the gradient's sign, the hyper-parameters and the options'
                  (a limit; a decay, and how long it is warmed up), tensors or floats
-        verdict: in place of found_inf and, but for telemetry, of grad_scale
+        clip: in place of found_inf and, but for telemetry, of grad_scale
         bases:   (n,) int64, what chance depends on beside the step and the element
         """
         known = np.asarray([[host_value(x) for x in row] for row in hypers], dtype=np.float64)
         arrays = [self.tensors, np.arange(len(self.index)), numbers, groups, known]
-        places = [x for x in (verdict and self.owners, bases) if x is not None]
+        places = [x for x in (clip and self.owners, bases) if x is not None]
         with self._on_device():
             sent, chunks = self._tables.send([*arrays, *places])
             tensors, index, number_table, group_table, hyper_table, *placed = sent
             copy_device_values(hypers, hyper_table)
             grad_scale, found_inf = (here(x, self.device) for x in (grad_scale, found_inf))
-            if verdict is not None and verdict.skips:
-                found_inf = verdict.skip
+            if clip is not None and clip.skips:
+                found_inf = clip.skip
             table = torch.empty_like(torch.from_numpy(self.scalars), device=self.device)
             keys = None if bases is None else torch.empty_like(placed[-1])
             launches.start(
@@ -160,23 +165,23 @@ class Launch:
                 number_table,
                 group_table,
                 hyper_table,
-                grad_scale if verdict is None else None,
+                grad_scale if clip is None else None,
                 found_inf,
-                verdict and verdict.factors(True),
-                verdict and placed[0],
+                clip and clip.factors(True),
+                clip and placed[0],
                 None if bases is None else placed[-1],
                 table,
                 keys,
                 len(groups),
                 SCALARS=engine.compiled_rule(scalars),
-                N_CARRIED=numbers.shape[1] - 1 - int(self.extras.averaged),
-                N_HYPERS=known.shape[1] - 1 - self.extras.n_hypers,
+                N_CARRIED=numbers.shape[1] - 1 - int(self.step_options.averaged),
+                N_HYPERS=known.shape[1] - 1 - self.step_options.n_hypers,
                 N_SCALARS=self.n_scalars,
-                HAS_SCALE=verdict is None and grad_scale is not None,
+                HAS_SCALE=clip is None and grad_scale is not None,
                 HAS_SKIP=found_inf is not None,
-                HAS_FACTORS=verdict is not None,
+                HAS_FACTORS=clip is not None,
                 HAS_KEYS=bases is not None,
-                EXTRAS=tuple(map(int, self.extras)),
+                STEP_OPTIONS=tuple(map(int, self.step_options)),
                 BLOCK=SCALARS_BLOCK,
                 num_warps=engine.THREADS // warp_size(),
                 enable_fp_fusion=True,
@@ -197,7 +202,7 @@ class Launch:
         factors: tuple[torch.Tensor, torch.Tensor] | None = None,
         scale: torch.Tensor | None = None,
     ) -> None:
-        shape, watched = engine.shape_of(self.kinds), self.extras.watched
+        shape, watched = engine.shape_of(self.kinds), self.step_options.watched
         scale = here(scale, self.device) if watched else None
         n_warps = shape.threads // warp_size()
         launches.start(
@@ -225,7 +230,7 @@ class Launch:
             SPAN=engine.CHUNK // shape.parts,
             LANES=shape.threads,
             WIDTH=shape.width,
-            EXTRAS=tuple(map(int, self.extras)),
+            STEP_OPTIONS=tuple(map(int, self.step_options)),
             num_warps=n_warps,
             **self._register_options(n_warps, found_inf is not None),
             enable_fp_fusion=True,

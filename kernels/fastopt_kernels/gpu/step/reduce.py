@@ -27,9 +27,9 @@ from fastopt_kernels.gpu.base import memory
 from fastopt_kernels.gpu.base import xp as gpu_xp
 from fastopt_kernels.gpu.base.device import register_options, warp_size
 from fastopt_kernels.gpu.step import engine
+from fastopt_kernels.gpu.step.clip_result import HEAD, ClipResult
 from fastopt_kernels.gpu.step.launch import Launch
 from fastopt_kernels.gpu.step.tables import Tables, copy_device_values, here, host_value
-from fastopt_kernels.gpu.step.verdict import HEAD, Verdict
 
 # Elements a load of all threads: 16 bytes each; UNROLL of them are under way at once.
 BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024}
@@ -65,8 +65,8 @@ def _merged(total, MAXIMUM: tl.constexpr):
 
 
 @triton.jit
-def _of_family(
-    parts_ptr, firsts_ptr, others_ptr, f, n_families, n_others, MAXIMUM: tl.constexpr,
+def _of_norm_group(
+    parts_ptr, firsts_ptr, others_ptr, f, n_norm_groups, n_others, MAXIMUM: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """What parameters under one norm measure together, on this device and on others."""
@@ -83,7 +83,7 @@ def _of_family(
         n_bad += tl.load(part_ptr + 1, mask=inside, other=0.0, cache_modifier=".cg")
     one, bad = _merged(total, MAXIMUM), tl.sum(n_bad, 0)
     for d in range(n_others):
-        other_ptr = others_ptr + 2 * (d * n_families + f)
+        other_ptr = others_ptr + 2 * (d * n_norm_groups + f)
         part = tl.load(other_ptr)
         one = gpu_xp.maximum(part, one) if MAXIMUM else one + part
         bad += tl.load(other_ptr + 1)
@@ -91,14 +91,14 @@ def _of_family(
 
 
 @triton.jit
-def _judge(
-    parts_ptr, firsts_ptr, others_ptr, families_ptr, limits_ptr, scale_ptr, found_ptr, wide_ptr,
-    narrow_ptr, n_families, n_groups, n_others, MAXIMUM: tl.constexpr, SKIPS: tl.constexpr,
+def _finalize(
+    parts_ptr, firsts_ptr, others_ptr, norm_groups_ptr, limits_ptr, scale_ptr, found_ptr, wide_ptr,
+    narrow_ptr, n_norm_groups, n_groups, n_others, MAXIMUM: tl.constexpr, SKIPS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Out of the parts, everything that `Verdict` holds."""
-    n_families, n_others = n_families.to(tl.int64), n_others.to(tl.int64)
+    """Out of the parts, everything that `ClipResult` holds."""
+    n_norm_groups, n_others = n_norm_groups.to(tl.int64), n_others.to(tl.int64)
     n_groups = n_groups.to(tl.int64)
     inverse = tl.full((), 1.0, tl.float64)
     if HAS_SCALE:
@@ -107,15 +107,15 @@ def _judge(
     for start in range(0, n_groups + 1, GROUPS):
         group = start + tl.arange(0, GROUPS)
         inside = group < n_groups
-        family = tl.load(families_ptr + group, mask=inside, other=-1)
+        norm_group = tl.load(norm_groups_ptr + group, mask=inside, other=-1)
         own = tl.zeros((GROUPS,), tl.float64)
         bad = tl.full((), 0.0, tl.float64)
-        for f in range(n_families):
-            part, n_bad = _of_family(
-                parts_ptr, firsts_ptr, others_ptr, f, n_families, n_others, MAXIMUM, PARTS
+        for f in range(n_norm_groups):
+            part, n_bad = _of_norm_group(
+                parts_ptr, firsts_ptr, others_ptr, f, n_norm_groups, n_others, MAXIMUM, PARTS
             )
             both = gpu_xp.maximum(part, own) if MAXIMUM else own + part
-            own = tl.where((family == f) | (group == n_groups), both, own)
+            own = tl.where((norm_group == f) | (group == n_groups), both, own)
             bad += n_bad
             sums_ptr = wide_ptr + HEAD + 2 * n_groups + 2 * f
             tl.store(sums_ptr, part)
@@ -139,22 +139,24 @@ def _judge(
 
 # The tables of several launches lie behind one another, aligned or not as their lengths are.
 @triton.jit(
-    do_not_specialize=["n_programs", "n_families", "n_groups", "n_others"],
+    do_not_specialize=["n_programs", "n_norm_groups", "n_groups", "n_others"],
     do_not_specialize_on_alignment=["chunks_ptr", "spans_ptr"],
 )
 def measure_kernel(
-    grads_ptr, chunks_ptr, spans_ptr, parts_ptr, counter_ptr, firsts_ptr, others_ptr, families_ptr,
-    limits_ptr, scale_ptr, found_ptr, wide_ptr, narrow_ptr, n_programs, n_families, n_groups,
-    n_others, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, MAXIMUM: tl.constexpr,
-    SKIPS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr, GROUPS: tl.constexpr,
+    grads_ptr, chunks_ptr, spans_ptr, parts_ptr, counter_ptr, firsts_ptr, others_ptr,
+    norm_groups_ptr, limits_ptr, scale_ptr, found_ptr, wide_ptr, narrow_ptr, n_programs,
+    n_norm_groups, n_groups, n_others, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    MAXIMUM: tl.constexpr, SKIPS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_FOUND: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    PARTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Measure the chunks of this program's span; the last program of all launches judges.
 
     grads_ptr: (n,) int64 addresses; chunks_ptr: (chunks, 3) int64; spans_ptr: (programs, 3) int64
     first and last chunk, and the slot in parts_ptr: (slots, 2) float64; counter_ptr: int32, 0;
-    firsts_ptr: (n_families + 1,) int64 slots; others_ptr: (n_others, n_families, 2) float64, what
-    other devices have measured; families_ptr: (n_groups,) int64; limits_ptr: (n_groups,) float64
+    firsts_ptr: (n_norm_groups + 1,) int64 slots; others_ptr: (n_others, n_norm_groups, 2) float64,
+    what other devices have measured; norm_groups_ptr: (n_groups,) int64; limits_ptr: (n_groups,)
+    float64
     """
     span_ptr = spans_ptr + tl.program_id(0).to(tl.int64) * 3
     lanes = tl.arange(0, BLOCK)
@@ -188,35 +190,35 @@ def measure_kernel(
     # Every thread's stores come before the count, which one thread adds to.
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_programs - 1:
-        _judge(
-            parts_ptr, firsts_ptr, others_ptr, families_ptr, limits_ptr, scale_ptr, found_ptr,
-            wide_ptr, narrow_ptr, n_families, n_groups, n_others, MAXIMUM, SKIPS, HAS_SCALE,
+        _finalize(
+            parts_ptr, firsts_ptr, others_ptr, norm_groups_ptr, limits_ptr, scale_ptr, found_ptr,
+            wide_ptr, narrow_ptr, n_norm_groups, n_groups, n_others, MAXIMUM, SKIPS, HAS_SCALE,
             HAS_FOUND, HEAD, PARTS, GROUPS,
         )  # fmt: skip
 
 
-class Look:
+class GradNorm:
     """All launches of one device, whose gradients are measured together."""
 
     def __init__(self, device: torch.device, launches: Sequence[Launch]) -> None:
         self.device, self.launches = device, launches
         self._tables = Tables(device, np.zeros(0, dtype=np.int64))
-        # What the spans were made for: the chunks of each launch, and the families.
+        # What the spans were made for: the chunks of each launch, and the norm_groups.
         self._made_for: tuple[list[np.ndarray], np.ndarray] | None = None
 
-    def _plan(self, families: np.ndarray) -> None:
-        """Cut the chunks into spans of one family, whose slots are in the order of families."""
+    def _plan(self, norm_groups: np.ndarray) -> None:
+        """Cut the chunks into spans of one norm group, with slots in the order of the groups."""
         chunks = [launch.chunks for launch in self.launches]
         if self._made_for is not None:
             before, same = self._made_for
             if all(a is b for a, b in zip(chunks, before, strict=True)) and np.array_equal(
-                families, same
+                norm_groups, same
             ):
                 return
         length = max(1, -(-sum(map(len, chunks)) // PROGRAMS))
         spans, owners = [], []
         for table, launch in zip(chunks, self.launches, strict=True):
-            owner = families[launch.owners[table[:, 0]]]
+            owner = norm_groups[launch.owners[table[:, 0]]]
             change = np.flatnonzero(np.diff(owner, prepend=-1))
             run = np.cumsum(np.diff(owner, prepend=-1) != 0) - 1
             within = np.arange(len(owner)) - change[run]
@@ -225,7 +227,7 @@ class Look:
             spans.append(np.stack([starts, ends, starts], axis=1))
             owners.append(owner[starts])
         if not sum(map(len, spans)):
-            # Somebody has to judge.
+            # One program has to finalize.
             spans[0], owners[0] = np.zeros((1, 3), dtype=np.int64), np.zeros(1, dtype=np.int64)
         owner = np.concatenate(owners)
         order = np.argsort(owner, kind="stable")
@@ -234,43 +236,43 @@ class Look:
         last = np.cumsum([len(span) for span in spans])
         for span, end in zip(spans, last, strict=True):
             span[:, 2] = slots[end - len(span) : end]
-        n_families = int(families.max()) + 1
-        self._firsts = np.searchsorted(owner[order], np.arange(n_families + 1)).astype(np.int64)
+        n_norm_groups = int(norm_groups.max()) + 1
+        self._firsts = np.searchsorted(owner[order], np.arange(n_norm_groups + 1)).astype(np.int64)
         self._n_spans = [len(span) for span in spans]
-        self._made_for = chunks, families
+        self._made_for = chunks, norm_groups
         self._tables.replace(np.concatenate([x.reshape(-1) for x in (*chunks, *spans)]))
 
     def run(
         self,
-        families: np.ndarray,
+        norm_groups: np.ndarray,
         limits: Sequence[Any],
         maximum: bool,
         skips: bool,
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
         others: Sequence[torch.Tensor] = (),
-    ) -> Verdict:
-        """Measure the gradients at the addresses the launches hold, and judge.
+    ) -> ClipResult:
+        """Measure the gradients at the addresses the launches hold, and clip.
 
-        families: (groups,) int64, equal where groups share a norm, from 0 on
+        norm_groups: (groups,) int64, equal where groups share a norm, from 0 on
         limits:   one a group, tensors or floats; 0 for none
-        skips:    whether an element that is not finite skips the step
-        others:   `measured` of the looks of other devices
+        skips:    true where an element that is not finite skips the step
+        others:   `measured` of other devices
         """
-        self._plan(families)
+        self._plan(norm_groups)
         known = np.asarray([host_value(x) for x in limits], dtype=np.float64)
         grads = [np.ascontiguousarray(launch.tensors[:, 1]) for launch in self.launches]
         arrays = [
-            np.zeros(1, dtype=np.int32), self._firsts, families, known, *grads
+            np.zeros(1, dtype=np.int32), self._firsts, norm_groups, known, *grads
         ]  # fmt: skip
-        n_groups, n_families = len(families), len(self._firsts) - 1
+        n_groups, n_norm_groups = len(norm_groups), len(self._firsts) - 1
         real = self.device.type != "cpu"  # Triton's interpreter runs on the CPU
         with torch.cuda.device(self.device) if real else nullcontext():
             tables, lasting = self._tables.send(arrays)
-            counter, firsts, family_table, limit_table, *addresses = tables
+            counter, firsts, norm_group_table, limit_table, *addresses = tables
             copy_device_values([limits], limit_table[None])
             wide = torch.empty(
-                HEAD + 2 * n_groups + 2 * n_families, dtype=torch.float64, device=self.device
+                HEAD + 2 * n_groups + 2 * n_norm_groups, dtype=torch.float64, device=self.device
             )
             narrow = torch.empty(HEAD + n_groups, dtype=torch.float32, device=self.device)
             judged = (
@@ -279,20 +281,20 @@ class Look:
                 firsts,
                 # Where there are no others it is not read.
                 _joined(others, self.device) if others else wide,
-                family_table,
+                norm_group_table,
                 limit_table,
                 here(grad_scale, self.device),
                 here(found_inf, self.device),
                 wide,
                 narrow,
                 sum(self._n_spans),
-                n_families,
+                n_norm_groups,
                 n_groups,
                 len(others),
             )
             self._launch(lasting, addresses, judged, maximum, skips)
             self._tables.keep_spare([*arrays, self._tables.lasting])
-        return Verdict(wide, narrow, n_groups, skips or found_inf is not None)
+        return ClipResult(wide, narrow, n_groups, skips or found_inf is not None)
 
     def _launch(
         self,

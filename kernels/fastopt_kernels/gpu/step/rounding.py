@@ -23,7 +23,7 @@ def _float_of(bits):
 
 @triton.jit
 def key_of_step(base, step):
-    """32 bits of a parameter's base (`fastopt.optim.passes.bases_of`) and its step: splitmix64."""
+    """32 bits of a parameter's base (`fastopt.optim.options.bases_of`) and its step: splitmix64."""
     x = base.to(tl.uint64) * 0xBF58476D1CE4E5B9 + step.to(tl.int64).to(tl.uint64)
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

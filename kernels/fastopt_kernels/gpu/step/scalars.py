@@ -14,7 +14,7 @@ from fastopt_kernels.gpu.step import rounding
 
 
 @triton.jit
-def _store_extras(
+def _store_option_scalars(
     scalar_ptr, hyper_ptr, averaged, mask, CLIPPED: tl.constexpr, AVERAGED: tl.constexpr
 ):  # fmt: skip
     """The limit of a gradient's elements, and what the parameter weighs in its average.
@@ -40,20 +40,20 @@ def scalars_kernel(
     scalars_ptr, keys_ptr, n, SCALARS: tl.constexpr, N_CARRIED: tl.constexpr,
     N_HYPERS: tl.constexpr, N_SCALARS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_FACTORS: tl.constexpr, HAS_KEYS: tl.constexpr,
-    EXTRAS: tl.constexpr, BLOCK: tl.constexpr,
+    STEP_OPTIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count a step of every parameter and compute its row of scalars, in float64.
 
     numbers_ptr: (n, 1 + N_CARRIED) int64, addresses of float32 step and carried numbers, and with
     averages one more, of the steps in one; group_ptr: (n,) int64 row of hypers_ptr; hypers_ptr:
-    (groups, 1 + N_HYPERS + those of EXTRAS) float64, first the gradient's sign; factors_ptr:
+    (groups, 1 + N_HYPERS + those of STEP_OPTIONS) float64, first the gradient's sign; factors_ptr:
     float64, and owners_ptr: (n,) int64, which of them; bases_ptr: (n,) int64
     (`rounding.key_of_step`); scalars_ptr: (n, N_SCALARS), first the gradient's scale; keys_ptr:
     (n,) int64. With skip_ptr not 0 nothing is stored, nor for a parameter whose step has the
     address 0.
     """
-    clipped: tl.constexpr = EXTRAS[0]
-    averaged: tl.constexpr = EXTRAS[1]
+    clipped: tl.constexpr = STEP_OPTIONS[0]
+    averaged: tl.constexpr = STEP_OPTIONS[1]
     if HAS_SKIP:
         n = tl.where(tl.load(skip_ptr) != 0, 0, n)
     member = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -89,7 +89,9 @@ def scalars_kernel(
     for k in tl.static_range(n_own):
         tl.store(row_ptr + 1 + k, values[k].to(compute), mask=mask)
     count = numbers[N_CARRIED + averaged] + 1.0
-    _store_extras(row_ptr + 1 + n_own, hyper_ptr + 1 + N_HYPERS, count, mask, clipped, averaged)
+    _store_option_scalars(
+        row_ptr + 1 + n_own, hyper_ptr + 1 + N_HYPERS, count, mask, clipped, averaged
+    )
     if HAS_KEYS:
         base = tl.load(bases_ptr + member, mask=mask, other=0)
         tl.store(keys_ptr + member, rounding.key_of_step(base, step), mask=mask)

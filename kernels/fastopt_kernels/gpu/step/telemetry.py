@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastopt_kernels.chunks import SEEN
+from fastopt_kernels.chunks import TELEMETRY
 from fastopt_kernels.gpu.step.tables import Tables
 
-N_SEEN = tl.constexpr(len(SEEN))
+N_TELEMETRY = tl.constexpr(len(TELEMETRY))
 
 
 @triton.jit
@@ -73,13 +73,13 @@ def see_skipped(sums, g, p, mask, WIDTH: tl.constexpr):
 
 @triton.jit
 def write(seen_ptr, sums, grad_scale_ptr, HAS_SCALE: tl.constexpr):
-    """The numbers (SEEN) of this program."""
+    """The numbers (TELEMETRY) of this program."""
     inverse = tl.full((), 1.0, tl.float64)
     if HAS_SCALE:
         inverse = inverse / tl.load(grad_scale_ptr).to(tl.float64)
-    place_ptr = seen_ptr + tl.program_id(0).to(tl.int64) * N_SEEN
+    place_ptr = seen_ptr + tl.program_id(0).to(tl.int64) * N_TELEMETRY
     tl.store(place_ptr, tl.sum(sums[0], 0) * inverse * inverse)
-    for k in tl.static_range(1, N_SEEN):
+    for k in tl.static_range(1, N_TELEMETRY):
         tl.store(place_ptr + k, tl.sum(sums[k], 0).to(tl.float64))
 
 
@@ -94,9 +94,9 @@ class Seen:
         self._room: torch.Tensor | None = None
 
     def room(self, parts: int) -> torch.Tensor:
-        """(chunks * parts, len(SEEN)) float64 on the device, for the launch that comes next."""
+        """(chunks * parts, len(TELEMETRY)) float64 on the device, for the next launch."""
         if self._room is None:
-            shape = len(self._tables.lasting) * parts, len(SEEN)
+            shape = len(self._tables.lasting) * parts, len(TELEMETRY)
             self._room = torch.zeros(shape, dtype=torch.float64, device=self._tables.device)
         self._tables.outlive(self._room)
         return self._room
@@ -106,8 +106,8 @@ class Seen:
         self._room = None
 
     def merged(self, n: int) -> np.ndarray:
-        """(n, len(SEEN)) float64 of n tensors, in order of their chunks; waits for the device."""
-        found = np.zeros((n, len(SEEN)))
+        """(n, len(TELEMETRY)) float64, in order of the tensors' chunks; waits for the device."""
+        found = np.zeros((n, len(TELEMETRY)))
         if self._room is not None:
             if self._room.is_cuda:
                 torch.cuda.synchronize(self._room.device)

@@ -29,25 +29,26 @@ def _whole(p, kept, ROUNDED: tl.constexpr):
 
 
 @triton.jit
-def _around(
+def _apply_rule(
     values,
     offsets,
     scalars,
     place,
     RULE: tl.constexpr,
     DTYPE: tl.constexpr,
-    EXTRAS: tl.constexpr,
+    STEP_OPTIONS: tl.constexpr,
 ):
-    """The rule on a block of every stream, with the extras (chunks.Extras): what is stored of the
-    streams but g, and the parameter before the rule, as the rule has it, and as it is stored.
+    """The rule and the step's options (chunks.StepOptions) on a block of every stream: what is
+    stored of the streams but g, and the parameter before the rule, as the rule has it, and as it is
+    stored.
 
     place: where the chunk begins (its low 32 bits), and what chance depends on beside the element
     """
-    clipped: tl.constexpr = EXTRAS[0]
-    averaged: tl.constexpr = EXTRAS[1]
-    rounded: tl.constexpr = EXTRAS[2]
+    clipped: tl.constexpr = STEP_OPTIONS[0]
+    averaged: tl.constexpr = STEP_OPTIONS[1]
+    rounded: tl.constexpr = STEP_OPTIONS[2]
     g = scalars[0] * values[1]
-    # The extras are the last of the scalars, and of the streams.
+    # Those of the options are the last of the scalars, and of the streams.
     own: tl.constexpr = len(scalars) - clipped - averaged
     kept: tl.constexpr = len(values) - (rounded >= WITH_REST)
     states: tl.constexpr = kept - averaged
@@ -91,7 +92,7 @@ def _update_block(
     COMPUTE: tl.constexpr,
     SCALES: tl.constexpr,
     WIDTH: tl.constexpr,
-    EXTRAS: tl.constexpr,
+    STEP_OPTIONS: tl.constexpr,
 ):
     """Load, update, store: a block of every stream; scale_ptrs: of its scales, where there are."""
     values = ()
@@ -102,7 +103,7 @@ def _update_block(
         else:
             values += (x.to(COMPUTE),)
     dtype: tl.constexpr = pointers[0].dtype.element_ty
-    new, seen = _around(values, offsets, scalars, place, RULE, dtype, EXTRAS)
+    new, seen = _apply_rule(values, offsets, scalars, place, RULE, dtype, STEP_OPTIONS)
     # All loads come before the first store: nothing may hang on the order of aliases.
     tl.store(pointers[0] + offsets, new[0].to(dtype), mask=mask)
     for k in tl.static_range(2, len(pointers)):
@@ -113,7 +114,7 @@ def _update_block(
         else:
             x = new[k - 1].to(pointers[k].dtype.element_ty)
         tl.store(pointers[k] + offsets, x, mask=mask)
-    if EXTRAS[3]:
+    if STEP_OPTIONS[3]:
         # Or what is seen is computed between the stores, and spills (sm_100, codes by chance).
         tl.debug_barrier()
         sums = telemetry.see(sums, values[1], *seen, mask, WIDTH)
@@ -187,15 +188,15 @@ def update_kernel(
     grad_scale_ptr, seen_ptr, RULE: tl.constexpr, DTYPES: tl.constexpr, SCALES: tl.constexpr,
     COMPUTE: tl.constexpr, N_SCALARS: tl.constexpr, HAS_SKIP: tl.constexpr,
     HAS_FACTORS: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    SPAN: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, EXTRAS: tl.constexpr,
+    SPAN: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEP_OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Update what this program has of a chunk.
 
     tensors_ptr: (n, len(DTYPES)) int64 addresses; chunks_ptr: (programs / PARTS, 3) int64;
     index_ptr: (n,) int64 row of scalars_ptr; keys_ptr: (n,) int64, for chance; skip_ptr: (1,)
     float, nothing is written where not 0; factors_ptr: of g_scale, owners_ptr: (n,) int64, whose;
-    where it is watched, seen_ptr: (programs, len(SEEN)) float64, and grad_scale_ptr: what gradients
-    are told of without. SCALES: of each stream the column of its scales, 0 for none; PARTS:
+    where it is watched, seen_ptr: (programs, len(TELEMETRY)) float64, and grad_scale_ptr: what
+    gradients are told of without. SCALES: column of each stream's scales, 0 for none; PARTS:
     programs of a chunk, of SPAN elements each; LANES: threads; WIDTH: elements of a thread that lie
     side by side
     """
@@ -222,30 +223,30 @@ def update_kernel(
         tensors_ptr + tensor * len(DTYPES), first, DTYPES, SCALES, BLOCK, WIDTH
     )
     key = tensor
-    if EXTRAS[2] == BY_CHANCE or len(DTYPES) > len(SCALES):
+    if STEP_OPTIONS[2] == BY_CHANCE or len(DTYPES) > len(SCALES):
         key = rounding.key_of_chunk(tl.load(keys_ptr + tensor), first)
     place = (first.to(tl.uint32), key)
     lanes = tl.arange(0, BLOCK)
-    sums = telemetry.nothing(EXTRAS[3], LANES)
+    sums = telemetry.nothing(STEP_OPTIONS[3], LANES)
     full = tl.where(aligned, n // BLOCK, 0)
     for block in range(full):
         sums = _update_block(
             aligned_ptrs, block * BLOCK + lanes, None, _of_block(scale_ptrs, block), scalars, place,
-            sums, RULE, COMPUTE, SCALES, WIDTH, EXTRAS,
+            sums, RULE, COMPUTE, SCALES, WIDTH, STEP_OPTIONS,
         )  # fmt: skip
     # Once a chunk at most: what this alone needs is not kept in registers from before (sm_100).
     for block in tl.range(full, tl.cdiv(n, BLOCK), disable_licm=True):
         offsets = block * BLOCK + lanes
         sums = _update_block(
             any_ptrs, offsets, offsets < n, _of_block(scale_ptrs, block), scalars, place, sums,
-            RULE, COMPUTE, SCALES, WIDTH, EXTRAS,
+            RULE, COMPUTE, SCALES, WIDTH, STEP_OPTIONS,
         )  # fmt: skip
-    if EXTRAS[3]:
+    if STEP_OPTIONS[3]:
         if HAS_SKIP:
             # All of them where the step is skipped, else none.
             for block in tl.range(tl.cdiv(n, BLOCK), tl.cdiv(n_all, BLOCK), disable_licm=True):
                 offsets = block * BLOCK + lanes
                 sums = _see_block(
-                    any_ptrs, offsets, offsets < n_all, sums, COMPUTE, WIDTH, EXTRAS[2]
+                    any_ptrs, offsets, offsets < n_all, sums, COMPUTE, WIDTH, STEP_OPTIONS[2]
                 )
         telemetry.write(seen_ptr, sums, grad_scale_ptr, HAS_SCALE)

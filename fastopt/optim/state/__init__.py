@@ -1,0 +1,1 @@
+"""States of the parameters: made, counted, stored, saved and loaded."""

@@ -1,0 +1,1 @@
+"""One step: its plan, the launches, and what is done before and after them."""
