@@ -108,7 +108,7 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         self._store = StateStore(self.__dict__["state"], self, state_was_accessed)
         self.__dict__.setdefault("_lock", threading.RLock())
 
-    # What a subclass may say of itself.
+    # A subclass may override these.
 
     def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         """A state before the first step: zeros laid out like the parameter."""
@@ -125,7 +125,7 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         raise RuntimeError(self.sparse_error(group))
 
     def sparse_error(self, group: dict[str, Any]) -> str | None:
-        """Why sparse gradients are refused; None where they are not."""
+        """The reason why sparse gradients are refused; None where they are not."""
         return (
             f"{type(self).__name__} does not support sparse gradients. fastopt.optim.SGD and "
             "Adagrad do; or make the gradient dense (sparse=False in the embedding)."
@@ -173,7 +173,7 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         sharding.check(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What the last step saw is in a plan, which is about addresses and stays behind.
+        # Telemetry of the last step is in a plan, which is about addresses and stays behind.
         kept: dict[str, Any] = {"_copied_telemetry": self._telemetry_rows()}
         if self._clip is not None:
             kept["_clip"] = ReportedClip(self.last_step)
@@ -203,8 +203,8 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         return saving.stamped(super().state_dict())
 
     def torch_state_dict(self) -> dict[str, Any]:
-        """What torch.optim's class of this name would save: its states in floating point, its
-        options, and nothing else. Parameters are saved by the model, rounded as they are."""
+        """The state_dict that torch.optim's class of this name would save: its states in floating
+        point, its options, and nothing else. Parameters are saved by the model, as they are."""
         return saving.plain(torch.optim.Optimizer.state_dict(self), self.carried_names)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,24 +244,26 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         with self._lock:
-            seen, self._measured_ahead = self._measured_ahead, None
+            ahead, self._measured_ahead = self._measured_ahead, None
             if scale.on_host() and scale.skip():
-                self.note_skip(scale, seen and seen[1])
+                self.note_skip(scale, ahead and ahead[1])
             else:
                 may_be_skipped = scale.found_inf is not None or self._finds_inf
-                plan = self._current_plan(may_be_skipped) if seen is None else seen[0]
-                self.run_plan(plan, scale, seen and seen[1])
+                plan = self._current_plan(may_be_skipped) if ahead is None else ahead[0]
+                self.run_plan(plan, scale, ahead and ahead[1])
         return loss
 
-    def run_plan(self, plan: Plan, scale: Scale = NO_SCALE, seen: ClipResult | None = None) -> None:
+    def run_plan(
+        self, plan: Plan, scale: Scale = NO_SCALE, measured: ClipResult | None = None
+    ) -> None:
         """One step of what a plan holds, whole even where the user interrupts it.
 
-        seen: what was seen of its gradients, if it was
+        measured: norms of its gradients, where they have been measured already
         """
         handler = interrupts.hold()
         try:
             clip = self._clip = (
-                self._measure_gradients(plan, seen, scale) if plan.measures_gradients else None
+                self._measure_gradients(plan, measured, scale) if plan.measures_gradients else None
             )
             if self._skipped_telemetry is not None:
                 self._forget_skipped_telemetry(plan.params)
@@ -301,11 +303,11 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def telemetry(self, named: Iterable[tuple[str, Tensor]] | None = None) -> Telemetry:
-        """What the last step saw of each parameter (telemetry=True), by name.
+        """Norms and counts of each parameter in the last step (telemetry=True), by name.
 
         named: as model.named_parameters(); otherwise the names the optimizer was given, or
         "group.index". Of a sharded parameter it is about this rank's part, and says so (`shard`):
-        no rank waits for another here. Raises RuntimeError where no step has looked.
+        no rank waits for another here. Raises RuntimeError where no step was watched.
         """
         rows = self._telemetry_rows()
         if rows is None:
@@ -350,7 +352,7 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         return released
 
     def end_release(self, released: Released) -> None:
-        """What `Released.remove` calls."""
+        """Step no longer in backward; `Released.remove` calls this."""
         if self._released is released:
             averages.end_backward(self)
             self._released = None
@@ -375,11 +377,13 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         self, launch_group: LaunchGroup, scale: Scale, clip: ClipResult | DeviceClipResult | None
     ) -> None:
         """One launch that was counted: stage, update, and tell autograd what was written."""
-        seen = clip.on(launch_group.launch.device) if isinstance(clip, DeviceClipResult) else None
+        on_device = (
+            clip.on(launch_group.launch.device) if isinstance(clip, DeviceClipResult) else None
+        )
         if launch_group.on_device:
-            launch_group.run_on_device(scale, seen)
-        elif seen is not None:
-            launch_group.run((seen, scale.grad_scale))
+            launch_group.run_on_device(scale, on_device)
+        elif on_device is not None:
+            launch_group.run((on_device, scale.grad_scale))
         else:
             launch_group.inverse_scale = scale.inverse()
             launch_group.run()

@@ -84,7 +84,7 @@ class PlanningOptimizer:
         return plan
 
     def _keys(self, may_be_skipped: bool, params: list[Tensor]) -> list[Any]:
-        """What the plan of each group hangs on: a GroupKey, as a plain tuple."""
+        """The settings of each group that a plan depends on: a GroupKey, as a plain tuple."""
         for group in self.param_groups:
             if group.get("skip_nonfinite"):
                 may_be_skipped = True
