@@ -245,7 +245,7 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
             scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         with self._lock:
             ahead, self._measured_ahead = self._measured_ahead, None
-            if scale.on_host() and scale.skip():
+            if scale is not NO_SCALE and scale.on_host() and scale.skip():
                 self.note_skip(scale, ahead and ahead[1])
             else:
                 may_be_skipped = scale.found_inf is not None or self._finds_inf
@@ -385,6 +385,6 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         elif on_device is not None:
             launch_group.run((on_device, scale.grad_scale))
         else:
-            launch_group.inverse_scale = scale.inverse()
+            launch_group.inverse_scale = 1.0 if scale is NO_SCALE else scale.inverse()
             launch_group.run()
         increment_version(launch_group.written_tensors(states=self._store.was_accessed))

@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "telemetry": False,
 }
 # Those that change the kernel.
-_IN_KERNEL = frozenset({"clip_value", "ema_decay", "param_rounding", "telemetry"})
+IN_KERNEL = frozenset({"clip_value", "ema_decay", "param_rounding", "telemetry"})
 ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN, "master": MASTER}
 # What a rounding keeps beside a parameter: a state, and its dtype.
 LOW_BITS = "low_bits"
@@ -141,7 +141,7 @@ def check(group: Mapping[str, Any]) -> None:
 
 def step_options_of(group: Mapping[str, Any]) -> StepOptions:
     """The options of a parameter group that are part of its kernel."""
-    if not _IN_KERNEL.intersection(group):
+    if not IN_KERNEL.intersection(group):
         return NO_OPTIONS
     return StepOptions(
         group.get("clip_value") is not None,

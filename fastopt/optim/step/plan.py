@@ -22,7 +22,7 @@ from fastopt.optim.state.step_counts import DeviceStepCounts, StepCounters, Step
 from fastopt.optim.state.store import StateStore, show_count
 from fastopt.optim.step import checks, memory_layout, sharding
 from fastopt.optim.step.grad_norm import ClipResult, DeviceClipResult, DeviceGradNorm
-from fastopt.optim.step.grad_scale import Scale
+from fastopt.optim.step.grad_scale import NO_SCALE, Scale
 from fastopt.optim.step.group_key import GroupKey, ParamRef
 from fastopt.optim.step.launch_group import LaunchGroup, ParamSlot
 from fastopt.optim.update import Update
@@ -152,9 +152,11 @@ def _factors(
     """The factors of each group's gradients on the host; empty where it skips the step."""
     if isinstance(clip, DeviceClipResult):
         return [1.0] * len(groups)
-    if scale.skip():
-        return []
-    inverse = scale.inverse()
+    inverse = 1.0
+    if scale is not NO_SCALE:
+        if scale.skip():
+            return []
+        inverse = scale.inverse()
     if isinstance(clip, ClipResult):
         return [inverse * coefficient for coefficient in clip.coefficients]
     return [inverse] * len(groups)

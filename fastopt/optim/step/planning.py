@@ -16,6 +16,7 @@ from fastopt.optim.step.group_key import GroupKey, ParamRef
 from fastopt.optim.step.plan import Plan, build
 from fastopt.optim.step.telemetry import ParameterTelemetry
 from fastopt.optim.update import Update
+from fastopt_kernels.chunks import NO_OPTIONS
 
 
 class PlanningOptimizer:
@@ -97,8 +98,11 @@ class PlanningOptimizer:
                 group.get("capturable", False),
                 group.get("fused", False),
                 group.get("differentiable", False),
-                options.step_options_of(group),
-                options.measures_gradients(group),
+                # Calls are left out where the answer is the common one: this is most of a check.
+                NO_OPTIONS
+                if options.IN_KERNEL.isdisjoint(group)
+                else options.step_options_of(group),
+                group.get("max_grad_norm") is not None or bool(group.get("skip_nonfinite")),
                 () if group.get("state_dtype") is None else formats.formats_of(update, group),
                 may_be_skipped,
             )
