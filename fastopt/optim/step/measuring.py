@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastopt.optim import options
+from fastopt.optim.state.store import StateStore
 from fastopt.optim.step import skipped
 from fastopt.optim.step.grad_norm import ClipResult, DeviceClipResult, LastStep, ReportedClip
 from fastopt.optim.step.grad_scale import NO_SCALE, Scale, ScalesInside
 from fastopt.optim.step.hooks import pre_hooks
 from fastopt.optim.step.plan import Plan
-from fastopt.optim.step.planning import PlanningOptimizer
 from fastopt.optim.step.telemetry import ParameterTelemetry
 
 
-class MeasuringOptimizer(PlanningOptimizer):
+class MeasuringOptimizer:
     """The part of an optimizer that measures gradients, and reports what it found."""
 
+    param_groups: list[dict[str, Any]]
+    _store: StateStore
     _clip: ClipResult | DeviceClipResult | ReportedClip | None = None
     # A plan for the gradients that are there, and what the host has measured ahead of the step.
     _measured_ahead: tuple[Plan, ClipResult | None] | None = None
@@ -31,6 +34,10 @@ class MeasuringOptimizer(PlanningOptimizer):
     _skipped_telemetry: dict[Tensor, ParameterTelemetry | None] | None = None
 
     _step_supports_amp_scaling = ScalesInside()
+
+    def _current_plan(self, may_be_skipped: bool) -> Plan:
+        """The plan for the gradients that are there now, which a subclass makes."""
+        raise NotImplementedError
 
     def measures_gradients(self) -> bool:
         """True where a step measures all gradients before any parameter is written."""
