@@ -14,13 +14,13 @@ from fastopt.optim.step.grad_scale import step_is_replaced
 class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler: same arguments, methods and state_dict.
 
-    `step` of an optimizer with max_grad_norm or skip_nonfinite learns from that optimizer's own
-    look at its gradients whether one is infinite or NaN: on a device in the step itself, and
-    nobody waits for it. For any other it is torch's, as for one whose `step` was replaced on the
+    `step` of an optimizer with max_grad_norm or skip_nonfinite takes from that optimizer's own
+    measurement of its gradients if one is infinite or NaN: on a device in the step itself, and
+    nothing waits for it. For any other it is torch's, as for one whose `step` was replaced on the
     instance (accelerate does so), which is not called for a step that is skipped.
     """
 
-    # The optimizer that is being stepped: what it sees holds until its own step, which comes next.
+    # The optimizer that is being stepped: what it measures holds until its own step, which is next.
     _stepped: FusedOptimizer | None = None
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -71,9 +71,9 @@ class GradScaler(torch.amp.GradScaler):
         if self._stepped is None or optimizer is not self._stepped or not _has_gradient(optimizer):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
-        # Where only the device will know, the step's own word takes the place of this one.
-        seen = float(self._stepped.measure_gradients() or 0.0)
-        found = torch.full((), seen, dtype=torch.float32, device=scale.device)
+        # Where only the device will know, the step's own flag takes the place of this one.
+        nonfinite = float(self._stepped.measure_gradients() or 0.0)
+        found = torch.full((), nonfinite, dtype=torch.float32, device=scale.device)
         state: dict[str, Any] = self._per_optimizer_states[id(optimizer)]
         state["found_inf_per_device"] = {scale.device: found}
         return state["found_inf_per_device"]  # type: ignore[no-any-return]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
@@ -13,23 +12,24 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastopt.optim import options
+from fastopt.optim.additions import Additions
 from fastopt.optim.state import averages, checkpoints, formats, saving
 from fastopt.optim.state.store import StateStore
 from fastopt.optim.step import fallback, interrupts, sharding
+from fastopt.optim.step import plan as plans
 from fastopt.optim.step.grad_norm import ClipResult, DeviceClipResult, ReportedClip
 from fastopt.optim.step.grad_scale import NO_SCALE, Scale
+from fastopt.optim.step.group_key import GroupKey, ParamRef
 from fastopt.optim.step.hooks import hooked
-from fastopt.optim.step.in_backward import Released
 from fastopt.optim.step.launch_group import LaunchGroup
-from fastopt.optim.step.measuring import MeasuringOptimizer
-from fastopt.optim.step.plan import Plan
-from fastopt.optim.step.telemetry import ParameterTelemetry, Telemetry, names_of, rows_of
+from fastopt.optim.step.plan import Plan, build
 from fastopt.optim.update import Update, number_dtype
+from fastopt_kernels.chunks import NO_OPTIONS
 
 _cuda_in_use = cast("Callable[[], bool]", torch.cuda.is_initialized)
 
 
-class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
+class FusedOptimizer(Additions, torch.optim.Optimizer):
     """A torch.optim.Optimizer whose whole step is one kernel launch for each device.
 
     A subclass names a rule, its host half and its states; kernels for CPU and GPU, every dtype and
@@ -67,12 +67,11 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
     nonnegative_names: ClassVar[tuple[str, ...]] = ()
     eight_bit_names: ClassVar[tuple[str, ...]] = ()
 
+    _update: ClassVar[Update]
     # Held for a step: threads that step one optimizer take turns.
     _lock: threading.RLock
-    _released: Released | None = None
     # Set where a ZeroRedundancyOptimizer has given this one its rank's part of the parameters.
     _in_zero: bool = False
-    _averaging: averages.Averaging | None = None
     # Options by keyword, while constructors run: each group begins with them.
     _given: Mapping[str, Any] = MappingProxyType({})
 
@@ -108,7 +107,7 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         self._store = StateStore(self.__dict__["state"], self, state_was_accessed)
         self.__dict__.setdefault("_lock", threading.RLock())
 
-    # What a subclass may say of itself.
+    # A subclass may override these.
 
     def initial_state(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         """A state before the first step: zeros laid out like the parameter."""
@@ -125,7 +124,7 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         raise RuntimeError(self.sparse_error(group))
 
     def sparse_error(self, group: dict[str, Any]) -> str | None:
-        """Why sparse gradients are refused; None where they are not."""
+        """The reason why sparse gradients are refused; None where they are not."""
         return (
             f"{type(self).__name__} does not support sparse gradients. fastopt.optim.SGD and "
             "Adagrad do; or make the gradient dense (sparse=False in the embedding)."
@@ -155,25 +154,8 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         if group.get("state_dtype") is not None:
             group["state_dtype"] = formats.named(group["state_dtype"])
 
-    def _add_option(self, name: str, value: Any) -> None:
-        """An option torch's class does not have; groups show it only where it is given."""
-        self.defaults[name] = value
-        for group in self.param_groups:
-            group.setdefault(name, value)
-
-    def _set_options(self, given: Mapping[str, Any]) -> None:
-        """Set options of the step, for the groups that have none of their own."""
-        if given.get("state_dtype") is not None:
-            given = {**given, "state_dtype": formats.named(given["state_dtype"])}
-        options.check({**self.defaults, **given})
-        for name, value in options.chosen(given, self.defaults).items():
-            self._add_option(name, value)
-        for group in self.param_groups:
-            self._check_group(group)
-        sharding.check(self)
-
     def __getstate__(self) -> dict[str, Any]:
-        # What the last step saw is in a plan, which is about addresses and stays behind.
+        # Telemetry of the last step is in a plan, which is about addresses and stays behind.
         kept: dict[str, Any] = {"_copied_telemetry": self._telemetry_rows()}
         if self._clip is not None:
             kept["_clip"] = ReportedClip(self.last_step)
@@ -203,8 +185,8 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         return saving.stamped(super().state_dict())
 
     def torch_state_dict(self) -> dict[str, Any]:
-        """What torch.optim's class of this name would save: its states in floating point, its
-        options, and nothing else. Parameters are saved by the model, rounded as they are."""
+        """The state_dict that torch.optim's class of this name would save: its states in floating
+        point, its options, and nothing else. Parameters are saved by the model, as they are."""
         return saving.plain(torch.optim.Optimizer.state_dict(self), self.carried_names)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,24 +226,26 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             scale = Scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         with self._lock:
-            seen, self._measured_ahead = self._measured_ahead, None
-            if scale.on_host() and scale.skip():
-                self.note_skip(scale, seen and seen[1])
+            ahead, self._measured_ahead = self._measured_ahead, None
+            if scale is not NO_SCALE and scale.on_host() and scale.skip():
+                self.note_skip(scale, ahead and ahead[1])
             else:
                 may_be_skipped = scale.found_inf is not None or self._finds_inf
-                plan = self._current_plan(may_be_skipped) if seen is None else seen[0]
-                self.run_plan(plan, scale, seen and seen[1])
+                plan = self._current_plan(may_be_skipped) if ahead is None else ahead[0]
+                self.run_plan(plan, scale, ahead and ahead[1])
         return loss
 
-    def run_plan(self, plan: Plan, scale: Scale = NO_SCALE, seen: ClipResult | None = None) -> None:
+    def run_plan(
+        self, plan: Plan, scale: Scale = NO_SCALE, measured: ClipResult | None = None
+    ) -> None:
         """One step of what a plan holds, whole even where the user interrupts it.
 
-        seen: what was seen of its gradients, if it was
+        measured: norms of its gradients, where they have been measured already
         """
         handler = interrupts.hold()
         try:
             clip = self._clip = (
-                self._measure_gradients(plan, seen, scale) if plan.measures_gradients else None
+                self._measure_gradients(plan, measured, scale) if plan.measures_gradients else None
             )
             if self._skipped_telemetry is not None:
                 self._forget_skipped_telemetry(plan.params)
@@ -282,85 +266,104 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         finally:
             interrupts.release(handler)
 
-    def average_moves(
-        self,
-        plan: Plan,
-        scale: Scale = NO_SCALE,
-        clip: ClipResult | DeviceClipResult | None = None,
-    ) -> averages.AverageMoves | None:
-        """Moves of the averages of parameters that a step of this plan has no gradient for."""
-        unstepped = plan.unstepped_averages()
-        # Under release_gradients a step has been taken already: by a backward, when that ended.
-        if not unstepped or (self._released is not None and not plan.ends_backward):
-            return None
-        return averages.AverageMoves(self._store, self.param_groups, unstepped, scale, clip)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's."""
         averages.end_backward(self)
         super().zero_grad(set_to_none)
 
-    def telemetry(self, named: Iterable[tuple[str, Tensor]] | None = None) -> Telemetry:
-        """What the last step saw of each parameter (telemetry=True), by name.
+    def update_of(self, group: dict[str, Any]) -> Update:
+        """The update a parameter group is stepped by; the same object for the same settings."""
+        return self._update
 
-        named: as model.named_parameters(); otherwise the names the optimizer was given, or
-        "group.index". Of a sharded parameter it is about this rank's part, and says so (`shard`):
-        no rank waits for another here. Raises RuntimeError where no step has looked.
+    def param_refs(self) -> Iterator[ParamRef]:
+        """Every parameter with its group's number and its own among all, in order."""
+        numbers = ((k, p) for k, group in enumerate(self.param_groups) for p in group["params"])
+        for position, (number, param) in enumerate(numbers):
+            yield ParamRef(param, number, position)
+
+    def _current_plan(self, may_be_skipped: bool) -> Plan:
+        """The plan for the gradients that are there now, checked against every address it holds.
+
+        may_be_skipped: true where a GradScaler may skip the step on a device
         """
-        rows = self._telemetry_rows()
-        if rows is None:
-            raise RuntimeError(
-                f"no step of this {type(self).__name__} has been watched: construct it with "
-                "telemetry=True, and call step()."
-            )
-        names = names_of(self.param_groups, named)
-        return Telemetry({name: rows[param] for param, name in names.items() if param in rows})
-
-    def _telemetry_rows(self) -> dict[Tensor, ParameterTelemetry] | None:
-        plans = [] if self._plan is None else [self._plan]
-        if self._released is not None:
-            plans += self._released.plans.values()
-        launch_groups = (each for plan in plans for each in plan.launch_groups)
-        return rows_of(launch_groups, self._copied_telemetry, self._skipped_telemetry)
-
-    def release_gradients(
-        self,
-        per_tensor: bool = False,
-        *,
-        model: torch.nn.Module | None = None,
-        local: bool = False,
-    ) -> Released:
-        """From now on step each parameter in backward, as soon as its gradient is there, and free
-        the gradient; step() finds nothing left to do. Returns an object whose `remove()` ends it.
-
-        A backward is then a step: accumulation over several backwards and GradScaler, which learns
-        too late, do not go with it. per_tensor: clip (max_grad_norm) or skip (skip_nonfinite) each
-        tensor by its own norm; without it both are refused with RuntimeError, since the norm of
-        all gradients is not known before the last one is there. Lv et al. 2023 (arXiv:2306.09782).
-
-        model: with several ranks, the model that reduces the gradients, or a module around it. A
-        DistributedDataParallel steps at the end of a backward that reduces (not in no_sync()), a
-        fully_shard model shard by shard. local: a parameter of no such model is stepped by each
-        rank's own gradient; without it that is refused with RuntimeError.
-        """
-        released = Released(self, per_tensor, model, local)
-        if self._released is not None:
-            self._released.remove()
-        self._released = released
-        return released
-
-    def end_release(self, released: Released) -> None:
-        """What `Released.remove` calls."""
-        if self._released is released:
-            averages.end_backward(self)
-            self._released = None
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        keys, plan = self._keys(may_be_skipped, params[:1]), self._plan
+        # Whatever interrupts the check of a plan leaves it half updated: it is then built anew.
         self._plan = None
+        if (
+            plan is not None
+            and plan.keys == keys
+            and not (self._store.was_accessed and not plan.holds(self._store.states))
+            and plan.fits(params, grads, self._store.was_accessed)
+        ):
+            self._plan = plan
+            return plan
+        plan = self._make_plan(list(self.param_refs()), grads, keys)
+        plan.remember(self._store.states)
+        if not plan.fallback_params:
+            self._plan = plan
+        return plan
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Parameters hold their running averages inside (ema_decay), and their own values again
-        after, also where that is by an error; before the first step they keep their own. step()
-        and load_state_dict() raise RuntimeError inside."""
-        return averages.averaged(self)
+    def plan_of(self, ref: ParamRef, plan: Plan | None) -> Plan:
+        """A plan for one parameter alone; the one given, where it still holds."""
+        param, held = ref.param, self._store.states
+        keys, grads = self._keys(False, [param]), [param.grad]
+        if (
+            plan is None
+            or plan.keys != keys
+            or (self._store.was_accessed and not plan.holds({param: held.get(param)}))
+            or not plan.fits([param], grads, self._store.was_accessed)
+        ):
+            plan = self._make_plan([ref], grads, keys)
+            plan.remember({param: held.get(param)})
+        return plan
+
+    def plan_of_averages(self, param_refs: list[ParamRef]) -> Plan:
+        """A plan in which nothing is stepped, and only averages move."""
+        keys = self._keys(False, [ref.param for ref in param_refs])
+        plan = self._make_plan(param_refs, [None] * len(param_refs), keys)
+        plan.ends_backward = True
+        return plan
+
+    def _keys(self, may_be_skipped: bool, params: list[Tensor]) -> list[Any]:
+        """The settings of each group that a plan depends on: a GroupKey, as a plain tuple."""
+        for group in self.param_groups:
+            if group.get("skip_nonfinite"):
+                may_be_skipped = True
+        may_be_skipped = may_be_skipped and any(
+            plans.measures_on_device(param.device) for param in params
+        )
+        return [
+            (
+                update := self.update_of(group),
+                group.get("capturable", False),
+                group.get("fused", False),
+                group.get("differentiable", False),
+                # Calls are left out where the answer is the common one: this is most of a check.
+                NO_OPTIONS
+                if options.IN_KERNEL.isdisjoint(group)
+                else options.step_options_of(group),
+                group.get("max_grad_norm") is not None or bool(group.get("skip_nonfinite")),
+                () if group.get("state_dtype") is None else formats.formats_of(update, group),
+                may_be_skipped,
+            )
+            for group in self.param_groups
+        ]
+
+    def _make_plan(
+        self, param_refs: list[ParamRef], grads: list[Tensor | None], keys: list[Any]
+    ) -> Plan:
+        for group, key in zip(self.param_groups, keys, strict=True):
+            key[0].probe(group)
+        with torch.no_grad():
+            made = [GroupKey(*key) for key in keys]
+            plan = build(self, self._store, param_refs, grads, made)
+            for launch_group in plan.launch_groups:
+                if not launch_group.refresh(grads, state_was_accessed=False):
+                    raise AssertionError("a plan must fit the gradients it was just built for")
+        self._copied_telemetry = None
+        return plan
 
     def _check_capturable(self) -> None:
         if not all(group.get("capturable") for group in self.param_groups):
@@ -375,12 +378,14 @@ class FusedOptimizer(MeasuringOptimizer, torch.optim.Optimizer):
         self, launch_group: LaunchGroup, scale: Scale, clip: ClipResult | DeviceClipResult | None
     ) -> None:
         """One launch that was counted: stage, update, and tell autograd what was written."""
-        seen = clip.on(launch_group.launch.device) if isinstance(clip, DeviceClipResult) else None
+        on_device = (
+            clip.on(launch_group.launch.device) if isinstance(clip, DeviceClipResult) else None
+        )
         if launch_group.on_device:
-            launch_group.run_on_device(scale, seen)
-        elif seen is not None:
-            launch_group.run((seen, scale.grad_scale))
+            launch_group.run_on_device(scale, on_device)
+        elif on_device is not None:
+            launch_group.run((on_device, scale.grad_scale))
         else:
-            launch_group.inverse_scale = scale.inverse()
+            launch_group.inverse_scale = 1.0 if scale is NO_SCALE else scale.inverse()
             launch_group.run()
         increment_version(launch_group.written_tensors(states=self._store.was_accessed))

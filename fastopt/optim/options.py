@@ -1,4 +1,4 @@
-"""What a step does around the update, as options of every optimizer.
+"""Options of every optimizer: clipping, skipping, averages, rounding, formats, telemetry.
 
     max_grad_norm   g <- g min(1, max_grad_norm / (norm + 1e-6)), one norm over all parameters, or
                     over those of a group that was given a limit of its own
@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "telemetry": False,
 }
 # Those that change the kernel.
-_AROUND = frozenset({"clip_value", "ema_decay", "param_rounding", "telemetry"})
+IN_KERNEL = frozenset({"clip_value", "ema_decay", "param_rounding", "telemetry"})
 ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN, "master": MASTER}
 # What a rounding keeps beside a parameter: a state, and its dtype.
 LOW_BITS = "low_bits"
@@ -141,7 +141,7 @@ def check(group: Mapping[str, Any]) -> None:
 
 def step_options_of(group: Mapping[str, Any]) -> StepOptions:
     """The options of a parameter group that are part of its kernel."""
-    if not _AROUND.intersection(group):
+    if not IN_KERNEL.intersection(group):
         return NO_OPTIONS
     return StepOptions(
         group.get("clip_value") is not None,
@@ -166,7 +166,7 @@ def state_names(own: tuple[str, ...], step_options: StepOptions) -> tuple[str, .
 
 
 def average_weight(group: Mapping[str, Any], count: float) -> float:
-    """What the parameter weighs in step `count` of its average, which begins with the first."""
+    """Weight of the parameter in step `count` of its average, counted from 1."""
     decay = group["ema_decay"]
     if type(decay) is not float:
         decay = number(decay)
@@ -188,7 +188,7 @@ def option_scalars(
 
 
 def option_hypers(group: Mapping[str, Any], step_options: StepOptions) -> list[Any]:
-    """What those scalars are computed from, where the step is counted on a device."""
+    """Hyper-parameters of those scalars, for a step that is counted on a device."""
     hypers = [group["clip_value"]] if step_options.clipped else []
     if step_options.averaged:
         hypers += [group["ema_decay"], group.get("ema_warmup") or 0]
@@ -196,10 +196,10 @@ def option_hypers(group: Mapping[str, Any], step_options: StepOptions) -> list[A
 
 
 def measures(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a step must look at all gradients before it begins."""
+    """True where a step measures all gradients before it begins."""
     return any(map(measures_gradients, groups))
 
 
 def measures_gradients(group: Mapping[str, Any]) -> bool:
-    """A step of this group needs all gradients to be looked at first."""
+    """True where a step of this group measures all gradients first."""
     return group.get("max_grad_norm") is not None or bool(group.get("skip_nonfinite"))

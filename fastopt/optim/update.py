@@ -43,13 +43,13 @@ def number(x: Any) -> float:
 
 
 def number_dtype(on_device: bool = False) -> torch.dtype:
-    """What torch keeps its step counts in."""
+    """The dtype of torch's step counts."""
     double = torch.get_default_dtype() == torch.float64 and not on_device
     return torch.float64 if double else torch.float32
 
 
 def sign(group: Mapping[str, Any]) -> float:
-    """What a gradient counts as in a parameter group."""
+    """-1 for a parameter group that maximizes, else 1: the sign of its gradients."""
     return -1.0 if group.get("maximize") else 1.0
 
 
@@ -131,7 +131,7 @@ class Update:
 
     @cached_property
     def n_scalars(self) -> int:
-        """How many scalars the rule takes."""
+        """The number of scalars that the rule takes."""
         return int(self.rule.__code__.co_argcount) - 2 - len(self.state_names)
 
     @property
@@ -150,11 +150,11 @@ class Update:
         Raises KeyError where the group lacks one, TypeError where one has too few elements.
         """
         try:
-            return [group[k] if i is None else group[k][i] for k, i in self._places]
+            return [group[k] if i is None else group[k][i] for k, i in self._hyper_refs]
         except (KeyError, IndexError):
-            missing = [k for k, _ in self._places if k not in group]
+            missing = [k for k, _ in self._hyper_refs if k not in group]
             if not missing:
-                short = {k: group[k] for k, i in self._places if i is not None}
+                short = {k: group[k] for k, i in self._hyper_refs if i is not None}
                 raise TypeError(
                     f"{self.scalars.__qualname__} takes {self.hyper_names}, but the parameter "
                     f"group has {short}. Give one value for each."
@@ -220,8 +220,8 @@ class Update:
             )
 
     @cached_property
-    def _places(self) -> list[tuple[str, int | None]]:
-        """Where each hyper-parameter is in a group: beta2 is element 1 of betas."""
+    def _hyper_refs(self) -> list[tuple[str, int | None]]:
+        """Name and index of each hyper-parameter in a group: beta2 is element 1 of betas."""
         return [
             (name[:-1] + "s", int(name[-1]) - 1) if name[-1:].isdigit() else (name, None)
             for name in self.hyper_names

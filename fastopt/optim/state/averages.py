@@ -47,7 +47,10 @@ class UnsteppedAverage(NamedTuple):
     average: Tensor
 
     def fits(self, state_was_accessed: bool) -> bool:
-        """Whether the average still is that of the parameter; exposed: it may be another one."""
+        """True while the average is that of the parameter.
+
+        state_was_accessed: the state may hold another one
+        """
         return (
             self.param.shape == self.average.shape
             and self.param.device == self.average.device
@@ -56,7 +59,7 @@ class UnsteppedAverage(NamedTuple):
 
 
 def can_follow(param: Tensor) -> bool:
-    """Whether there is anything to average in a parameter that is never stepped."""
+    """True for a parameter that has an average even where it is never stepped."""
     return param.dtype in memory_layout.DTYPE_CODES and memory_layout.has_memory(param)
 
 

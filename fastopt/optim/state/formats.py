@@ -1,4 +1,4 @@
-"""How a state is stored: in its parameter's dtype, in another, or in 8 bits.
+"""Formats of states: in its parameter's dtype, in another, or in 8 bits.
 
     state_dtype  None: the parameter's dtype, as torch has it
                  torch.float32, beside parameters of 16 bits too

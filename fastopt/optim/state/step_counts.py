@@ -87,7 +87,7 @@ class StepCounters:
         return self.flat if self.averaged is None else [*self.flat, self.averaged]
 
     def in_place(self) -> bool:
-        """Whether every owner still holds the view it was given."""
+        """True while every owner holds the view it was given."""
         return all(
             owner.get(name) is view
             for name, views in zip(self.names, self.views, strict=True)
@@ -151,7 +151,7 @@ class DeviceStepCounts:
         return np.asarray(flat, dtype=np.int64).reshape(len(self._owners), len(self._names))
 
     def in_place(self) -> bool:
-        """Whether every owner still holds the tensor whose address is known."""
+        """True while every owner holds the tensor whose address is known."""
         return all(a is b for a, b in zip(self._held(), self._tensors, strict=True)) and bool(
             (self._read_addresses() == self._addresses).all()
         )
@@ -167,7 +167,7 @@ class StepCounts:
     """The numbers of one launch.
 
     rows: (n,) where each parameter's numbers lie in the flat tensors; groups: (n,) its group;
-    shared: whether another launch counts some of these too (a parameter given twice).
+    shared: true where another launch counts some of these too (a parameter given twice).
     """
 
     def __init__(
@@ -195,13 +195,13 @@ class StepCounts:
         self._classes: list[tuple[int, int, Array]] | None = None
         self._expected: Array | None = None
         # Of the step that was prepared: who takes part, whether the counts may be others than the
-        # last step left, and the carried numbers after it.
+        # last step left, and the carried counters after it.
         self._active: Array | None = None
         self._looked = True
         self._carried: list[tuple[Array, list[float]]] = []
 
     def in_place(self) -> bool:
-        """Whether every owner still holds its view."""
+        """True while every owner holds its view."""
         return self.counters.in_place()
 
     def counts(self) -> Array:
@@ -220,7 +220,7 @@ class StepCounts:
         `count` counts then. Where a scalar cannot be computed, no number has changed.
 
         groups: the optimizer's parameter groups; factors: of each group's gradients
-        exposed: the numbers may have been set from outside since the last step
+        state_was_accessed: the numbers may have been set from outside since the last step
         """
         if self.counters.shared:
             self.counters.pull()
@@ -285,16 +285,16 @@ class StepCounts:
         return self._classes
 
     def _partition(self, active: Array | None, launch: Any) -> list[tuple[int, int, Array]]:
-        """Parameters alike in group, step and carried numbers share a row of scalars: for each row
+        """Parameters alike in group, step and carried counters share a row of scalars: for each row
         its group, and where the numbers of the first and of all of its parameters lie."""
-        here = np.arange(len(self.rows)) if active is None else np.flatnonzero(active)
+        chosen = np.arange(len(self.rows)) if active is None else np.flatnonzero(active)
         counters = [n for n in (*self._arrays, self._averaged) if n is not None]
-        table = np.stack([self.groups[here], *(n[self.rows[here]] for n in counters)], axis=1)
+        table = np.stack([self.groups[chosen], *(n[self.rows[chosen]] for n in counters)], axis=1)
         if (table == table[0]).all():
-            launch.index[here] = 0
-            return [(int(table[0, 0]), int(self.rows[here[0]]), self.rows[here])]
+            launch.index[chosen] = 0
+            return [(int(table[0, 0]), int(self.rows[chosen[0]]), self.rows[chosen])]
         kinds, inverse = np.unique(table, axis=0, return_inverse=True)
         inverse = inverse.reshape(-1)
-        launch.index[here] = inverse
-        alike = [self.rows[here[inverse == row]] for row in range(len(kinds))]
+        launch.index[chosen] = inverse
+        alike = [self.rows[chosen[inverse == row]] for row in range(len(kinds))]
         return [(int(kind[0]), int(kin[0]), kin) for kind, kin in zip(kinds, alike, strict=True)]

@@ -46,7 +46,7 @@ class StateStore:
         return state
 
     def counters_of(self, param: Tensor, key: GroupKey) -> State:
-        """Where a parameter's step is counted."""
+        """The dict that counts a parameter's steps: its state, or a hidden one."""
         if key.update.counted or key.saves_count(param):
             return self.state_of(param, key)
         return self.hidden_counters.setdefault(param, {})
@@ -146,7 +146,7 @@ class StateStore:
     ) -> State:
         """The same for a parameter that has an average, but no gradient; gives its state.
 
-        on_device: whether the steps in the average are counted there
+        on_device: true where the steps in the average are counted there
         """
         state: State = self.states[param]
         before.append((state, dict(state)))
@@ -174,7 +174,7 @@ class StateStore:
         return self._initial.initial_number(max(1.0, group.get("ema_warmup") or 0), param, group)
 
     def has_average(self, param: Tensor) -> bool:
-        """Whether any step is in the average of a parameter."""
+        """True where a step has gone into the average of a parameter."""
         held = self.states.get(param, {})
         if held.get(AVERAGED) is None:
             return False

@@ -94,7 +94,7 @@ class BackwardSteps:
 
 
 def _is_nested() -> bool:
-    """Whether the backward that runs was begun by a function of another one."""
+    """True where the backward that runs was begun by a function of another one."""
     frame = sys._getframe()
     while frame is not None and frame.f_code is not BackwardCFunction.apply.__code__:
         frame = frame.f_back  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What a step found in its gradients, where the host has not computed it."""
+"""Norms of gradients, clip coefficients and the skip flag: on the host, and on devices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastopt.optim.update import number
 
 
 def maximum_of(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the norm of these groups is the largest |g|, not sqrt(sum g^2).
+    """True where the norm of these groups is max |g|, false where it is sqrt(sum g^2).
 
     Raises ValueError where they do not agree.
     """
@@ -34,7 +34,7 @@ def maximum_of(groups: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def one_limit(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether one coefficient serves all groups, without reading limits that are on a device."""
+    """True where one coefficient serves all groups; limits on a device are not read."""
     limits = [group.get("max_grad_norm") for group in groups]
     return len({id(x) if isinstance(x, Tensor) else x for x in limits}) == 1 and (
         len(groups) == 1 or not any(group.get(ALONE) for group in groups)
@@ -43,11 +43,11 @@ def one_limit(groups: Sequence[Mapping[str, Any]]) -> bool:
 
 @dataclass(frozen=True)
 class LastStep:
-    """What the last step that looked at its gradients found.
+    """Findings of the last step that measured its gradients.
 
     grad_norm: of all gradients, unscaled; clip_coefficient: what they were multiplied by, one for
     all groups, or (groups,) where one has a limit of its own; nonfinite: elements that were
-    infinite or NaN; skipped: whether nothing was updated for it
+    infinite or NaN; skipped: nothing was updated for it
     """
 
     grad_norm: Tensor
@@ -73,7 +73,7 @@ class ClipResult:
         self.nonfinite += float(nonfinite.sum())
 
     def with_grad_scale(self, inverse_scale: float, skip: bool = False) -> ClipResult:
-        """The same, of gradients that are multiplied by this first; skip: somebody else says so."""
+        """The same, of gradients that are multiplied by this first; skip: a GradScaler skips."""
         self._inverse_scale, self._skip = inverse_scale, skip
         return self
 
@@ -105,7 +105,7 @@ class ClipResult:
 
     @property
     def skip(self) -> bool:
-        """Whether nothing is to be updated."""
+        """True where nothing is to be updated."""
         return self._skip or (
             self.nonfinite > 0 and any(group.get("skip_nonfinite") for group in self._groups)
         )
@@ -122,7 +122,7 @@ class ClipResult:
 
 
 class DeviceClipResult:
-    """A `ClipResult` that no host has seen: launches read it, and skip, by themselves.
+    """A `ClipResult` that only devices hold: launches read it, and skip, by themselves.
 
     devices: what each device's launches read (`gpu.measure.ClipResult`); of the first is the
         report
@@ -135,7 +135,7 @@ class DeviceClipResult:
         self._first = next(iter(devices.values()))
 
     def on(self, device: torch.device) -> Any:
-        """What the launches of a device read."""
+        """The result that the launches of a device read."""
         return self._devices[device]
 
     @property
@@ -173,27 +173,33 @@ class DeviceGradNorm:
         for launch_group in launch_groups:
             launch_group.launch.owners = launch_group.group_of
             launches.setdefault(launch_group.launch.device, []).append(launch_group.launch)
+<<<<<<< HEAD
         self._looks = {
             device: backend.kernels(device.type, "step.reduce").GradNorm(device, here)
             for device, here in launches.items()
+=======
+        self._grad_norms = {
+            device: backend.kernels(device.type, "measure").GradNorm(device, held)
+            for device, held in launches.items()
+>>>>>>> w15-optim
         }
 
     def measure(
         self, groups: Sequence[Mapping[str, Any]], scale: Scale, skips: bool
     ) -> DeviceClipResult:
-        """Measure and judge, without waiting for it; skips: also where no group asks for it."""
+        """Measure, clip or skip, without waiting for it; skips: also where no group asks for it."""
         maximum = maximum_of(groups)
         alone = np.array([bool(group.get(ALONE)) for group in groups])
-        families = (np.cumsum(alone) * alone).astype(np.int64)
+        norm_groups = (np.cumsum(alone) * alone).astype(np.int64)
         limits = [
             0.0 if group.get("max_grad_norm") is None else group["max_grad_norm"]
             for group in groups
         ]
         skips = skips or any(group.get("skip_nonfinite") for group in groups)
-        settings = (families, limits, maximum, skips, scale.grad_scale, scale.found_inf)
-        (first, look), *others = self._looks.items()
-        # What others have measured goes to the first device, and its verdict to all.
+        settings = (norm_groups, limits, maximum, skips, scale.grad_scale, scale.found_inf)
+        (first, grad_norm), *others = self._grad_norms.items()
+        # What others have measured goes to the first device, and its result to all.
         measured = [other.run(*settings).measured for _, other in others]
-        clip = look.run(*settings, measured)
+        clip = grad_norm.run(*settings, measured)
         devices = {first: clip} | {device: clip.to(device) for device, _ in others}
         return DeviceClipResult(devices, one_limit(groups))

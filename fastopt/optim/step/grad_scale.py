@@ -1,4 +1,4 @@
-"""What a GradScaler gives a step, and which optimizers it leaves the unscaling to."""
+"""GradScaler's scale and skip flag in a step, and the optimizers it leaves the unscaling to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scale:
         self._inverse: float | None = None
 
     def on_host(self) -> bool:
-        """Whether the verdict can be read without waiting for a device."""
+        """True where found_inf can be read without waiting for a device."""
         return self.found_inf is not None and self.found_inf.device.type == "cpu"
 
     def skip(self) -> bool:

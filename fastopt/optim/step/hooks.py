@@ -1,4 +1,4 @@
-"""What torch wraps around a step: its hooks, and a name in the profiler.
+"""The wrapper of a step: torch's hooks, and a name in the profiler.
 
 torch.optim's own wrapper takes 9 us of every step, most of it for the profiler's sake: as much as
 all the rest of a small model's step. This one does the same for 2 us, with the entry points of
@@ -55,7 +55,7 @@ def hooked(step: F) -> F:
 
 
 def pre_hooks(optimizer: Any) -> bool:
-    """Whether anybody is called before a step of this optimizer."""
+    """True where a hook runs before a step of this optimizer."""
     return bool(theirs._global_optimizer_pre_hooks or optimizer._optimizer_step_pre_hooks)
 
 

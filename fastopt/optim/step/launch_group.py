@@ -28,7 +28,7 @@ from fastopt.storage import PLAIN
 
 
 def _readable(grad: Tensor, target: Tensor) -> bool:
-    """Whether a kernel that walks the target may read this gradient's own memory."""
+    """True where a kernel that walks the target may read this gradient's own memory."""
     return (
         memory_layout.has_memory(grad)
         and not memory_layout.is_lazy(grad)
@@ -111,7 +111,7 @@ class ParamSlot:
 
 
 def _like(grad: Tensor, slot: ParamSlot) -> bool:
-    """Whether a gradient may be read as the one the member was laid out with."""
+    """True where a gradient may be read as the one the slot was laid out with."""
     return (
         grad.layout is torch.strided
         and type(grad) in PLAIN
@@ -126,7 +126,7 @@ LARGE = 1 << 20
 
 
 class LaunchGroup:
-    """The members of one launch and what is known of them since the last step."""
+    """The parameters of one launch, their tensors and the guards of the last step."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class LaunchGroup:
                 self.launch.keys[:] = keys_of(self._seeds, self.steps.counts(), self._numbers)
 
     def run(self, on_device: tuple[Any, ...] = ()) -> None:
-        """Launch the step that was counted; on_device: a verdict with the factors that only the
+        """Launch the step that was counted; on_device: a clip result with the factors that only the
         device knows, and the scale it takes out."""
         if self.staged:
             self._stage(Staged.read)
@@ -235,7 +235,7 @@ class LaunchGroup:
 
     def run_on_device(self, scale: Scale, clip: Any) -> None:
         """Launch the step that was prepared without the host knowing its number: it is counted on
-        the device. A verdict takes the scaler's word with it."""
+        the device. A clip result has the scaler's found_inf in it."""
         assert isinstance(self.steps, DeviceStepCounts)
         self.launch.keep_if_captured(self.buffers)
         if self.staged:
@@ -259,7 +259,7 @@ class LaunchGroup:
                 move(staged)
 
     def written_tensors(self, states: bool) -> list[Tensor]:
-        """What the last launch wrote: autograd must know, or a stale backward is silently wrong."""
+        """Tensors that the last launch wrote: autograd must know, or a stale backward is wrong."""
         if self.active is not None:
             here = np.flatnonzero(self.active)
             chosen = [self.slots[k] for k in here]
@@ -269,7 +269,7 @@ class LaunchGroup:
         return written + self.state_tensors if states else written
 
     def refresh(self, grads: list[Tensor | None], state_was_accessed: bool) -> bool:
-        """Whether every tensor is where and what it was; takes in the gradients' addresses."""
+        """True where every tensor is what and where it was; takes over the gradients' addresses."""
         return (
             self.source_guards.unmoved(self.sources)
             and not (state_was_accessed and not self._states_in_place())
@@ -277,7 +277,7 @@ class LaunchGroup:
         )
 
     def _states_in_place(self) -> bool:
-        """States are looked at only once somebody else could have reached them."""
+        """True while the states are the tensors whose addresses are known."""
         states = [slot.state for slot in self.slots]
         try:
             for name, objects in self.state_objects.items():

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory, and what a kernel may be given of it.
+"""The layout of tensors in memory, and the staging of those that a kernel cannot walk.
 
 A kernel walks p, g and the states of a parameter as flat arrays. That is right only where all of
 them are dense and laid out alike; a tensor that is not is staged: copied into a buffer of the
@@ -31,7 +31,7 @@ INTEGERS = {torch.int16: "int16", torch.int8: "int8", torch.uint8: "uint8"}
 def dtype_code(tensor: Tensor, role: str, integer: bool = False) -> str:
     """The codec of a tensor's elements; TypeError for a dtype without one.
 
-    integer: whether that role is one of whole numbers
+    integer: that role is one of whole numbers
     """
     served = INTEGERS if integer else DTYPE_CODES
     if tensor.dtype in served:
@@ -54,7 +54,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a kernel can be given this tensor's address (through its local part for a DTensor).
+    """True where a kernel can be given this tensor's address (of a DTensor, its local part's).
 
     Meta, fake and zero tensors have none, and a subclass may mean something else by its memory:
     those are stepped by torch's own operators.
@@ -129,12 +129,12 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape visit memory in the same order."""
+    """True where two tensors of one shape visit memory in the same order."""
     return same_walk(a.shape, a.stride(), b.stride())
 
 
 def same_walk(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two strides of one shape visit memory in the same order."""
+    """True where two strides of one shape visit memory in the same order."""
     return 0 in shape or all(n == 1 or x == y for n, x, y in zip(shape, a, b, strict=True))
 
 

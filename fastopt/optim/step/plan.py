@@ -1,7 +1,7 @@
-"""What one step will do, kept between steps: which tensors, in which launches.
+"""The plan of a step, kept between steps: its tensors and its launches.
 
 A plan is built where anything changed and checked where nothing seems to have. It is keyed on every
-address it holds: an address that outlived its tensor is a write into somebody else's memory.
+address it holds: an address that outlived its tensor is a write into memory of another tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastopt.optim.state.step_counts import DeviceStepCounts, StepCounters, Step
 from fastopt.optim.state.store import StateStore, show_count
 from fastopt.optim.step import checks, memory_layout, sharding
 from fastopt.optim.step.grad_norm import ClipResult, DeviceClipResult, DeviceGradNorm
-from fastopt.optim.step.grad_scale import Scale
+from fastopt.optim.step.grad_scale import NO_SCALE, Scale
 from fastopt.optim.step.group_key import GroupKey, ParamRef
 from fastopt.optim.step.launch_group import LaunchGroup, ParamSlot
 from fastopt.optim.update import Update
@@ -44,14 +44,14 @@ class Plan:
         self.params, self.keys = params, keys
         self.measures_gradients = any(key.measures_gradients for key in keys)
         self.launch_groups: list[LaunchGroup] = []
-        # Whether a parameter is in two launches, which count its steps in turn.
+        # A parameter is in two launches, which count its steps in turn.
         self.twice = False
         self.device_grad_norm: DeviceGradNorm | None = None
         self.fallback_params: list[FallbackParam] = []
         self.idle: list[Tensor] = []
         self.averages: list[UnsteppedAverage] = []
         self.averaged = any(key.step_options.averaged for key in keys)
-        # Whether only averages move, those that a backward has not moved (release_gradients).
+        # Only averages move, those that a backward has not moved (release_gradients).
         self.ends_backward = False
         self.state_owners: list[Any] = []
         self.states: list[Any] = []
@@ -68,7 +68,7 @@ class Plan:
         self.state_owners, self.states = list(state), list(state.values())
 
     def holds(self, state: dict[Any, Any]) -> bool:
-        """Whether every entry of the optimizer's state is still the one the plan was built for."""
+        """True while every entry of the optimizer's state is the one the plan was built for."""
         return (
             len(state) == len(self.states)
             and all(map(is_, state, self.state_owners))
@@ -78,7 +78,7 @@ class Plan:
     def fits(
         self, params: list[Tensor], grads: list[Tensor | None], state_was_accessed: bool
     ) -> bool:
-        """Whether the plan still describes what is there; takes in the gradients' addresses."""
+        """True where the plan describes these tensors; takes over the gradients' addresses."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
         for param in self.idle:
@@ -152,9 +152,11 @@ def _factors(
     """The factors of each group's gradients on the host; empty where it skips the step."""
     if isinstance(clip, DeviceClipResult):
         return [1.0] * len(groups)
-    if scale.skip():
-        return []
-    inverse = scale.inverse()
+    inverse = 1.0
+    if scale is not NO_SCALE:
+        if scale.skip():
+            return []
+        inverse = scale.inverse()
     if isinstance(clip, ClipResult):
         return [inverse * coefficient for coefficient in clip.coefficients]
     return [inverse] * len(groups)
@@ -247,7 +249,7 @@ def _idle_averages(
 
 
 def _check_options(optimizer: Stepped, slots: list[ParamSlot], keys: list[GroupKey]) -> None:
-    """Refuse what the options around the update cannot do with a parameter."""
+    """Refuse options of the step that do not go with a parameter."""
     measures_gradients = any(key.measures_gradients for key in keys)
     sharding.check(optimizer)
     if measures_gradients and len({measures_on_device(slot.target.device) for slot in slots}) > 1:
@@ -285,13 +287,13 @@ def _check_param(param: Tensor, key: GroupKey) -> None:
 
 
 def counts_on_device(device: torch.device, key: GroupKey) -> bool:
-    """Whether a step is counted where the host does not see it: a captured graph replays without
-    us, and only the device knows GradScaler's verdict, or its own."""
+    """True where a step is counted on its device: a captured graph replays without the host, and
+    only the device knows if a step is skipped."""
     return device.type != "cpu" and bool(key.capturable or key.fused or key.may_be_skipped)
 
 
 def measures_on_device(device: torch.device) -> bool:
-    """Whether gradients are looked at where they are, and the host is not told what was seen."""
+    """True where gradients are measured on their device, and the host does not read the norm."""
     return device.type != "cpu"
 
 
@@ -335,7 +337,7 @@ def _make_launch_groups(
 
 
 class _LaunchKey(NamedTuple):
-    """What the parameters of one launch have in common."""
+    """Settings that the parameters of one launch share."""
 
     wave: int
     device: torch.device
@@ -346,7 +348,7 @@ class _LaunchKey(NamedTuple):
 
     @property
     def counters(self) -> tuple[tuple[str, ...], bool]:
-        """What is counted of each parameter beside its steps; launches that agree share it."""
+        """Names of the counters, and if averages have one; launches that agree share counters."""
         return self.update.counter_names, self.step_options.averaged
 
 

@@ -1,4 +1,4 @@
-"""What is found in the gradients of a step that the host knows to be skipped.
+"""Norms and telemetry of a step that the host knows to be skipped.
 
 No launch reads them then, so torch's operators do, a piece at a time: sums are in float64.
 """
@@ -25,7 +25,7 @@ PIECE = 1 << 20
 
 @torch.no_grad()
 def clip_result_of(groups: Sequence[Mapping[str, Any]], inverse_scale: float) -> ClipResult:
-    """The verdict of a skipped step, of gradients that are yet to be multiplied by that."""
+    """The clip result of a skipped step, of gradients that are yet to be multiplied by that."""
     clip = ClipResult(groups)
     part_of = _largest if clip.maximum else _square
     for number, group in enumerate(groups):

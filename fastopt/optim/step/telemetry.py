@@ -1,4 +1,4 @@
-"""What the last step saw of each parameter, gathered as it passed over them (telemetry=True)."""
+"""Norms and counts of each parameter, summed by the launch that steps it (telemetry=True)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class ParameterTelemetry:
     grad_norm: of the gradient, unscaled, before it was clipped; param_norm: after the step;
     update_norm: of what the rule changed, before it was rounded; nonfinite: elements of the
     gradient that are infinite or NaN; lost: the share of elements that are stored as they were
-    though the rule changed them or their gradient was not 0; numel: elements; shard: whether this
-    rank has only a part of the parameter, of which all this is then
+    though the rule changed them or their gradient was not 0; numel: elements; shard: this rank
+    has only a part of the parameter, and all of this is of that part
     """
 
     grad_norm: float

@@ -1,4 +1,4 @@
-"""Whether tensors still are what and where they were: type, dtype, device, strides, address.
+"""Guards of tensors: type, dtype, device, strides and address are what they were.
 
 An address alone does not say how to walk what lies there: `p.data = p.data.t()` keeps it. Asking
 each tensor costs 0.1 us for every question. The guards of torch.compile ask all but the address of
@@ -44,7 +44,7 @@ _LOWEST = _lowest_mapped()
 
 
 class _Facts(NamedTuple):
-    """What a kernel was told about a tensor, by way of its address."""
+    """Facts about a tensor that a kernel relies on beside its address."""
 
     type: type
     dtype: torch.dtype
@@ -59,11 +59,16 @@ class _Facts(NamedTuple):
 
 
 class TensorGuards:
-    """What is known of some tensors, in order; it holds none of them.
+    """Type, layout and address of some tensors, in order; it holds none of them.
 
-    addresses: (n,) int64, of the tensors seen last; always the same array
-    walk: the compiled walk over a list (`fastopt_kernels.cpu.base.data_ptrs`), where there is one
-    role: what the tensors are, in errors
+    <<<<<<< HEAD
+        addresses: (n,) int64, of the tensors seen last; always the same array
+        walk: the compiled walk over a list (`fastopt_kernels.cpu.base.data_ptrs`), where there is one
+    =======
+        addresses: (n,) int64, of the last tensors checked; always the same array
+        walk: the compiled walk over a list (`fastopt_kernels.cpu.base.data_ptrs`), where there is one
+    >>>>>>> w15-optim
+        role: what the tensors are, in errors
     """
 
     def __init__(
@@ -81,12 +86,12 @@ class TensorGuards:
         self._lowest = _LOWEST if on_host else _NEVER_MAPPED
 
     def unmoved(self, tensors: list[Tensor]) -> bool:
-        """Whether these tensors are alike and lie where those lay."""
+        """True where these tensors are alike, at the addresses known."""
         found = self._look(tensors)
         return found is not None and not found & _MOVED
 
     def take(self, tensors: list[Tensor]) -> bool:
-        """Whether these tensors may stand where those stood; their addresses are taken over.
+        """True where these tensors are alike; their addresses are taken over.
 
         Raises RuntimeError for a tensor whose storage was freed.
         """
