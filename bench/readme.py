@@ -20,6 +20,7 @@ from bench import (
     memory_report,
     output_report,
     pass_report,
+    readme_tables,
     render,
     row_render,
     storage_report,
@@ -43,14 +44,13 @@ class Place(NamedTuple):
 
     text: Path
     mark: str
-    results: str
-    figures: Callable[[dict[str, Any]], str]
+    results: tuple[str, ...]
+    figures: Callable[..., str]
 
     @property
     def begin(self) -> str:
-        return (
-            f"<!-- {self.mark}: written by bench/readme.py from bench/results/{self.results} -->\n"
-        )
+        names = ", ".join(self.results)
+        return f"<!-- {self.mark}: written by bench/readme.py from bench/results/{names} -->\n"
 
     @property
     def end(self) -> str:
@@ -68,8 +68,21 @@ def figures(report: dict[str, Any]) -> str:
                 f"| {record['case']} | default | {1e3 * record['fastopt_s']:.0f} | torch's first "
                 f"step | {1e3 * record['torch_s']:.0f} | {record['beyond_s']:+.2f} s |"
             )
-    lines = ["\n".join(rows), render.summary(report["cases"]) or "", render.conditions(report)]
+    summary = render.summary(report["cases"]) or ""
+    lines = ["\n".join(rows), summary, _missed(report["cases"]), render.conditions(report)]
     return "\n\n".join(lines) + "\n"
+
+
+def _missed(records: list[dict[str, Any]]) -> str:
+    found = (
+        f"- {record['case']} (allocator {record['allocator']}): at least {goal['at_least']} times "
+        f"as fast as {goal['against']}, measured "
+        f"{render.spread(record['ratios'][goal['against']])}"
+        for record in records
+        for goal in record.get("goals", ())
+        if not goal["met"]
+    )
+    return "\n".join(("Goals missed:", "", *found))
 
 
 def _is_shown(goal: dict[str, Any]) -> bool:
@@ -86,23 +99,31 @@ def _row(record: dict[str, Any], goal: dict[str, Any]) -> str:
     )
 
 
+README, PERFORMANCE = ROOT / "README.md", DOCS / "performance.md"
 PLACES = (
-    Place(ROOT / "README.md", "figures", "cpu_optim.json", figures),
-    Place(ROOT / "README.md", "passes", "cpu_passes.json", pass_report.at_a_glance),
-    Place(ROOT / "README.md", "rows", "cpu_rows.json", row_render.at_a_glance),
-    Place(DOCS / "functions.md", "rows", "cpu_rows.json", row_render.at_a_glance),
-    Place(DOCS / "functions.md", "functions", "cpu_functions.json", function_report.at_a_glance),
-    Place(DOCS / "optimizers.md", "training", "cpu_training.json", training_report.at_a_glance),
-    Place(DOCS / "optimizers.md", "memory", "memory.json", memory_report.at_a_glance),
-    Place(DOCS / "optimizers.md", "combinations", "combinations.json", combinations.at_a_glance),
-    Place(DOCS / "functions.md", "accuracy", "cpu_accuracy.json", accuracy.at_a_glance),
-    Place(DOCS / "numerics.md", "roundings", "storage.json", storage_report.roundings),
-    Place(DOCS / "design.md", "outputs", "cpu_outputs.json", output_report.at_a_glance),
-    Place(DOCS / "design.md", "codes", "storage.json", storage_report.codes),
+    Place(README, "storage", ("combinations.json",), readme_tables.storage),
+    Place(README, "memory", ("memory.json",), readme_tables.memory),
+    Place(
+        README,
+        "speed",
+        ("cpu_optim.json", "cpu_passes.json", "cpu_rows.json"),
+        readme_tables.speed,
+    ),
+    Place(PERFORMANCE, "figures", ("cpu_optim.json",), figures),
+    Place(PERFORMANCE, "passes", ("cpu_passes.json",), pass_report.at_a_glance),
+    Place(PERFORMANCE, "rows", ("cpu_rows.json",), row_render.at_a_glance),
+    Place(PERFORMANCE, "functions", ("cpu_functions.json",), function_report.at_a_glance),
+    Place(DOCS / "optimizers.md", "training", ("cpu_training.json",), training_report.at_a_glance),
+    Place(DOCS / "optimizers.md", "memory", ("memory.json",), memory_report.at_a_glance),
+    Place(DOCS / "optimizers.md", "combinations", ("combinations.json",), combinations.at_a_glance),
+    Place(DOCS / "functions.md", "accuracy", ("cpu_accuracy.json",), accuracy.at_a_glance),
+    Place(DOCS / "numerics.md", "roundings", ("storage.json",), storage_report.roundings),
+    Place(DOCS / "design.md", "outputs", ("cpu_outputs.json",), output_report.at_a_glance),
+    Place(DOCS / "design.md", "codes", ("storage.json",), storage_report.codes),
 )
 
 
-def with_figures(text: str, place: Place, report: dict[str, Any]) -> str:
+def with_figures(text: str, place: Place, *reports: dict[str, Any]) -> str:
     """The text with everything between the two marks replaced by the figures."""
     before, begins, rest = text.partition(place.begin)
     _, ends, after = rest.partition(place.end)
@@ -111,7 +132,7 @@ def with_figures(text: str, place: Place, report: dict[str, Any]) -> str:
             f"{place.text.name} has no {place.begin.strip()!r} ... {place.end.strip()!r} to write "
             "the figures between"
         )
-    return before + place.begin + place.figures(report) + place.end + after
+    return before + place.begin + place.figures(*reports) + place.end + after
 
 
 def main() -> int:
@@ -121,7 +142,8 @@ def main() -> int:
     differs = False
     for place in PLACES:
         text = place.text.read_text()
-        new = with_figures(text, place, json.loads((RESULTS / place.results).read_text()))
+        reports = (json.loads((RESULTS / name).read_text()) for name in place.results)
+        new = with_figures(text, place, *reports)
         differs |= new != text
         if not check:
             write_whole(place.text, new.encode())

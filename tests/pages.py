@@ -26,7 +26,7 @@ import torch
 from fastopt.functional import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = ("python", "sh", "text")
 _FILE = re.compile(r"# ((?:fastopt|kernels|tests)/\S+)\.py\n")
 

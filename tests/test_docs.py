@@ -1,4 +1,4 @@
-"""What README.md and docs/ show runs, as it stands there."""
+"""What README.md, CONTRIBUTING.md and docs/ show runs, as it stands there."""
 
 from __future__ import annotations
 
@@ -15,24 +15,16 @@ from torch import nn
 from tests import pages
 from tests.pages import PAGES, ROOT
 
-# What README takes for granted: a reader's own model, batch and functions.
+# What README takes for granted: a reader's own model.
 GIVEN = {
     "model": lambda: nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)),
-    "batch": lambda: torch.randn(6, 8),
-    "x": lambda: torch.randn(6, 768),
-    "branch": lambda: torch.randn(6, 768),
-    "residual": lambda: torch.randn(6, 768),
-    "weight": lambda: torch.randn(768),
-    "bias": lambda: torch.randn(768),
-    "logits": lambda: torch.randn(6, 32),
-    "head": lambda: torch.randn(32, 768),
-    "targets": lambda: torch.randint(32, (6,)),
-    "scores": lambda: torch.randn(2, 3, 5, 5),
-    "mask": lambda: torch.ones(5, 5, dtype=torch.bool),
-    "evaluate": lambda: lambda model: model(torch.randn(2, 8)),
 }
 # Commands that end within seconds. All others are handed to their parsers.
-RUN = {"fastopt profile softmax --target sm_90", "python -m bench.readme --check"}
+RUN = {
+    "fastopt profile softmax --target sm_90",
+    "python -m bench.picture --check",
+    "python -m bench.readme --check",
+}
 EACH = [
     pytest.param(command, id=f"{page.stem}: {command}")
     for page in PAGES
@@ -64,10 +56,14 @@ def test_commands_that_are_run_are_in_the_pages() -> None:
     assert {param.values[0] for param in EACH} >= RUN
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 def test_the_index_names_every_page_and_links_lead_somewhere() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     named = set(re.findall(r"\]\(([\w.]+\.md)\)", index))
-    assert named == {page.name for page in PAGES if page.parent.name == "docs"} - {"README.md"}
+    assert named == {page.name for page in PAGES if page.parent == ROOT / "docs"} - {"README.md"}
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -173,15 +173,9 @@ class DeviceGradNorm:
         for launch_group in launch_groups:
             launch_group.launch.owners = launch_group.group_of
             launches.setdefault(launch_group.launch.device, []).append(launch_group.launch)
-<<<<<<< HEAD
-        self._looks = {
-            device: backend.kernels(device.type, "step.reduce").GradNorm(device, here)
-            for device, here in launches.items()
-=======
         self._grad_norms = {
-            device: backend.kernels(device.type, "measure").GradNorm(device, held)
+            device: backend.kernels(device.type, "step.reduce").GradNorm(device, held)
             for device, held in launches.items()
->>>>>>> w15-optim
         }
 
     def measure(

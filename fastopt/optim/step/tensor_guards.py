@@ -61,14 +61,9 @@ class _Facts(NamedTuple):
 class TensorGuards:
     """Type, layout and address of some tensors, in order; it holds none of them.
 
-    <<<<<<< HEAD
-        addresses: (n,) int64, of the tensors seen last; always the same array
-        walk: the compiled walk over a list (`fastopt_kernels.cpu.base.data_ptrs`), where there is one
-    =======
-        addresses: (n,) int64, of the last tensors checked; always the same array
-        walk: the compiled walk over a list (`fastopt_kernels.cpu.base.data_ptrs`), where there is one
-    >>>>>>> w15-optim
-        role: what the tensors are, in errors
+    addresses: (n,) int64, of the last tensors checked; always the same array
+    walk: the compiled walk over a list (`fastopt_kernels.cpu.base.data_ptrs`), if there is one
+    role: what the tensors are, in errors
     """
 
     def __init__(
