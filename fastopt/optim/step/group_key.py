@@ -15,7 +15,7 @@ from fastopt_kernels.chunks import STOCHASTIC, StepOptions
 class GroupKey(NamedTuple):
     """The settings of a parameter group a plan is built for; other changes need no new plan.
 
-    unknown: whether a step may be skipped, which on a device the host is not told
+    may_be_skipped: a device may skip the step, and the host does not know
     """
 
     update: Update

@@ -203,17 +203,10 @@ def build(
             if grad.layout is torch.strided or keys[number].update.counted:
                 store.prepare(param, group, keys[number], before)
         plan.averages = _idle_averages(optimizer.param_groups, store, idle, keys, before)
-        slots = [
-            ParamSlot.make(
-                store.state_of(p, keys[number]),
-                p,
-                g,
-                number,
-                position,
-                keys[number].state_names(p),
-            )
-            for p, g, number, position in dense
-        ]
+        slots = []
+        for param, grad, number, position in dense:
+            state, names = store.state_of(param, keys[number]), keys[number].state_names(param)
+            slots.append(ParamSlot.make(state, param, grad, number, position, names))
         plan.launch_groups = _make_launch_groups(optimizer, store, slots, keys)
         plan.twice = any(
             isinstance(b.steps, StepCounts) and b.steps.shared for b in plan.launch_groups
