@@ -11,7 +11,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from fastopt import functional
 from fastopt import parametrizations as parametrizations
-from fastopt.functional.cross_entropy import terms_of
+from fastopt.functional.loss_terms import terms_of
 from fastopt.tracers import M, scriptable
 from fastopt.tracers import traceable as traceable_class
 

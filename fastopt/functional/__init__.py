@@ -20,9 +20,10 @@ from __future__ import annotations
 from fastopt.functional.add_layer_norm import add_layer_norm, add_rms_norm
 from fastopt.functional.channel_norms import batch_norm, group_norm, instance_norm
 from fastopt.functional.cross_entropy import cross_entropy
-from fastopt.functional.layer_norm import layer_norm, rms_norm
+from fastopt.functional.layer_norm import layer_norm
 from fastopt.functional.linear_cross_entropy import linear_cross_entropy
 from fastopt.functional.masked_softmax import scaled_masked_softmax
+from fastopt.functional.rms_norm import rms_norm
 from fastopt.functional.softmax import log_softmax, logsumexp, softmax
 
 __all__ = [

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.functional import layout
-from fastopt.functional.dropout import draw_seed, dropped, odds
-from fastopt.functional.layer_norm import _as_shape, flat, given, stats_of, wanted_of, zero
+from fastopt.functional.dropout import dropped, odds, seed_of
+from fastopt.functional.layer_norm import as_shape, flat, grad_or_empty, stats_of, wanted_of, zero
 from fastopt.functional.layer_norm import composed as composed_norm
 from fastopt.functional.registry import (
     apply_of,
@@ -62,13 +62,13 @@ def add_layer_norm(
     Raises RuntimeError for shapes, dtypes and devices that do not fit, TypeError for what is no
     tensor, ValueError for a dropout_p outside [0, 1] and a seed that is no int64.
     """
-    name, shape = "add_layer_norm", _as_shape(normalized_shape)
+    name, shape = "add_layer_norm", as_shape(normalized_shape)
     route, (x, residual, weight, bias) = enter(name, x, residual, weight, bias)
     if route == AS_NODE:
         args = (x, residual, normalized_shape, weight, bias, eps, dropout_p, training, seed)
         return as_node(add_layer_norm, *args)
     _check(name, x, residual, shape, {"weight": weight, "bias": bias})
-    seed = _seed(name, dropout_p, training, seed, x)
+    seed = seed_of(name, dropout_p, training, seed, x)
     options = (len(shape), eps, 0.0, dropout_p, True)
     return _add_norm(name, route, x, residual, weight, bias, seed, *options)
 
@@ -89,13 +89,13 @@ def add_rms_norm(
 
     All as `add_layer_norm` has it; eps and weight_offset as `rms_norm`.
     """
-    name, shape = "add_rms_norm", _as_shape(normalized_shape)
+    name, shape = "add_rms_norm", as_shape(normalized_shape)
     route, (x, residual, weight) = enter(name, x, residual, weight)
     if route == AS_NODE:
         args = (x, residual, normalized_shape, weight, eps, dropout_p, training, seed)
         return as_node(add_rms_norm, *args, weight_offset=weight_offset)
     _check(name, x, residual, shape, {"weight": weight})
-    seed = _seed(name, dropout_p, training, seed, x)
+    seed = seed_of(name, dropout_p, training, seed, x)
     if eps is None:
         eps = torch.finfo(compute_dtype(sum_dtype(x, residual))).eps
     options = (len(shape), eps, weight_offset, dropout_p, False)
@@ -132,31 +132,6 @@ def _add_norm(
         return apply_add_norm(*args)  # type: ignore[no-any-return]
     y, total, _ = run_add_norm(*args, keep=False)
     return y, total
-
-
-def _seed(
-    name: str, p: float, training: bool, seed: int | Tensor | None, x: Tensor
-) -> Tensor | None:
-    """The seed of the dropout, None where nothing is dropped."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(
-            f"dropout probability has to be between 0 and 1, but got {p} "
-            f"(fastopt.functional.{name}: dropout_p is the share of x that is dropped)"
-        )
-    if isinstance(seed, Tensor):
-        (seed,) = enter("dropout", seed)[1]
-        assert isinstance(seed, Tensor)
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(
-                f"fastopt.functional.{name} takes a seed of one int64, got {_describe(seed)}. Give "
-                "it an int, such a tensor, or None."
-            )
-    elif seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(
-            f"fastopt.functional.{name} takes a seed of 64 bits with a sign, got {seed}. "
-            "Take it modulo 2**63."
-        )
-    return draw_seed(seed, x.device) if training and p > 0.0 else None
 
 
 @unrecorded
@@ -311,7 +286,7 @@ def _alike(seed: Tensor | None, dtypes: tuple[torch.dtype, torch.dtype]) -> bool
 
 def run_add_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dx, dresidual, dweight, dbias) as an op gives them."""
-    return tuple(given(dy, grad) for grad in _grads(dy, *args))
+    return tuple(grad_or_empty(dy, grad) for grad in _grads(dy, *args))
 
 
 def keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -381,7 +356,7 @@ def _fake_grads(dy: Tensor, dsum: Tensor | None, *args: Any) -> tuple[Tensor, ..
     likes = (*(layout.output(total).to(dtype) for dtype in dtypes), weight, bias)
     grads = [wanted_of(*pair) for pair in zip(flags, likes, strict=True)]
     grads[:2] = (d if d is None else layout.kept_channels_last(d, total) for d in grads[:2])
-    return tuple(given(dy, grad) for grad in grads)
+    return tuple(grad_or_empty(dy, grad) for grad in grads)
 
 
 define(

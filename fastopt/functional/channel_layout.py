@@ -7,7 +7,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fastopt import backend
 from fastopt.functional import layout
+from fastopt.functional.registry import compute_dtype
 from fastopt_kernels.channels import Channels
 
 
@@ -58,3 +60,31 @@ def in_order(dy: Tensor, like: Tensor) -> Tensor:
     if like.is_contiguous():
         return dy.contiguous()
     return dy.movedim(1, -1).contiguous()
+
+
+def n_sets(x: Tensor, groups: int, batch: bool) -> int:
+    return groups if batch else x.shape[0] * groups
+
+
+def stats_for(x: Tensor, n_sets: int) -> Tensor:
+    """Room for mean and variance of each set, the mean not rounded to float32, where a large one
+    would be off: on CPU both in float64, on GPU the mean in two parts."""
+    if backend.by_numba(x):
+        return torch.empty(n_sets, 2, dtype=torch.float64, device=backend.CPU)
+    return torch.empty(3, n_sets, dtype=compute_dtype(x.dtype), device=x.device)
+
+
+def moments(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance from what `stats_for` made room for; contiguous, as some of torch's kernels
+    take statistics for contiguous whatever their strides (2.13)."""
+    if backend.by_numba(x):
+        return stats[:, 0].contiguous(), stats[:, 1].contiguous()
+    return stats[0] + stats[1], stats[2]
+
+
+def stats_of_given(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Those that were given, as `stats_for` has them."""
+    if backend.by_numba(x):
+        return torch.stack([mean.double(), var.double()], 1)
+    high, var = mean.to(compute_dtype(x.dtype)), var.to(compute_dtype(x.dtype))
+    return torch.stack([high, (mean - high).to(high.dtype), var])

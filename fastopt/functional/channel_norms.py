@@ -12,27 +12,30 @@ from torch import Tensor
 
 from fastopt import backend
 from fastopt.functional import layout
-from fastopt.functional.channel_layout import in_order, output, walk
-from fastopt.functional.registry import (
-    apply_of,
-    compute_dtype,
-    define,
-    differentiated,
-    gradients_by_torch,
-    plain,
+from fastopt.functional.channel_layout import (
+    in_order,
+    moments,
+    n_sets,
+    output,
+    stats_for,
+    stats_of_given,
+    walk,
 )
+from fastopt.functional.layer_norm import flat, grad_or_empty
+from fastopt.functional.registry import apply_of, define, differentiated, gradients_by_torch, plain
 from fastopt.functional.routing import (
     AS_NODE,
     AS_OP,
     BY_TORCH,
     DTYPES,
+    are_numbers,
     autocast,
     by_torch,
     enter,
     transformed,
     widen,
 )
-from fastopt.functional.running_stats import Running, movable, move, to_move
+from fastopt.functional.running_stats import Running, movable, move, to_move, written
 from fastopt.functional.tracing import as_node
 
 
@@ -58,7 +61,7 @@ def batch_norm(
     if route == AS_NODE:
         return as_node(batch_norm, input, *per_channel, training, momentum, eps)
     x, mean, var, weight, bias = given
-    fits = _fits(route, *given) and _are_numbers(momentum, eps)
+    fits = _fits(route, *given) and are_numbers(momentum, eps)
     running = (mean, var)
     if fits and training:
         n = x.shape[0] * prod(x.shape[2:])
@@ -97,7 +100,7 @@ def instance_norm(
     if route == AS_NODE:
         return as_node(instance_norm, input, *per_channel, use_input_stats, momentum, eps)
     x, mean, var, weight, bias = given
-    fits = _fits(route, *given) and _are_numbers(momentum, eps)
+    fits = _fits(route, *given) and are_numbers(momentum, eps)
     running = (mean, var)
     if fits and use_input_stats:
         route, running = to_move(route, running, (running_mean, running_var))
@@ -131,7 +134,7 @@ def group_norm(
         return as_node(group_norm, input, num_groups, weight, bias, eps)
     fits = (
         _fits(route, input, weight, bias)
-        and _are_numbers(eps)
+        and are_numbers(eps)
         and isinstance(num_groups, int)
         and num_groups > 0
         and input.shape[1] % num_groups == 0
@@ -146,10 +149,6 @@ def group_norm(
     return _normalize(
         route, input, weight, bias, (None, None), True, num_groups, False, 0.0, eps
     )  # fmt: skip
-
-
-def _are_numbers(*those: Any) -> bool:
-    return all(isinstance(number, (float, int)) for number in those)
 
 
 def _fits(route: int, x: Tensor, *per_channel: Tensor | None) -> bool:
@@ -200,38 +199,6 @@ def _normalize(
     return run_channel_norm(*args, keep=False)[0]
 
 
-def _n_sets(x: Tensor, groups: int, batch: bool) -> int:
-    return groups if batch else x.shape[0] * groups
-
-
-def _stats(x: Tensor, n_sets: int) -> Tensor:
-    """Room for mean and variance of each set, the mean not rounded to float32, where a large one
-    would be off: on CPU both in float64, on GPU the mean in two parts."""
-    if backend.by_numba(x):
-        return torch.empty(n_sets, 2, dtype=torch.float64, device=backend.CPU)
-    return torch.empty(3, n_sets, dtype=compute_dtype(x.dtype), device=x.device)
-
-
-def moments(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance from what `_stats` made room for; contiguous, as some of torch's kernels
-    take statistics for contiguous whatever their strides (2.13)."""
-    if backend.by_numba(x):
-        return stats[:, 0].contiguous(), stats[:, 1].contiguous()
-    return stats[0] + stats[1], stats[2]
-
-
-def _kept(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Those that were given, as `_stats` has them."""
-    if backend.by_numba(x):
-        return torch.stack([mean.double(), var.double()], 1)
-    high, var = mean.to(compute_dtype(x.dtype)), var.to(compute_dtype(x.dtype))
-    return torch.stack([high, (mean - high).to(high.dtype), var])
-
-
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def run_channel_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -249,18 +216,18 @@ def run_channel_norm(
     whether stats are needed."""
     y = output(x)
     given = mean is not None and var is not None
-    stats = _stats(x, _n_sets(x, groups, batch)) if keep else None
+    stats = stats_for(x, n_sets(x, groups, batch)) if keep else None
     if mean is not None and var is not None:
         mean, var = mean.contiguous(), var.contiguous()
         if keep:
-            stats = _kept(x, mean, var)
+            stats = stats_of_given(x, mean, var)
     if not x.numel():
         return y, stats
     x, channels = walk(x, groups, batch)
     backend.kernels_for(x, "rows.channel_norms").channel_norm(
         x,
-        _flat(weight),
-        _flat(bias),
+        flat(weight),
+        flat(bias),
         y,
         None if given else stats,
         (mean, var) if given else running,
@@ -269,15 +236,8 @@ def run_channel_norm(
         None if given else momentum,
     )
     if not given:
-        _written(*running)
+        written(*running)
     return y, stats
-
-
-def _written(*tensors: Tensor | None) -> None:
-    """Tell autograd what a kernel wrote."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
 
 
 def _grads(
@@ -298,7 +258,7 @@ def _grads(
         dy = in_order(dy, output(x) if dx is None else dx)
         x, channels = walk(x, groups, batch)
         backend.kernels_for(x, "rows.channel_norms").channel_norm_backward(
-            dy, x, _flat(weight), stats, dx, dweight, dbias, channels, eps, given
+            dy, x, flat(weight), stats, dx, dweight, dbias, channels, eps, given
         )
     else:
         for grad in (dweight, dbias):
@@ -317,14 +277,9 @@ def _room(
     return dx, dweight, dbias
 
 
-def _given(dy: Tensor, grad: Tensor | None) -> Tensor:
-    """An op returns tensors only: empty for one that is not wanted."""
-    return dy.new_empty(0) if grad is None else grad
-
-
 def run_channel_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dx, dweight, dbias) as an op gives them."""
-    return tuple(_given(dy, grad) for grad in _grads(dy, *args))
+    return tuple(grad_or_empty(dy, grad) for grad in _grads(dy, *args))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -394,7 +349,7 @@ define(
     run_channel_norm,
     lambda x, weight, bias, mean, var, groups, batch, eps: (
         output(x),
-        _stats(x, _n_sets(x, groups, batch)),
+        stats_for(x, n_sets(x, groups, batch)),
     ),
     _keep,
     _backward,
@@ -404,7 +359,7 @@ define(
     "int groups, bool batch, float eps, bool given, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     run_channel_norm_backward,
     lambda dy, x, weight, bias, stats, groups, batch, eps, given, wanted: tuple(
-        _given(dy, grad) for grad in _room(wanted, x, weight, bias)
+        grad_or_empty(dy, grad) for grad in _room(wanted, x, weight, bias)
     ),
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +13,16 @@ from torch.nn._reduction import legacy_get_string
 
 from fastopt import backend
 from fastopt.functional import layout
+from fastopt.functional.loss_terms import (
+    MEAN,
+    NAMES,
+    NONE,
+    REDUCTIONS,
+    refuse_target,
+    terms_of,
+    weights_of,
+    z_share_of,
+)
 from fastopt.functional.registry import (
     apply_of,
     compute_dtype,
@@ -97,15 +106,6 @@ def cross_entropy(
     return run_cross_entropy(x, target, weight, *options)[0]
 
 
-def terms_of(z_loss: float, softcap: float | None) -> tuple[float, float]:
-    """Both as kernels take them: a softcap of 0 is none."""
-    if not 0.0 <= z_loss < inf:
-        raise ValueError(f"z_loss is {z_loss}: it must be a positive number, or 0.0 for none.")
-    if softcap is not None and not 0.0 < softcap < inf:
-        raise ValueError(f"softcap is {softcap}: it must be a positive number, or None for none.")
-    return float(z_loss), float(softcap or 0.0)
-
-
 def _torchs(z_loss: float, softcap: float) -> Callable[..., Tensor]:
     """torch's own function; with these terms, as much of it as there is."""
     if not z_loss and not softcap:
@@ -162,11 +162,6 @@ def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
     return False
 
 
-NONE, MEAN, SUM = 0, 1, 2
-REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
-NAMES = {number: name for name, number in REDUCTIONS.items()}
-
-
 def _dim(x: Tensor) -> int:
     """Where the classes are: (C), (N, C) or (N, C, d1, ...)."""
     return 0 if x.dim() == 1 else 1
@@ -208,13 +203,6 @@ def run_cross_entropy(
     return loss, stats
 
 
-def refuse_target(outside: int, n_classes: int, ignore_index: int) -> None:
-    raise IndexError(
-        f"Target {outside} is out of bounds: targets are in [0, {n_classes}) for "
-        f"{n_classes} classes, or ignore_index={ignore_index}."
-    )
-
-
 def _by_rows(
     kernels: ModuleType,
     args: tuple[Any, ...],
@@ -246,21 +234,6 @@ def _by_rows(
     if reduction == NONE:
         return rows.to(x.dtype), stats
     return (rows.sum() / divisor).reshape(()).to(x.dtype), stats
-
-
-def z_share_of(divisor: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """How much more the weights of the targets that count are than their number: what z_loss is
-    multiplied by in a sum that is divided by the weights, so that it is divided by the number."""
-    return divisor / (target != ignore_index).sum().clamp(min=1)
-
-
-def weights_of(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What each target weighs in a mean: 0 where it is ignored; one that is no class, which the
-    kernels find, weighs anything."""
-    counts = target != ignore_index
-    if weight is None:
-        return counts
-    return weight[target.where(counts, 0).clamp(0, len(weight) - 1)] * counts
 
 
 def _positions(x: Tensor) -> list[int]:

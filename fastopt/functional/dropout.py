@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastopt.functional.routing import _describe, enter
+
 _WORD = 0xFFFFFFFF
 
 
@@ -60,3 +62,28 @@ def dropped(x: Tensor, seed: Tensor | None, n_cols: int, p: float) -> Tensor:
         return x
     keep = mask(seed, x.numel() // max(n_cols, 1), n_cols, p).view(x.shape)
     return torch.where(keep, x * odds(p)[1], 0.0)
+
+
+def seed_of(
+    name: str, p: float, training: bool, seed: int | Tensor | None, x: Tensor
+) -> Tensor | None:
+    """The seed of the dropout, None where nothing is dropped."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(
+            f"dropout probability has to be between 0 and 1, but got {p} "
+            f"(fastopt.functional.{name}: dropout_p is the share of x that is dropped)"
+        )
+    if isinstance(seed, Tensor):
+        (seed,) = enter("dropout", seed)[1]
+        assert isinstance(seed, Tensor)
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"fastopt.functional.{name} takes a seed of one int64, got {_describe(seed)}. Give "
+                "it an int, such a tensor, or None."
+            )
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(
+            f"fastopt.functional.{name} takes a seed of 64 bits with a sign, got {seed}. "
+            "Take it modulo 2**63."
+        )
+    return draw_seed(seed, x.device) if training and p > 0.0 else None

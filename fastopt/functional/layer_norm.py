@@ -1,4 +1,4 @@
-"""layer_norm and rms_norm."""
+"""layer_norm, and what rms_norm shares with it."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def layer_norm(
     route, (x, weight, bias) = enter("layer_norm", input, weight, bias)
     if route == AS_NODE:
         return as_node(layer_norm, input, normalized_shape, weight, bias, eps)
-    shape = _as_shape(normalized_shape)
-    if not isinstance(eps, (float, int)) or not _affine_fits(route, x, shape, weight, bias):
+    shape = as_shape(normalized_shape)
+    if not isinstance(eps, (float, int)) or not affine_fits(route, x, shape, weight, bias):
         return by_torch("layer_norm", F.layer_norm, x, normalized_shape, weight, bias, eps)
     if autocast("layer_norm", x):
         x = widen(x)
@@ -70,56 +70,12 @@ def layer_norm(
     return run_layer_norm(x, weight, bias, len(shape), eps, False)[0]
 
 
-def rms_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-    *,
-    weight_offset: float = 0.0,
-) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) (weight + weight_offset) over the last dimensions.
-
-    normalized_shape: those dimensions, the shape of weight too, which may be of another dtype than
-    the input; the result is of the input's. eps: the machine epsilon of the type it is computed in
-    unless given. As torch.nn.functional.rms_norm, but for weight_offset, which is added in float32
-    (float64 for float64): 1.0 for models that keep the weight's difference from 1, as Gemma does.
-    Zhang & Sennrich 2019, equation 4.
-    """
-    route, (x, weight) = enter("rms_norm", input, weight)
-    if route == AS_NODE:
-        args = (input, normalized_shape, weight, eps)
-        return as_node(rms_norm, *args, weight_offset=weight_offset)
-    shape = _as_shape(normalized_shape)
-    if not isinstance(eps, (float, int, type(None))) or not _affine_fits(
-        route, x, shape, weight, None
-    ):
-        args = (x, normalized_shape, weight, eps)
-        if not weight_offset:
-            return by_torch("rms_norm", F.rms_norm, *args)
-        return by_torch("rms_norm", rms_norm_by_torch, *args, weight_offset)
-    if autocast("rms_norm", x):
-        x, weight = widen(x), None if weight is None else widen(weight)
-    if eps is None:
-        eps = torch.finfo(compute_dtype(x.dtype)).eps
-    if route == BY_TORCH:
-        return composed(x, weight, None, len(shape), eps, weight_offset, False)
-    if route == AS_OP:
-        result: Tensor = torch.ops.fastopt.rms_norm(x, weight, len(shape), eps, weight_offset)[0]
-        return result
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad)
-    ):
-        return apply_rms_norm(x, weight, len(shape), eps, weight_offset)  # type: ignore[no-any-return]
-    return run_rms_norm(x, weight, len(shape), eps, weight_offset, False)[0]
-
-
-def _as_shape(shape: Any) -> tuple[int, ...]:
+def as_shape(shape: Any) -> tuple[int, ...]:
     """Empty for what is no shape, which torch refuses."""
     return tuple(shape) if isinstance(shape, (tuple, list)) else ()
 
 
-def _affine_fits(
+def affine_fits(
     route: int, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
 ) -> bool:
     """Whether kernels, or what is composed in their place, take these: what they do not is torch's
@@ -165,7 +121,7 @@ def flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-def _stats(x: Tensor, n_rows: int, centered: bool) -> Tensor:
+def stats_for(x: Tensor, n_rows: int, centered: bool) -> Tensor:
     """What the backward needs of each row. layer_norm: mean and rstd, on CPU in float64 (rounded to
     float32 a large mean would be off); rms_norm: rstd. In the compute type but for that."""
     if not centered:
@@ -177,7 +133,7 @@ def _stats(x: Tensor, n_rows: int, centered: bool) -> Tensor:
 
 def stats_of(x: Tensor, n_dims: int, centered: bool) -> Tensor:
     """Room for them."""
-    return _stats(x, prod(x.shape[: x.dim() - n_dims]), centered)
+    return stats_for(x, prod(x.shape[: x.dim() - n_dims]), centered)
 
 
 def run_layer_norm(
@@ -193,38 +149,17 @@ def run_layer_norm(
     if not x.numel():
         return y, stats_of(x, n_dims, True)
     x, sizes = layout.rows(x, n_dims)
-    stats = _stats(x, sizes[0], True) if keep else None
+    stats = stats_for(x, sizes[0], True) if keep else None
     kernels = backend.kernels_for(x, "rows.layer_norm")
     kernels.layer_norm(x, flat(weight), flat(bias), y, stats, sizes, eps)
     return y, stats
-
-
-def run_rms_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    n_dims: int,
-    eps: float,
-    offset: float,
-    keep: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """(y, stats); the last n_dims dimensions are one row; the weight counts as weight + offset;
-    channels_last stays, as with torch. keep: whether the backward follows."""
-    y = layout.output(x)
-    if not x.numel():
-        return y, stats_of(x, n_dims, False)
-    rows, sizes = layout.rows(x, n_dims)
-    stats = _stats(x, sizes[0], False) if keep else None
-    backend.kernels_for(x, "rows.layer_norm").rms_norm(
-        rows, flat(weight), y, stats, sizes, eps, offset
-    )
-    return layout.kept_channels_last(y, x), stats
 
 
 def wanted_of(wanted: bool, x: Tensor | None) -> Tensor | None:
     return layout.output(x) if wanted and x is not None else None
 
 
-def given(dy: Tensor, grad: Tensor | None) -> Tensor:
+def grad_or_empty(dy: Tensor, grad: Tensor | None) -> Tensor:
     """An op returns tensors only: empty for one that is not wanted."""
     return dy.new_empty(0) if grad is None else grad
 
@@ -253,28 +188,6 @@ def _layer_norm_grads(
     return dx, dweight, dbias
 
 
-def _rms_norm_grads(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    n_dims: int,
-    offset: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx, dweight; None where one is not wanted. dx is in channels_last where dy is."""
-    dx, dweight, rows = wanted_of(wanted[0], x), wanted_of(wanted[1], weight), dy.contiguous()
-    if x.numel():
-        x, sizes = layout.rows(x, n_dims)
-        kernels, weight = backend.kernels_for(x, "rows.layer_norm"), flat(weight)
-        kernels.rms_norm_backward(rows, x, weight, stats, dx, dweight, sizes, offset)
-    else:
-        zero(dweight)
-    if rows is not dy and dx is not None:
-        dx = layout.kept_channels_last(dx, dy)
-    return dx, dweight
-
-
 def zero(*grads: Tensor | None) -> None:
     for grad in grads:
         if grad is not None:
@@ -283,12 +196,7 @@ def zero(*grads: Tensor | None) -> None:
 
 def run_layer_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dx, dweight, dbias) as an op gives them."""
-    return tuple(given(dy, grad) for grad in _layer_norm_grads(dy, *args))
-
-
-def run_rms_norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """(dx, dweight) as an op gives them."""
-    return tuple(given(dy, grad) for grad in _rms_norm_grads(dy, *args))
+    return tuple(grad_or_empty(dy, grad) for grad in _layer_norm_grads(dy, *args))
 
 
 def keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -309,57 +217,15 @@ def layer_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     if plain(dy, x, weight, stats):
         return *_layer_norm_grads(*args), None, None
     grads = torch.ops.fastopt.layer_norm_backward(*args)
-    return *_those(grads, args[-1]), None, None
+    return *those(grads, args[-1]), None, None
 
 
-def _those(grads: tuple[Tensor, ...], wanted: Sequence[bool]) -> list[Tensor | None]:
+def those(grads: tuple[Tensor, ...], wanted: Sequence[bool]) -> list[Tensor | None]:
     return [grad if wants else None for grad, wants in zip(grads, wanted, strict=True)]
 
 
-def rms_norm_by_torch(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None, offset: float
-) -> Tensor:
-    """torch's, its weight counted as weight + offset in the type that is computed in."""
-    if not offset or weight is None:
-        return F.rms_norm(x, shape, weight, eps)
-    dtype = compute_dtype(x.dtype)
-    return F.rms_norm(x.to(dtype), shape, weight.to(dtype) + offset, eps).to(x.dtype)
-
-
-def keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, ctx.n_dims, ctx.eps, ctx.offset = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def rms_norm_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, weight, stats = ctx.saved_tensors
-    if differentiated(dy, x, weight):
-
-        def norm(x: Tensor, weight: Tensor | None) -> Tensor:
-            return composed(x, weight, None, ctx.n_dims, ctx.eps, ctx.offset, False)
-
-        return *gradients_by_torch(norm, [x, weight], dy), None, None, None
-    args = (dy, x, weight, stats, ctx.n_dims, ctx.offset, ctx.needs_input_grad[:2])
-    if plain(dy, x, weight, stats):
-        return *_rms_norm_grads(*args), None, None, None
-    grads = torch.ops.fastopt.rms_norm_backward(*args)
-    return *_those(grads, args[-1]), None, None, None
-
-
-def _fake_grads(wanted: list[bool], dy: Tensor, *likes: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(given(dy, grad) for grad in map(wanted_of, wanted, likes))
-
-
-def _fake_rms_norm(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _, n_dims, _, _ = args
-    return layout.kept_channels_last(layout.output(x), x), stats_of(x, n_dims, False)
-
-
-def _fake_rms_norm_grads(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    weight, *_, wanted = args
-    dx, dweight = _fake_grads(wanted, dy, x, weight)
-    return layout.kept_channels_last(dx, dy) if wanted[0] else dx, dweight
+def fake_grads(wanted: list[bool], dy: Tensor, *likes: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(grad_or_empty(dy, grad) for grad in map(wanted_of, wanted, likes))
 
 
 define(
@@ -376,20 +242,7 @@ define(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
     "int n_dims, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     run_layer_norm_backward,
-    lambda dy, x, weight, bias, stats, n_dims, wanted: _fake_grads(wanted, dy, x, weight, bias),
-)
-define(
-    "rms_norm(Tensor x, Tensor? weight, int n_dims, float eps, float offset) -> (Tensor, Tensor)",
-    run_rms_norm,
-    _fake_rms_norm,
-    keep_rms_norm,
-    rms_norm_backward,
-)
-define(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, int n_dims, "
-    "float offset, bool[2] wanted) -> (Tensor, Tensor)",
-    run_rms_norm_backward,
-    _fake_rms_norm_grads,
+    lambda dy, x, weight, bias, stats, n_dims, wanted: fake_grads(wanted, dy, x, weight, bias),
 )
 
 
@@ -409,21 +262,3 @@ class LayerNorm(torch.autograd.Function):
 
 
 apply_layer_norm = apply_of(LayerNorm)
-
-
-class RMSNorm(torch.autograd.Function):
-    """The op without the dispatcher, for plain tensors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, n_dims: int, eps: float, offset: float
-    ) -> Tensor:
-        y, stats = run_rms_norm(x, weight, n_dims, eps, offset)
-        ctx.n_dims, ctx.eps, ctx.offset = n_dims, eps, offset
-        ctx.save_for_backward(x, weight, stats)
-        return y
-
-    backward = staticmethod(rms_norm_backward)
-
-
-apply_rms_norm = apply_of(RMSNorm)

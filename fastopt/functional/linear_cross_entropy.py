@@ -11,18 +11,11 @@ import torch.nn.functional as F  # noqa: N812 -- the name torch's own documentat
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.functional.cross_entropy import (
-    MEAN,
-    NAMES,
-    NONE,
-    REDUCTIONS,
-    composed_under_autocast,
-    cross_entropy,
-    terms_of,
-    z_share_of,
-)
 from fastopt.functional.cross_entropy import composed as composed_of_logits
+from fastopt.functional.cross_entropy import composed_under_autocast, cross_entropy
+from fastopt.functional.linear_arguments import cast_layer, check, fits
 from fastopt.functional.logit_chunks import Layer, chunk_of, divisor_of, sum_of, walk
+from fastopt.functional.loss_terms import MEAN, NAMES, NONE, REDUCTIONS, terms_of, z_share_of
 from fastopt.functional.registry import (
     apply_of,
     compute_dtype,
@@ -36,13 +29,10 @@ from fastopt.functional.routing import (
     AS_NODE,
     AS_OP,
     BY_TORCH,
-    DTYPES,
-    autocast,
     by_torch,
     enter,
-    widen,
 )
-from fastopt.functional.tracing import as_node, unrecorded
+from fastopt.functional.tracing import as_node
 
 
 def linear_cross_entropy(
@@ -80,14 +70,14 @@ def linear_cross_entropy(
     layer = Layer(*operands)
     if route == AS_NODE:
         return _as_node(layer, reduction, ignore_index, label_smoothing, options, z_loss, softcap)
-    _check(layer, ignore_index)
+    check(layer, ignore_index)
     shape = (*input.shape[:-1], *linear_weight.shape[:-1])  # of the logits
     ignored = -100 if ignore_index is None else ignore_index
     given = (reduction, ignored, label_smoothing, *terms)
     if route == BY_TORCH:
         return by_torch("linear_cross_entropy", _composed, *layer, shape, *given)
-    layer, dtype = _cast(layer)
-    if reduction not in REDUCTIONS or not _fits(layer, label_smoothing):
+    layer, dtype = cast_layer(layer)
+    if reduction not in REDUCTIONS or not fits(layer, label_smoothing):
         return by_torch("linear_cross_entropy", _unchunked, *layer, shape, *given)
     if len(shape) == 1:
         layer = layer._replace(x=layer.x[None], target=layer.target[None])
@@ -112,86 +102,6 @@ def _as_node(layer: Layer, *given: Any) -> Tensor:
     x, linear_weight, target, linear_bias, weight = layer
     named = dict(zip(names, given, strict=True), linear_bias=linear_bias, weight=weight)
     return as_node(linear_cross_entropy, x, linear_weight, target, **named)
-
-
-@unrecorded
-def _check(layer: Layer, ignore_index: int | None) -> None:
-    """Raise for what torch refuses, before anything is computed."""
-    input, linear_weight, target, linear_bias, _ = layer
-    if not 1 <= input.dim() <= 2:
-        raise RuntimeError(
-            f"expected input with dimensionality 1 or 2, got {input.dim()} ({_came(layer)}): "
-            "flatten the batch, input.flatten(0, -2), and the target likewise."
-        )
-    if linear_weight.dim() < 2:
-        raise RuntimeError(
-            "expected linear_weight with dimensionality at least 2, got "
-            f"{linear_weight.dim()} ({_came(layer)}): it is (classes, features)."
-        )
-    if input.shape[-1] != linear_weight.shape[-1]:
-        raise RuntimeError(
-            "expected equal input and linear_weight last dimensions (in_features), "
-            f"{_came(layer)}: linear_weight is (classes, features)."
-        )
-    out = linear_weight.shape[:-1]
-    if linear_bias is not None and linear_bias.shape != out:
-        raise RuntimeError(
-            f"expected linear_bias shape {tuple(out)}, got {tuple(linear_bias.shape)}: it has one "
-            "number for each class."
-        )
-    if len(out) > 1 and input.dim() == 1:
-        raise RuntimeError(
-            f"K-dimensional loss requires batched input, (N, {input.shape[-1]}); {_came(layer)}: "
-            "use input[None], and the target likewise."
-        )
-    if ignore_index is not None and target.shape == (*input.shape[:-1], *out):
-        raise RuntimeError(
-            "ignore_index cannot be specified when target contains probabilities (got "
-            f"ignore_index={ignore_index} and a target {tuple(target.shape)}): leave it None."
-        )
-
-
-def _came(layer: Layer) -> str:
-    x, linear_weight = layer[:2]
-    return f"got input {tuple(x.shape)} and linear_weight {tuple(linear_weight.shape)}"
-
-
-def _cast(layer: Layer) -> tuple[Layer, torch.dtype]:
-    """What autocast makes of it, and the dtype of the loss: the product in its dtype, the loss in
-    float32."""
-    x, linear_weight, target, linear_bias, weight = layer
-    if not autocast("cross_entropy", x):
-        return layer, x.dtype
-    low = torch.get_autocast_dtype(x.device.type)
-
-    def narrow(x: Tensor) -> Tensor:
-        return x.to(low) if x.is_floating_point() and x.dtype is not torch.float64 else x
-
-    x, linear_weight = narrow(x), narrow(linear_weight)
-    linear_bias = None if linear_bias is None else narrow(linear_bias)
-    target, weight = widen(target), None if weight is None else widen(weight)
-    dtype = torch.float32 if x.dtype in DTYPES - {torch.float64} else x.dtype
-    return Layer(x, linear_weight, target, linear_bias, weight), dtype
-
-
-def _fits(layer: Layer, label_smoothing: float) -> bool:
-    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
-    x, linear_weight, target, linear_bias, weight = layer
-    alike = [linear_weight] if linear_bias is None else [linear_weight, linear_bias]
-    if linear_weight.dim() != 2 or not len(linear_weight) or x.dtype not in DTYPES:
-        return False
-    if any(y.dtype != x.dtype for y in alike) or not 0.0 <= label_smoothing <= 1.0:
-        return False
-    if weight is not None and (
-        weight.shape != linear_weight.shape[:1]
-        or weight.dtype not in DTYPES
-        or weight.requires_grad
-    ):
-        return False
-    if target.dtype == torch.int64:
-        return target.shape == x.shape[:-1]
-    shape = (*x.shape[:-1], len(linear_weight))
-    return target.shape == shape and target.dtype == x.dtype and not target.requires_grad
 
 
 def _logits(

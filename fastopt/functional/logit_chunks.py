@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastopt import backend
-from fastopt.functional.cross_entropy import NONE, refuse_target, weights_of
+from fastopt.functional.loss_terms import NONE, refuse_target, weights_of
 from fastopt.functional.registry import compute_dtype
 
 

@@ -132,6 +132,11 @@ def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
+def are_numbers(*values: Any) -> bool:
+    """True where all are floats or integers: torch's function says what is wrong with others."""
+    return all(isinstance(value, (float, int)) for value in values)
+
+
 def autocast(name: str, tensor: Tensor) -> bool:
     """Whether autocast wants this function in float32 here."""
     if tensor.is_cpu:

@@ -44,3 +44,10 @@ def move(running: Running, moments: tuple[Tensor, Tensor], x: Tensor, momentum: 
 
 
 Running = tuple[Tensor | None, Tensor | None]
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tell autograd what a kernel wrote."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
