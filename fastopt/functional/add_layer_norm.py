@@ -170,7 +170,7 @@ def _check(
 
 
 def sum_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
-    """What x + residual is of."""
+    """The dtype of x + residual."""
     return torch.promote_types(x.dtype, residual.dtype)
 
 
@@ -280,7 +280,7 @@ def _n_cols(x: Tensor, n_dims: int) -> int:
 
 
 def _alike(seed: Tensor | None, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
-    """Whether x and residual have the same gradient."""
+    """True where x and residual have the same gradient."""
     return seed is None and dtypes[0] == dtypes[1]
 
 

@@ -152,8 +152,8 @@ def group_norm(
 
 
 def _fits(route: int, x: Tensor, *per_channel: Tensor | None) -> bool:
-    """Whether kernels, or what is composed in their place, take these: what they do not is torch's
-    to do, or to refuse."""
+    """True where kernels, or the composed form in their place, take these arguments: torch's own
+    function computes or refuses all others."""
     if route == BY_TORCH and not transformed(x, *per_channel):
         return False
     sizes = x.shape

@@ -143,7 +143,7 @@ def _cast(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
-    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
+    """True where kernels take these arguments: torch's own function computes or refuses others."""
     sizes = x.shape
     if x.dtype not in DTYPES or not sizes:
         return False
@@ -163,7 +163,7 @@ def _loss_fits(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
 
 
 def _dim(x: Tensor) -> int:
-    """Where the classes are: (C), (N, C) or (N, C, d1, ...)."""
+    """The dimension of the classes, in (C), (N, C) or (N, C, d1, ...)."""
     return 0 if x.dim() == 1 else 1
 
 

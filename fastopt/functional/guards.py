@@ -1,4 +1,4 @@
-"""What a kernel may read through an address, and what is resolved or refused before it does.
+"""Checks of tensors whose addresses a kernel is to read: resolved, refused, or handed to torch.
 
 The address of a wrapper (a DTensor, a fake tensor, what a collective hands on) or of a zero tensor
 is that of nothing; what lies at that of a view with a pending sign has the other sign; and a
@@ -79,14 +79,14 @@ def _in_memory(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _lies_within(tensor: Tensor, storage: torch.UntypedStorage) -> bool:
-    """Whether a strided tensor has an address, and ends where its storage does or before."""
+    """True where a strided tensor has an address and lies within its storage."""
     if not tensor.numel():
         return True
     return tensor.data_ptr() != 0 and end_of(tensor) <= storage.nbytes()
 
 
 def takes_over(x: Any) -> bool:
-    """Whether this is no tensor, or one of a class that takes torch's functions or operators over.
+    """True of what is no tensor, and of a class that overrides torch's functions or operators.
 
     Tensors that stand for others while torch traces take the operators of fastopt as well.
     """
@@ -114,8 +114,7 @@ def _is_async(x: Tensor) -> bool:
 
 
 def opaque(x: Tensor) -> bool:
-    """Whether it is laid out in a way of which only torch's operators know: sparse, nested, batched
-    by a transform."""
+    """True of a layout that only torch's operators know: sparse, nested, batched by a transform."""
     return (
         x.layout != torch.strided
         or x.is_nested

@@ -78,8 +78,8 @@ def as_shape(shape: Any) -> tuple[int, ...]:
 def affine_fits(
     route: int, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
 ) -> bool:
-    """Whether kernels, or what is composed in their place, take these: what they do not is torch's
-    to do, or to refuse."""
+    """True where kernels, or the composed form in their place, take these arguments: torch's own
+    function computes or refuses all others."""
     if route == BY_TORCH and not transformed(x, weight, bias):
         return False
     if not shape or x.dtype not in DTYPES or x.shape[-len(shape) :] != shape:
@@ -122,8 +122,9 @@ def flat(weight: Tensor | None) -> Tensor | None:
 
 
 def stats_for(x: Tensor, n_rows: int, centered: bool) -> Tensor:
-    """What the backward needs of each row. layer_norm: mean and rstd, on CPU in float64 (rounded to
-    float32 a large mean would be off); rms_norm: rstd. In the compute type but for that."""
+    """An empty tensor for the statistics that the backward needs of each row. layer_norm: mean and
+    rstd, (rows, 2) float64 on CPU (rounded to float32 a large mean would be off), (2, rows) in the
+    compute type on GPU; rms_norm: rstd, (rows,) in the compute type."""
     if not centered:
         return torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device)
     if backend.by_numba(x):

@@ -1,4 +1,4 @@
-"""How a kernel may walk a tensor: rows, or columns side by side, without a copy where it can."""
+"""Rows and columns of a tensor as kernels walk them, without a copy where that is possible."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def along(x: Tensor, dim: int) -> Walk:
 
 
 def neighbours(dims: Sequence[int]) -> bool:
-    """Whether these dimensions, which are sorted, follow one another."""
+    """True where these sorted dimensions follow one another."""
     return dims[-1] - dims[0] == len(dims) - 1
 
 

@@ -53,8 +53,8 @@ def _came(layer: Layer) -> str:
 
 
 def cast_layer(layer: Layer) -> tuple[Layer, torch.dtype]:
-    """What autocast makes of it, and the dtype of the loss: the product in its dtype, the loss in
-    float32."""
+    """The arguments as autocast casts them, and the dtype of the loss: the product is in autocast's
+    dtype, the loss in float32."""
     x, linear_weight, target, linear_bias, weight = layer
     if not autocast("cross_entropy", x):
         return layer, x.dtype
@@ -71,7 +71,7 @@ def cast_layer(layer: Layer) -> tuple[Layer, torch.dtype]:
 
 
 def fits(layer: Layer, label_smoothing: float) -> bool:
-    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
+    """True where kernels take these arguments: torch's own function computes or refuses others."""
     x, linear_weight, target, linear_bias, weight = layer
     alike = [linear_weight] if linear_bias is None else [linear_weight, linear_bias]
     if linear_weight.dim() != 2 or not len(linear_weight) or x.dtype not in DTYPES:

@@ -311,7 +311,7 @@ def _needed(ctx: Any) -> tuple[bool, bool, bool]:
 
 
 def _graph_is_kept() -> bool:
-    """Whether this backward may be run again."""
+    """True where this backward may be run again."""
     kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
     return kept
 

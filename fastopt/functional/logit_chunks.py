@@ -178,7 +178,7 @@ def sum_of(x: Tensor, chunk: int) -> Tensor:
 
 
 def divisor_of(layer: Layer, ignore_index: int, chunk: int) -> Tensor:
-    """What a sum of losses is divided by for their mean."""
+    """The divisor of a sum of losses in their mean."""
     target, compute = layer.target, compute_dtype(layer.x.dtype)
     if target.is_floating_point():
         return sum_of(target.new_ones(len(target), dtype=compute), chunk)

@@ -33,14 +33,14 @@ def refuse_target(outside: int, n_classes: int, ignore_index: int) -> None:
 
 
 def z_share_of(divisor: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """How much more the weights of the targets that count are than their number: what z_loss is
-    multiplied by in a sum that is divided by the weights, so that it is divided by the number."""
+    """The weights of the targets that count over their number: z_loss is multiplied by it in a sum
+    that is divided by the weights, so that z_loss is divided by the number."""
     return divisor / (target != ignore_index).sum().clamp(min=1)
 
 
 def weights_of(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What each target weighs in a mean: 0 where it is ignored; one that is no class, which the
-    kernels find, weighs anything."""
+    """The weight of each target in a mean: 0 where it is ignored; any where it is no class, which
+    the kernels find."""
     counts = target != ignore_index
     if weight is None:
         return counts

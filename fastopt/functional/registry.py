@@ -1,4 +1,4 @@
-"""How an op of ours enters torch: schema, kernels, fake kernel and derivative, in one call."""
+"""Registration of an op with torch: schema, kernels, fake kernel and derivative, in one call."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def define(
 
 
 def differentiated(upstream: Tensor, *saved: Tensor | None) -> bool:
-    """Whether torch's operators must do a backward from this gradient: it is itself differentiated,
-    or mapped over, or the gradient is of a class with operators of its own.
+    """True where torch's operators must do a backward from this gradient: it is itself
+    differentiated or mapped over, or of a class with operators of its own.
 
     saved: what they would read, which is refused where its storage is too short
     """
@@ -127,5 +127,5 @@ def gradients_by_torch(
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What elements of this type are computed in, and their statistics kept in."""
+    """The dtype in which elements of this dtype are computed, and their statistics kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""How a call of a function runs: kernels at once, as ops of the dispatcher, or torch's own."""
+"""The route of a call: kernels at once, an op of the dispatcher, or torch's own function."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ DIRECT, AS_OP, BY_TORCH, AS_NODE = range(4)
 
 
 def enter(function: str, *tensors: Tensor | None) -> tuple[int, tuple[Any, ...]]:
-    """How a call runs with these, and they as it is to take them: what another tensor stands for is
-    resolved, except where torch's own function runs.
+    """The route of a call with these tensors, and the tensors it is to take: what another tensor
+    stands for is resolved, except where torch's own function runs.
 
     Raises RuntimeError where they are on different devices, one is longer than its storage, or
     there are no kernels for a device.
@@ -76,7 +76,8 @@ def enter(function: str, *tensors: Tensor | None) -> tuple[int, tuple[Any, ...]]
 def _enter_others(
     function: str, tensors: tuple[Any, ...], transformed: bool
 ) -> tuple[int, tuple[Any, ...]]:
-    """Where a transform or a tracer is active, or not all are in memory as kernels read it."""
+    """`enter` under a transform or a tracer, and for tensors that kernels cannot read as they
+    lie."""
     if any(isinstance(x, Proxy) for x in tensors):
         return AS_NODE, tensors
     if _jit_tracing():  # sizes and offsets are tensors there, and would be recorded
@@ -101,14 +102,13 @@ def _enter_others(
 
 
 def _handed_over(tensors: Sequence[Any]) -> bool:
-    """Whether any of these is no tensor, or of a class that takes torch's functions over."""
+    """True where any of these is no tensor, or of a class that overrides torch's functions."""
     return any(x is not None and guards.takes_over(x) for x in tensors)
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a transform of functorch or forward-mode AD is what hands a call to torch, not a
-    class of tensors: then what an op composes of torch's operators may take the place of torch's
-    own function."""
+    """True where a transform of functorch or forward-mode AD hands a call to torch, not a class of
+    tensors: an op's composed form may then take the place of torch's own function."""
     active = _transforms_active() or forward_ad._current_level >= 0
     return active and not _handed_over(tensors)
 
@@ -138,7 +138,7 @@ def are_numbers(*values: Any) -> bool:
 
 
 def autocast(name: str, tensor: Tensor) -> bool:
-    """Whether autocast wants this function in float32 here."""
+    """True where autocast wants this function in float32."""
     if tensor.is_cpu:
         return name in _AUTOCAST["cpu"] and torch.is_autocast_enabled("cpu")
     return name in _AUTOCAST["cuda"] and torch.is_autocast_enabled("cuda")

@@ -17,7 +17,7 @@ def to_move(route: int, running: Running, came: Running) -> tuple[int, Running]:
 
 
 def movable(route: int, running: Running) -> bool:
-    """Whether these are both there or neither, and a kernel may write them as they lie. (Where the
+    """True where both are there or neither, and a kernel may write them as they lie. (Where the
     call is an op, torch's operators write them; under transforms, torch's function.)"""
     if route == BY_TORCH:
         return running[0] is None and running[1] is None

@@ -36,7 +36,7 @@ def sizes_of(v: Tensor, dim: int) -> tuple[int, int, int]:
 
 
 def fits(v: Tensor, dim: int) -> bool:
-    """Whether kernels take it: on a GPU a norm is of rows or of columns."""
+    """True where kernels take it: on a GPU a norm is of rows or of columns."""
     if not v.numel() or backend.by_numba(v):
         return bool(v.numel())
     n_outer, _, n_inner = sizes_of(v, dim)
