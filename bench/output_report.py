@@ -36,8 +36,8 @@ Record = dict[str, Any]
 
 _load = memory.make_loader("fp32", types.float32, 0)
 _store = memory.make_storer("fp32", types.float32, True, 1)
-_place, _send = streaming_stores.make_outputs(4)
-_room, _settle, SPAN = streaming_stores.room, streaming_stores.settle, streaming_stores.SPAN
+_place, _send = streaming_stores.make_streaming_stores(4)
+_room, _settle, SPAN = streaming_stores.staging, streaming_stores.fence, streaming_stores.SPAN
 
 
 @njit(nogil=True, fastmath={"contract"})

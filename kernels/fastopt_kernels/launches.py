@@ -16,8 +16,8 @@ Watcher = Callable[[str, Any, Callable[[], Any] | None], AbstractContextManager[
 _watcher: Watcher | None = None
 
 
-def unseen() -> bool:
-    """Whether nobody looks, which is nearly always."""
+def unprofiled() -> bool:
+    """True where there is neither torch's profiler nor a watcher, which is nearly always."""
     return _watcher is None and not profiler._is_profiler_enabled
 
 
@@ -34,26 +34,26 @@ def _entered() -> str:
 
 
 @contextmanager
-def _seen(name: str, kernel: Any, idle: Callable[[], Any] | None) -> Iterator[None]:
+def _profiled(name: str, kernel: Any, idle: Callable[[], Any] | None) -> Iterator[None]:
     watching = nullcontext() if _watcher is None else _watcher(name, kernel, idle)
     with profiler.record_function(f"fastopt::{name}"), watching:
         yield
 
 
-def seen(
+def profiled(
     name: str | None, kernel: Any, idle: Callable[[], Any] | None = None
 ) -> AbstractContextManager[None]:
-    """Around a launch that somebody looks at; without a name it has that of the function by which
-    the kernels were entered."""
-    return _seen(name or _entered(), kernel, idle)
+    """A context around a launch that is profiled or watched; without a name it has that of the
+    function by which the kernels were entered."""
+    return _profiled(name or _entered(), kernel, idle)
 
 
 def start(kernel: Any, grid: Any, *args: Any, name: str | None = None, **constants: Any) -> None:
     """kernel[grid](...) of Triton."""
-    if unseen():
+    if unprofiled():
         kernel[grid](*args, **constants)
     else:
-        with seen(name, kernel):
+        with profiled(name, kernel):
             kernel[grid](*args, **constants)
 
 

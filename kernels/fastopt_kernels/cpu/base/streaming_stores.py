@@ -1,17 +1,17 @@
-"""Results that no cache will hold until they are read: written past the caches.
+"""Streaming stores: results that no cache will hold until they are read leave past the caches.
 
 A store to a line that is in no cache first reads that line from memory, to be thrown away: a third
 of what softmax moves. Results of PAST bytes or more are made SPAN elements at a time in a
 scratch that stays in L1, and leave it by stores that go to memory whole lines at a time.
 
-    scratch = room()
+    scratch = staging()
     for start in range(0, n, SPAN):
         stop = min(start + SPAN, n)
-        to = place(y, scratch, start, past)
+        to = stage(y, scratch, start, streaming)
         for i in range(start, stop):
             store(to, i, ...)
-        send(y, scratch, start, stop, past)
-    settle(past)
+        flush(y, scratch, start, stop, streaming)
+    fence(streaming)
 """
 
 from __future__ import annotations
@@ -24,42 +24,41 @@ from fastopt_kernels.cpu.base.xp import JIT
 
 # Smaller results are read from the last cache by whoever takes them next.
 PAST = 16 << 20
-# Elements made before they leave, bytes of a line, and room for those: a page apart, rooms would
-# share their places in L1.
+# Elements staged before they leave, bytes of a line, and bytes of the memory that stages them: a
+# page apart, such memories would share lines of L1.
 SPAN, LINE = 512, 64
-ROOM = SPAN * 8 + 2 * LINE
+STAGING = SPAN * 8 + 2 * LINE
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _LINE = ir.VectorType(_I64, LINE // 8)
 
 
 @njit(**JIT)
-def goes_past(nbytes):
-    """Whether results of so many bytes in all go past the caches."""
+def use_streaming_stores(nbytes):
+    """True where results of so many bytes in all leave by streaming stores."""
     return nbytes >= PAST
 
 
-def make_rooms(n):
-    """rooms(): the address of n times ROOM bytes of scratch on the stack, at the beginning of a
-    line."""
+def make_staging(n):
+    """stagings(): the address of n times STAGING bytes on the stack, at the beginning of a line."""
 
     @intrinsic
-    def rooms(typingctx):
+    def stagings(typingctx):
         def codegen(context, builder, signature, args):
             with builder.goto_entry_block():
-                place = builder.alloca(_LINE, n * ROOM // LINE)
-                place.align = LINE
-            return builder.ptrtoint(place, _I64)
+                memory = builder.alloca(_LINE, n * STAGING // LINE)
+                memory.align = LINE
+            return builder.ptrtoint(memory, _I64)
 
         return types.int64(), codegen
 
-    return rooms
+    return stagings
 
 
-room = make_rooms(1)
+staging = make_staging(1)
 
 
 @intrinsic
-def _send_line(typingctx, target, source):
+def _stream_line(typingctx, target, source):
     """A line of the cache from source to target, which is its beginning."""
 
     def codegen(context, builder, signature, args):
@@ -92,8 +91,8 @@ def _fence(typingctx):
 
 
 @njit(**JIT)
-def send_bytes(target, source, nbytes):
-    """To target, past the caches."""
+def stream_bytes(target, source, nbytes):
+    """Copy to target by streaming stores."""
     whole = target + nbytes
     first = min((target + LINE - 1) & -LINE, whole)
     apart = source - target
@@ -101,29 +100,29 @@ def send_bytes(target, source, nbytes):
         _copy_byte(at, at + apart)
     last = max(first, whole & -LINE)
     for at in range(first, last, LINE):
-        _send_line(at, at + apart)
+        _stream_line(at, at + apart)
     for at in range(last, whole):
         _copy_byte(at, at + apart)
 
 
-def make_outputs(itemsize):
-    """place(row, scratch, start, past): where elements from `start` on are stored;
-    send(row, scratch, start, stop, past): from there to where they belong."""
+def make_streaming_stores(itemsize):
+    """stage(row, scratch, start, streaming): the address at which elements from `start` on are
+    stored; flush(row, scratch, start, stop, streaming): moves them from there to the row."""
 
     @njit(**JIT)
-    def place(row, scratch, start, past):
-        return scratch - start * itemsize if past else row
+    def stage(row, scratch, start, streaming):
+        return scratch - start * itemsize if streaming else row
 
     @njit(**JIT)
-    def send(row, scratch, start, stop, past):
-        if past:
-            send_bytes(row + start * itemsize, scratch, (stop - start) * itemsize)
+    def flush(row, scratch, start, stop, streaming):
+        if streaming:
+            stream_bytes(row + start * itemsize, scratch, (stop - start) * itemsize)
 
-    return place, send
+    return stage, flush
 
 
 @njit(**JIT)
-def settle(past):
+def fence(streaming):
     """At the end of a task that sent: others see it all."""
-    if past:
+    if streaming:
         _fence()

@@ -254,10 +254,10 @@ def _launch(
         n_threads = torch.get_num_threads()
     parallel = threads.worth_it(n_threads, n_elements)
     entry = loop(parallel)
-    if launches.unseen():
+    if launches.unprofiled():
         _call_loop(entry, parallel, args, n_threads)
         return
-    with launches.seen(None, key, lambda: _call_loop(entry, parallel, idle, n_threads)):
+    with launches.profiled(None, key, lambda: _call_loop(entry, parallel, idle, n_threads)):
         _call_loop(entry, parallel, args, n_threads)
 
 

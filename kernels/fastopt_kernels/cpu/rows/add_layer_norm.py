@@ -12,7 +12,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu.base import memory, tasks
-from fastopt_kernels.cpu.base.streaming_stores import goes_past, send_bytes, settle
+from fastopt_kernels.cpu.base.streaming_stores import fence, stream_bytes, use_streaming_stores
 from fastopt_kernels.cpu.base.tasks import double_bits
 from fastopt_kernels.cpu.rows.dropout import make_chance, make_dropper, numbers_of
 from fastopt_kernels.cpu.rows.layer_norm import Source, make_normalize
@@ -58,22 +58,22 @@ def _forward(tag, kind, x_kind, residual_kind, weight_kind, bias_kind, centered,
         stride, residual_stride, eps, offset, seed, kept, scale, n_task = numbers[9:]
         ahead = tasks.ahead_of(n_rows, n_cols, stride, x_size)
         ahead_too = tasks.ahead_of(n_rows, n_cols, residual_stride, residual_size)
-        first, past = task * n_task, goes_past(n_rows * n_cols * itemsize)
-        waiting = np.empty(n_cols * itemsize if past else 1, np.uint8)
+        first, streaming = task * n_task, use_streaming_stores(n_rows * n_cols * itemsize)
+        waiting = np.empty(n_cols * itemsize if streaming else 1, np.uint8)
         for row in range(first, min(first + n_task, n_rows)):
             here = row * n_cols * itemsize
             y_row = y + here
-            total_row = np.int64(waiting.ctypes.data) if past else total + here
+            total_row = np.int64(waiting.ctypes.data) if streaming else total + here
             far = residual + row * residual_stride * residual_size
             chance = chance_of((seed, kept, scale), row)
             source = x + row * stride * x_size, far, total_row, ahead, chance
             normalize(
                 source, total_row, y_row, weight, bias, stats, row, n_cols, eps, offset,
-                far, ahead_too, past,
+                far, ahead_too, streaming,
             )  # fmt: skip
-            if past:
-                send_bytes(total + here, total_row, n_cols * itemsize)
-        settle(past)
+            if streaming:
+                stream_bytes(total + here, total_row, n_cols * itemsize)
+        fence(streaming)
         tasks.alive(waiting)
 
     return add_norm

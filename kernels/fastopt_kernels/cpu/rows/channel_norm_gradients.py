@@ -73,32 +73,32 @@ def _planes(tag, kind):
     load, itemsize, compute = codec.load, codec.itemsize, codec.compute
     get_stats, put_part = tasks.Codec("fp64", 1).load, tasks.Codec("fp64", 4).store
     get_mean = tasks.Codec("fp64", 5).load
-    sums, one, (place, send) = (
+    sums, one, (stage, flush) = (
         _make_sums(tag, codec),
         compute(1),
-        streaming_stores.make_outputs(itemsize),
+        streaming_stores.make_streaming_stores(itemsize),
     )
 
     @tasks.inlined(tag)
-    def write(dy, x, dx, n, past, high, w, shift, slope, factor):
-        room = streaming_stores.room()
+    def write(dy, x, dx, n, streaming, high, w, shift, slope, factor):
+        staging = streaming_stores.staging()
         for start in range(0, n, streaming_stores.SPAN):
             stop = min(start + streaming_stores.SPAN, n)
-            to = place(dx, room, start, past)
+            to = stage(dx, staging, start, streaming)
             for i in range(start, stop):
                 g = product(load_dy(dy, i), w) - shift
                 store(to, i, factor * (g - (load(x, i) - high) * slope))
-            send(dx, room, start, stop, past)
+            flush(dx, staging, start, stop, streaming)
 
     @tasks.inlined(tag)
-    def write_scaled(dy, dx, n, past, factor):
-        room = streaming_stores.room()
+    def write_scaled(dy, dx, n, streaming, factor):
+        staging = streaming_stores.staging()
         for start in range(0, n, streaming_stores.SPAN):
             stop = min(start + streaming_stores.SPAN, n)
-            to = place(dx, room, start, past)
+            to = stage(dx, staging, start, streaming)
             for i in range(start, stop):
                 store(to, i, load_dy(dy, i) * factor)
-            send(dx, room, start, stop, past)
+            flush(dx, staging, start, stop, streaming)
 
     @tasks.inlined(tag)
     def lot_sums(dy, x, n_segments, segment_y, segment_x, n, high, low, scale, weight, kind, parts):
@@ -127,7 +127,7 @@ def _planes(tag, kind):
             length, channels, moving, _,
         ) = table_row(table, 0)  # fmt: skip
         of_weight, of_channels = kind_at(kinds, 0), kind_at(kinds, 3)
-        past = streaming_stores.goes_past(n_total * inner * length * itemsize)
+        streaming = streaming_stores.use_streaming_stores(n_total * inner * length * itemsize)
         for k in range(task * n_task, min(task * n_task + n_task, n_lots)):
             x_lot = x + (k // inner * outer_x + k % inner * inner_x) * itemsize
             at = (k // inner * outer_y + k % inner * inner_y) * itemsize
@@ -166,14 +166,15 @@ def _planes(tag, kind):
                 dy_row = dy_lot + j * segment_y * itemsize
                 dx_row = dx_lot + j * segment_y * itemsize
                 if given:
-                    write_scaled(dy_row, dx_row, length, past, compute(tidy(factor)))
+                    write_scaled(dy_row, dx_row, length, streaming, compute(tidy(factor)))
                 else:
                     write(
-                        dy_row, x_lot + j * segment_x * itemsize, dx_row, length, past, high, w,
+                        dy_row, x_lot + j * segment_x * itemsize, dx_row, length, streaming,
+                        high, w,
                         compute(tidy(shift - slope * low)), compute(tidy(slope * rstd)),
                         compute(tidy(factor)),
                     )  # fmt: skip
-        streaming_stores.settle(past)
+        streaming_stores.fence(streaming)
 
     return norm_planes_backward
 

@@ -74,9 +74,9 @@ def _planes(tag, kind):
     load, itemsize, compute = codec.load, codec.itemsize, codec.compute
     of_stats = tasks.Codec("fp64", 2)
     get, put = of_stats.load, of_stats.store
-    statistics, (place, send) = (
+    statistics, (stage, flush) = (
         _make_statistics(tag, codec),
-        streaming_stores.make_outputs(itemsize),
+        streaming_stores.make_streaming_stores(itemsize),
     )
 
     def norm_planes(args, task):
@@ -87,9 +87,9 @@ def _planes(tag, kind):
             n_lots, inner, outer_x, inner_x, outer_y, inner_y, n_all, segment_x, segment_y, n_total,
             length, channels, moving, merged,
         ) = table_row(table, 0)  # fmt: skip
-        room, past = (
-            streaming_stores.room(),
-            streaming_stores.goes_past(n_total * inner * length * itemsize),
+        staging, streaming = (
+            streaming_stores.staging(),
+            streaming_stores.use_streaming_stores(n_total * inner * length * itemsize),
         )
         for k in range(task * n_task, min(task * n_task + n_task, n_lots)):
             x_lot = x + (k // inner * outer_x + k % inner * inner_x) * itemsize
@@ -119,11 +119,11 @@ def _planes(tag, kind):
                 x_row, y_row = x_lot + j * segment_x * itemsize, y_lot + j * segment_y * itemsize
                 for start in range(0, length, streaming_stores.SPAN):
                     stop = min(start + streaming_stores.SPAN, length)
-                    to = place(y_row, room, start, past)
+                    to = stage(y_row, staging, start, streaming)
                     for i in range(start, stop):
                         store(to, i, (load(x_row, i) - high) * a + b)
-                    send(y_row, room, start, stop, past)
-        streaming_stores.settle(past)
+                    flush(y_row, staging, start, stop, streaming)
+        streaming_stores.fence(streaming)
 
     return norm_planes
 

@@ -288,7 +288,10 @@ def _pixel_norms(tag, kind):
     get_high, put_high = of_high.load, of_high.store
     get_scale, put_scale = of_scale.load, of_scale.store
     get_shift, put_shift = of_shift.load, of_shift.store
-    get_stats, (place, send) = tasks.Codec("fp64", 6).load, streaming_stores.make_outputs(itemsize)
+    get_stats, (stage, flush) = (
+        tasks.Codec("fp64", 6).load,
+        streaming_stores.make_streaming_stores(itemsize),
+    )
 
     @tasks.inlined(tag)
     def prepare(vectors, image, n_channels, width, groups, batch, numbers):
@@ -326,9 +329,9 @@ def _pixel_norms(tag, kind):
         scratch = np.empty(3 * width + 8, np.float64)
         high = aligned(scratch.ctypes.data)
         scale, shift = high + 8 * width, high + 16 * width
-        room, past = (
-            streaming_stores.room(),
-            streaming_stores.goes_past(images * length * n_channels * itemsize),
+        staging, streaming = (
+            streaming_stores.staging(),
+            streaming_stores.use_streaming_stores(images * length * n_channels * itemsize),
         )
         numbers = weight, bias, stats, given_mean, given_var, kinds, eps
         prepare(high, image, n_channels, width, groups, batch, numbers)
@@ -339,12 +342,12 @@ def _pixel_norms(tag, kind):
             tasks.fetch(x_line, AHEAD, 0, width, itemsize)
             for start in range(0, here * n_channels, streaming_stores.SPAN):
                 stop = min(start + streaming_stores.SPAN, here * n_channels)
-                to = place(y_line, room, start, past)
+                to = stage(y_line, staging, start, streaming)
                 for i in range(start, stop):
                     deviation = load(x_line, i) - get_high(high, i)
                     store(to, i, deviation * get_scale(scale, i) + get_shift(shift, i))
-                send(y_line, room, start, stop, past)
-        streaming_stores.settle(past)
+                flush(y_line, staging, start, stop, streaming)
+        streaming_stores.fence(streaming)
         tasks.alive(scratch)
 
     return pixel_norms

@@ -222,39 +222,43 @@ def _pixel_weights(tag):
 
 
 def _make_write(tag, codec):
-    """write(dy, x, dx, n, width, vectors, past): dx of a line of n elements; write_scaled(dy, dx,
-    n, factors, past)."""
+    """write(dy, x, dx, n, width, vectors, streaming): dx of a line of n elements;
+    write_scaled(dy, dx, n, factors, streaming)."""
     load, load_dy = codec.load, tasks.Codec(codec.kind, 3).load
-    store, (place, send) = (
+    store, (stage, flush) = (
         tasks.Codec(codec.kind, 2).store,
-        streaming_stores.make_outputs(codec.itemsize),
+        streaming_stores.make_streaming_stores(codec.itemsize),
     )
     get_high, get_w, get_shift, get_slope, get_factor = (
         tasks.Codec(codec.wide, k).load for k in (5, 8, 9, 10, 11)
     )
 
     @tasks.inlined(tag)
-    def write(dy, x, dx, n, width, vectors, past):
+    def write(dy, x, dx, n, width, vectors, streaming):
         w, shift = vectors + 8 * width, vectors + 16 * width
-        slope, factor, room = vectors + 24 * width, vectors + 32 * width, streaming_stores.room()
+        slope, factor, staging = (
+            vectors + 24 * width,
+            vectors + 32 * width,
+            streaming_stores.staging(),
+        )
         for start in range(0, n, streaming_stores.SPAN):
             stop = min(start + streaming_stores.SPAN, n)
-            to = place(dx, room, start, past)
+            to = stage(dx, staging, start, streaming)
             for i in range(start, stop):
                 g = product(load_dy(dy, i), get_w(w, i)) - get_shift(shift, i)
                 d = g - (load(x, i) - get_high(vectors, i)) * get_slope(slope, i)
                 store(to, i, get_factor(factor, i) * d)
-            send(dx, room, start, stop, past)
+            flush(dx, staging, start, stop, streaming)
 
     @tasks.inlined(tag)
-    def write_scaled(dy, dx, n, factor, past):
-        room = streaming_stores.room()
+    def write_scaled(dy, dx, n, factor, streaming):
+        staging = streaming_stores.staging()
         for start in range(0, n, streaming_stores.SPAN):
             stop = min(start + streaming_stores.SPAN, n)
-            to = place(dx, room, start, past)
+            to = stage(dx, staging, start, streaming)
             for i in range(start, stop):
                 store(to, i, load_dy(dy, i) * get_factor(factor, i))
-            send(dx, room, start, stop, past)
+            flush(dx, staging, start, stop, streaming)
 
     return write, write_scaled
 
@@ -301,19 +305,19 @@ def _pixel_dx(tag, kind):
         width, numbers = n_channels * pixels, (kinds, eps, given)
         scratch = np.empty(5 * width + 8, np.float64)
         vectors = aligned(scratch.ctypes.data)
-        past = streaming_stores.goes_past(images * length * n_channels * itemsize)
+        streaming = streaming_stores.use_streaming_stores(images * length * n_channels * itemsize)
         prepare(vectors, weight, stats, means, image, n_channels, width, groups, batch, numbers)
         for k in range((n + pixels - 1) // pixels):
             p, here = line_of(k, n, pixels)
             at = (image * length + first + p) * n_channels * itemsize
             tasks.fetch(dy + at, AHEAD, 0, width, itemsize)
             if given:
-                write_scaled(dy + at, dx + at, here * n_channels, vectors + 32 * width, past)
+                write_scaled(dy + at, dx + at, here * n_channels, vectors + 32 * width, streaming)
             else:
                 x_line = x + (image * stride_image + (first + p) * stride) * itemsize
                 tasks.fetch(x_line, AHEAD, 0, width, itemsize)
-                write(dy + at, x_line, dx + at, here * n_channels, width, vectors, past)
-        streaming_stores.settle(past)
+                write(dy + at, x_line, dx + at, here * n_channels, width, vectors, streaming)
+        streaming_stores.fence(streaming)
         tasks.alive(scratch)
 
     return pixel_dx

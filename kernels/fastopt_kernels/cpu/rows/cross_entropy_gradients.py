@@ -17,7 +17,13 @@ from torch import Tensor
 
 from fastopt_kernels.cpu.base import memory, tasks
 from fastopt_kernels.cpu.base.memory import load_integer
-from fastopt_kernels.cpu.base.streaming_stores import SPAN, goes_past, make_outputs, room, settle
+from fastopt_kernels.cpu.base.streaming_stores import (
+    SPAN,
+    fence,
+    make_streaming_stores,
+    staging,
+    use_streaming_stores,
+)
 from fastopt_kernels.cpu.base.tasks import block_end
 from fastopt_kernels.cpu.base.vector_math import add, exp_of
 from fastopt_kernels.cpu.rows.cross_entropy_terms import (
@@ -43,7 +49,10 @@ def _loss_backward(tag, kind, dloss_kind, weighted, smooth, squared, capped, in_
     get, get_double = tasks.Codec(tasks.wide(kind), 2).load, tasks.Codec("fp64", 3).load
     scalar = tasks.Codec("fp64", 5).load
     (exp, unit), zero, one = exp_of(codec.kind), compute(0), compute(1)
-    (caps_of, cap, _, _), (place, send) = make_logits(tag, codec, capped), make_outputs(itemsize)
+    (caps_of, cap, _, _), (stage, flush) = (
+        make_logits(tag, codec, capped),
+        make_streaming_stores(itemsize),
+    )
 
     def cross_entropy_backward(args, task):
         (
@@ -69,8 +78,8 @@ def _loss_backward(tag, kind, dloss_kind, weighted, smooth, squared, capped, in_
             weights = zero
             for j in range(n_cols):
                 weights = add(weights, get(weight, j))
-        first, scratch = task * n_task, room()
-        past = not in_place and goes_past(n_rows * n_cols * itemsize)
+        first, scratch = task * n_task, staging()
+        streaming = not in_place and use_streaming_stores(n_rows * n_cols * itemsize)
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             dx_row = x_row if in_place else dx + row * n_cols * itemsize
@@ -98,7 +107,7 @@ def _loss_backward(tag, kind, dloss_kind, weighted, smooth, squared, capped, in_
             of_target = of_target * slope if capped else of_target
             for start in range(0, n_cols, SPAN):
                 stop = min(start + SPAN, n_cols)
-                to = place(dx_row, scratch, start, past)
+                to = stage(dx_row, scratch, start, streaming)
                 for j in range(start, stop):
                     z, slope = cap(load(x_row, j), caps)
                     p = exp((z - top) - log_total) / unit
@@ -109,8 +118,8 @@ def _loss_backward(tag, kind, dloss_kind, weighted, smooth, squared, capped, in_
                     store(to, j, dz * slope if capped else dz)
                 if start <= t < stop:
                     store(to, t, of_target)
-                send(dx_row, scratch, start, stop, past)
-        settle(past)
+                flush(dx_row, scratch, start, stop, streaming)
+        fence(streaming)
 
     return cross_entropy_backward
 
@@ -124,7 +133,10 @@ def _probs_loss_backward(tag, kind, dloss_kind, weighted, squared, capped, in_pl
     get, get_double = tasks.Codec(tasks.wide(kind), 2).load, tasks.Codec("fp64", 3).load
     scalar = tasks.Codec("fp64", 6).load
     (exp, unit), zero, one = exp_of(codec.kind), compute(0), compute(1)
-    (caps_of, cap, _, _), (place, send) = make_logits(tag, codec, capped), make_outputs(itemsize)
+    (caps_of, cap, _, _), (stage, flush) = (
+        make_logits(tag, codec, capped),
+        make_streaming_stores(itemsize),
+    )
 
     def cross_entropy_probs_backward(args, task):
         x, probs, weight, stats, dloss, dx, each, n_rows, n_cols, stride, _, numbers, n_task = (
@@ -133,8 +145,8 @@ def _probs_loss_backward(tag, kind, dloss_kind, weighted, squared, capped, in_pl
         spread, z_loss = compute(scalar(numbers, SMOOTHING)), scalar(numbers, Z_LOSS)
         caps = caps_of(scalar(numbers, SOFTCAP))
         share = spread / compute(n_cols)
-        first, scratch = task * n_task, room()
-        past = not in_place and goes_past(n_rows * n_cols * itemsize)
+        first, scratch = task * n_task, staging()
+        streaming = not in_place and use_streaming_stores(n_rows * n_cols * itemsize)
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             at = row * n_cols * itemsize
@@ -158,15 +170,15 @@ def _probs_loss_backward(tag, kind, dloss_kind, weighted, squared, capped, in_pl
             total = compute(whole)
             for start in range(0, n_cols, SPAN):
                 stop = min(start + SPAN, n_cols)
-                to = place(dx_row, scratch, start, past)
+                to = stage(dx_row, scratch, start, streaming)
                 for j in range(start, stop):
                     z, slope = cap(load(x_row, j), caps)
                     p = exp((z - top) - log_total) / unit
                     q = (one - spread) * load_probs(probs + at, j) + share
                     dz = upstream * (p * total - (get(weight, j) * q if weighted else q))
                     store(to, j, dz * slope if capped else dz)
-                send(dx_row, scratch, start, stop, past)
-        settle(past)
+                flush(dx_row, scratch, start, stop, streaming)
+        fence(streaming)
 
     return cross_entropy_probs_backward
 

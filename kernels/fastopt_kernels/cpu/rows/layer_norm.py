@@ -18,7 +18,12 @@ from numba import njit, types
 from torch import Tensor
 
 from fastopt_kernels.cpu.base import memory, tasks
-from fastopt_kernels.cpu.base.streaming_stores import goes_past, make_outputs, room, settle
+from fastopt_kernels.cpu.base.streaming_stores import (
+    fence,
+    make_streaming_stores,
+    staging,
+    use_streaming_stores,
+)
 from fastopt_kernels.cpu.base.tasks import block_end, double_bits
 from fastopt_kernels.cpu.base.vector_math import add, bits_to_double
 from fastopt_kernels.cpu.base.xp import JIT
@@ -96,8 +101,8 @@ def _make_statistics(tag, codec, centered, source):
 
 
 def make_normalize(tag, kind, weight_kind, bias_kind, centered, shifted, source=None):
-    """normalize(source, x, y, weight, bias, stats, row, n, eps, offset, far, ahead, past): one row
-    into y, what it was normalized by into row `row` of stats.
+    """normalize(source, x, y, weight, bias, stats, row, n, eps, offset, far, ahead, streaming): one
+    row into y, what it was normalized by into row `row` of stats.
 
     x: where the row lies once it has been loaded from its source; far, ahead: what to fetch
     meanwhile, as `rows.fetch` has it; shifted: whether the weight counts as weight + offset
@@ -110,11 +115,11 @@ def make_normalize(tag, kind, weight_kind, bias_kind, centered, shifted, source=
     bias_of = memory.make_loader(bias_kind or "fp32", compute, 5)
     weighted, biased, zero = weight_kind is not None, bias_kind is not None, compute(0)
     deviation = make_deviation(tag, codec.load, compute, centered)
-    place, send = make_outputs(codec.itemsize)
+    stage, flush = make_streaming_stores(codec.itemsize)
     statistics, far_size = _make_statistics(tag, codec, centered, source), source.itemsize
 
     @tasks.inlined(tag)
-    def normalize(source, x, y, weight, bias, stats, row, n, eps, offset, far, ahead, past):
+    def normalize(source, x, y, weight, bias, stats, row, n, eps, offset, far, ahead, streaming):
         mean, variance = statistics(source, x, n)
         high = compute(mean) if centered else zero
         low = compute(mean - np.float64(high)) if centered else zero
@@ -125,11 +130,11 @@ def make_normalize(tag, kind, weight_kind, bias_kind, centered, shifted, source=
         elif stats != 0:
             put(stats, row, scale)
         shift = compute(bits_to_double(offset))
-        start, scratch = 0, room()
+        start, scratch = 0, staging()
         while start < n:
             stop = block_end(start, n)
             tasks.fetch(far, ahead, start, stop, far_size)
-            to = place(y, scratch, start, past)
+            to = stage(y, scratch, start, streaming)
             for j in range(start, stop):
                 result = deviation(x, j, high, low) * scale
                 if weighted:
@@ -137,7 +142,7 @@ def make_normalize(tag, kind, weight_kind, bias_kind, centered, shifted, source=
                 if biased:
                     result = result + bias_of(bias, j)
                 store(to, j, result)
-            send(y, scratch, start, stop, past)
+            flush(y, scratch, start, stop, streaming)
             start = stop
 
     return normalize
@@ -150,14 +155,14 @@ def _forward(tag, kind, weight_kind, bias_kind, centered, shifted):
     def norm(args, task):
         x, weight, bias, y, stats, n_rows, n_cols, stride, eps, offset, n_task = _args(args, 0)
         ahead, first = tasks.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
-        past = goes_past(n_rows * n_cols * itemsize)
+        streaming = use_streaming_stores(n_rows * n_cols * itemsize)
         for row in range(first, min(first + n_task, n_rows)):
             x_row, y_row = x + row * stride * itemsize, y + row * n_cols * itemsize
             normalize(
                 x_row, x_row, y_row, weight, bias, stats, row, n_cols, eps, offset, x_row, ahead,
-                past,
+                streaming,
             )  # fmt: skip
-        settle(past)
+        fence(streaming)
 
     return norm
 

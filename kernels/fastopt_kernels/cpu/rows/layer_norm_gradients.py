@@ -17,7 +17,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu.base import memory, tasks
-from fastopt_kernels.cpu.base.streaming_stores import SPAN, goes_past, settle
+from fastopt_kernels.cpu.base.streaming_stores import SPAN, fence, use_streaming_stores
 from fastopt_kernels.cpu.base.tasks import block_end, double_bits
 from fastopt_kernels.cpu.base.vector_math import add, bits_to_double, product
 from fastopt_kernels.cpu.rows.dropout import make_chance, numbers_of
@@ -26,7 +26,7 @@ from fastopt_kernels.cpu.rows.layer_norm_writes import (
     Outputs,
     make_places,
     make_put,
-    rooms,
+    stagings,
 )
 
 _args = memory.make_row(types.int64, 19)
@@ -126,21 +126,21 @@ def _make_gradients(tag, kind, weight_kind, centered, shifted, outputs):
         make_put(tag, kind, weight_kind, outputs, streams)
         for streams in ((2, 12), (8, 13), (9, 14), (10, 15))
     )
-    place, send = make_places(tag, kind, outputs)
+    stage, flush = make_places(tag, kind, outputs)
     deviation = make_deviation(tag, codec.load, codec.compute, centered)
     read = _make_row_reader(tag, kind, weight_kind, centered, wants_dx, shifted)
     chance_of = make_chance(tag, codec.compute, outputs.drops)
     size = codec.itemsize
 
     @tasks.inlined(tag)
-    def one(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout, past):
+    def one(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout, streaming):
         (dx, dropped, dsum), (dw, db) = to, sums
         dy, x, high, low, scale, along, across = read(dy, x, weight, stats, row, n, stride, shift)
         dsum += row * n * size
-        chance, scratch = chance_of(dropout, row), rooms()
+        chance, scratch = chance_of(dropout, row), stagings()
         for start in range(0, n, SPAN):
             stop = min(start + SPAN, n)
-            to_dx, to_dropped = place(dx, dropped, row, n, scratch, 0, start, past)
+            to_dx, to_dropped = stage(dx, dropped, row, n, scratch, 0, start, streaming)
             for j in range(start, stop):
                 w = weight_of(weight, j, shift)
                 upstream = load_dy(dy, j)
@@ -152,25 +152,25 @@ def _make_gradients(tag, kind, weight_kind, centered, shifted, outputs):
                     put_dw(dw, j, get_dw(dw, j) + upstream * normal)
                 if wants_db:
                     put_db(db, j, get_db(db, j) + upstream)
-            send(dx, dropped, row, n, scratch, 0, start, stop, past)
+            flush(dx, dropped, row, n, scratch, 0, start, stop, streaming)
 
     @tasks.inlined(tag)
-    def four(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout, past):
+    def four(dy, x, weight, stats, to, sums, row, n, stride, shift, dropout, streaming):
         (dx, dropped, dsum), (dw, db) = to, sums
         dy0, x0, h0, l0, s0, a0, c0 = read(dy, x, weight, stats, row, n, stride, shift)
         dy1, x1, h1, l1, s1, a1, c1 = read(dy, x, weight, stats, row + 1, n, stride, shift)
         dy2, x2, h2, l2, s2, a2, c2 = read(dy, x, weight, stats, row + 2, n, stride, shift)
         dy3, x3, h3, l3, s3, a3, c3 = read(dy, x, weight, stats, row + 3, n, stride, shift)
-        dsum0, scratch = dsum + row * n * size, rooms()
+        dsum0, scratch = dsum + row * n * size, stagings()
         dsum1, dsum2, dsum3 = dsum0 + n * size, dsum0 + 2 * n * size, dsum0 + 3 * n * size
         k0, k1 = chance_of(dropout, row), chance_of(dropout, row + 1)
         k2, k3 = chance_of(dropout, row + 2), chance_of(dropout, row + 3)
         for start in range(0, n, SPAN):
             stop = min(start + SPAN, n)
-            dx0, dropped0 = place(dx, dropped, row, n, scratch, 0, start, past)
-            dx1, dropped1 = place(dx, dropped, row + 1, n, scratch, 1, start, past)
-            dx2, dropped2 = place(dx, dropped, row + 2, n, scratch, 2, start, past)
-            dx3, dropped3 = place(dx, dropped, row + 3, n, scratch, 3, start, past)
+            dx0, dropped0 = stage(dx, dropped, row, n, scratch, 0, start, streaming)
+            dx1, dropped1 = stage(dx, dropped, row + 1, n, scratch, 1, start, streaming)
+            dx2, dropped2 = stage(dx, dropped, row + 2, n, scratch, 2, start, streaming)
+            dx3, dropped3 = stage(dx, dropped, row + 3, n, scratch, 3, start, streaming)
             for j in range(start, stop):
                 w = weight_of(weight, j, shift)
                 g0, g1, g2, g3 = load_dy(dy0, j), load_dy(dy1, j), load_dy(dy2, j), load_dy(dy3, j)
@@ -186,7 +186,7 @@ def _make_gradients(tag, kind, weight_kind, centered, shifted, outputs):
                 if wants_db:
                     put_db(db, j, get_db(db, j) + ((g0 + g1) + (g2 + g3)))
             for k in range(4):
-                send(dx, dropped, row + k, n, scratch, k, start, stop, past)
+                flush(dx, dropped, row + k, n, scratch, k, start, stop, streaming)
 
     return one, four
 
@@ -221,7 +221,7 @@ def _backward(tag, kind, weight_kind, centered, shifted, *outputs):
         dy, x, weight, stats, dx, blocks, _, _, n_rows, n_cols, stride, n_task, _ = numbers[:13]
         offset, dropped, dsum = numbers[13:16]
         dropout, shift = numbers[16:], compute(bits_to_double(offset))
-        first, past = task * n_task, goes_past(n_rows * n_cols * itemsize)
+        first, streaming = task * n_task, use_streaming_stores(n_rows * n_cols * itemsize)
         last = min(first + n_task, n_rows)
         all_dw = blocks + task * n_cols * 32
         all_db, dw = all_dw + 8 * n_cols, all_dw + 16 * n_cols
@@ -237,14 +237,14 @@ def _backward(tag, kind, weight_kind, centered, shifted, *outputs):
             fours = (stop - start) // TOGETHER if n_cols <= TOGETHER_COLS else 0
             for k in range(fours):
                 row = start + k * TOGETHER
-                four(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout, past)
+                four(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout, streaming)
             for row in range(start + fours * TOGETHER, stop):
-                one(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout, past)
+                one(dy, x, weight, stats, to, sums, row, n_cols, stride, shift, dropout, streaming)
             if wants_dw:
                 flush_dw(dw, all_dw, n_cols, start == first)
             if wants_db:
                 flush_db(db, all_db, n_cols, start == first)
-        settle(past)
+        fence(streaming)
 
     return norm_backward
 

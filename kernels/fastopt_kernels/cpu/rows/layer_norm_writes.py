@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastopt_kernels.cpu.base import memory, tasks
-from fastopt_kernels.cpu.base.streaming_stores import ROOM, make_outputs, make_rooms
+from fastopt_kernels.cpu.base.streaming_stores import STAGING, make_staging, make_streaming_stores
 from fastopt_kernels.cpu.rows.dropout import make_dropper
 
 # Rows written together, at most.
 TOGETHER = 4
-rooms = make_rooms(2 * TOGETHER)
+stagings = make_staging(2 * TOGETHER)
 
 
 class Outputs(NamedTuple):
@@ -55,29 +55,32 @@ def make_put(tag, kind, weight_kind, outputs, streams):
 
 
 def make_places(tag, kind, outputs):
-    """place(dx, dropped, row, n, scratch, k, start, past): where elements from `start` on of a row
-    of dx and of dropped are stored, the k-th of those made at a time; send(dx, dropped, row, n,
-    scratch, k, start, stop, past): from there to where they belong."""
+    """stage(dx, dropped, row, n, scratch, k, start, streaming): the addresses at which elements
+    from `start` on of a row of dx and of dropped are stored, the k-th of those made at a time;
+    flush(dx, dropped, row, n, scratch, k, start, stop, streaming): moves them to their rows."""
     stores, stores_dropped = outputs.dx is not None, outputs.dropped is not None
     sizes = [tasks.ITEMSIZE[to or kind] for to in (outputs.dx, outputs.dropped)]
     dx_size, dropped_size = sizes
-    (place_dx, send_dx), (place_dropped, send_dropped) = map(make_outputs, sizes)
+    (stage_dx, flush_dx), (stage_dropped, flush_dropped) = map(make_streaming_stores, sizes)
 
     @tasks.inlined(tag)
-    def place(dx, dropped, row, n, scratch, k, start, past):
+    def stage(dx, dropped, row, n, scratch, k, start, streaming):
         return (
-            place_dx(dx + row * n * dx_size, scratch + k * ROOM, start, past),
-            place_dropped(
-                dropped + row * n * dropped_size, scratch + (k + TOGETHER) * ROOM, start, past
+            stage_dx(dx + row * n * dx_size, scratch + k * STAGING, start, streaming),
+            stage_dropped(
+                dropped + row * n * dropped_size,
+                scratch + (k + TOGETHER) * STAGING,
+                start,
+                streaming,
             ),
         )
 
     @tasks.inlined(tag)
-    def send(dx, dropped, row, n, scratch, k, start, stop, past):
+    def flush(dx, dropped, row, n, scratch, k, start, stop, streaming):
         if stores:
-            send_dx(dx + row * n * dx_size, scratch + k * ROOM, start, stop, past)
+            flush_dx(dx + row * n * dx_size, scratch + k * STAGING, start, stop, streaming)
         if stores_dropped:
-            at, waiting = row * n * dropped_size, scratch + (k + TOGETHER) * ROOM
-            send_dropped(dropped + at, waiting, start, stop, past)
+            at, waiting = row * n * dropped_size, scratch + (k + TOGETHER) * STAGING
+            flush_dropped(dropped + at, waiting, start, stop, streaming)
 
-    return place, send
+    return stage, flush

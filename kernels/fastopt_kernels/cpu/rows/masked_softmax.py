@@ -13,7 +13,7 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu.base import memory, tasks
-from fastopt_kernels.cpu.base.streaming_stores import goes_past, send_bytes, settle
+from fastopt_kernels.cpu.base.streaming_stores import fence, stream_bytes, use_streaming_stores
 from fastopt_kernels.cpu.base.tasks import block_end, double_bits
 from fastopt_kernels.cpu.base.vector_math import add as add_up
 from fastopt_kernels.cpu.base.vector_math import bits_to_double, exp_of, larger, ordered
@@ -125,14 +125,14 @@ def _forward(tag, kind, mask_kind):
         n1, n2, s0, s1, s2, n_task = numbers[8:]
         scale = compute(bits_to_double(factor))
         ahead, first = tasks.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
-        past = goes_past(n_rows * n_cols * itemsize)
-        waits = in_place and not past
+        streaming = use_streaming_stores(n_rows * n_cols * itemsize)
+        waits = in_place and not streaming
         buffer = np.empty(1 if waits else n_cols * (e_size + itemsize), np.uint8)
         for row in range(first, min(first + n_task, n_rows)):
             x_row, y_row = x + row * stride * itemsize, y + row * n_cols * itemsize
             e_row = y_row if waits else np.int64(buffer.ctypes.data)
             # In place by one address: of two, LLVM would ask whether they are one.
-            to = e_row if in_place else (e_row + n_cols * e_size if past else y_row)
+            to = e_row if in_place else (e_row + n_cols * e_size if streaming else y_row)
             outer = row // n2
             mask_row = mask + mask_size * (outer // n1 * s0 + outer % n1 * s1 + row % n2 * s2)
             n = min(n_cols, row % n_queries + 1) if n_queries > 0 else n_cols
@@ -148,9 +148,9 @@ def _forward(tag, kind, mask_kind):
                     store(to, j, fill)
             for j in range(n, n_cols):
                 store(to, j, zero)
-            if past:
-                send_bytes(y_row, to, n_cols * itemsize)
-        settle(past)
+            if streaming:
+                stream_bytes(y_row, to, n_cols * itemsize)
+        fence(streaming)
         tasks.alive(buffer)
 
     return masked_softmax

@@ -18,11 +18,11 @@ from torch import Tensor
 from fastopt_kernels.cpu.base import memory, tasks
 from fastopt_kernels.cpu.base.streaming_stores import (
     SPAN,
-    goes_past,
-    make_outputs,
-    room,
-    send_bytes,
-    settle,
+    fence,
+    make_streaming_stores,
+    staging,
+    stream_bytes,
+    use_streaming_stores,
 )
 from fastopt_kernels.cpu.base.tasks import block_end, double_bits
 from fastopt_kernels.cpu.base.vector_math import add, bits_to_double, exp_of, larger
@@ -78,13 +78,13 @@ def _softmax(tag, kind):
     in_place = kind == tasks.wide(kind)
     e_codec = y_codec if in_place else tasks.Codec(tasks.wide(kind), 2)
     keep, kept, e_size = e_codec.store, e_codec.load, e_codec.itemsize
-    place, send = make_outputs(itemsize)
+    stage, flush = make_streaming_stores(itemsize)
 
     def softmax(args, task):
         x, y, n_rows, n_cols, stride, n_task = _args(args, 0)
         ahead, first = tasks.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
-        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
-        waits = in_place and not past
+        streaming, scratch = use_streaming_stores(n_rows * n_cols * itemsize), staging()
+        waits = in_place and not streaming
         buffer = np.empty(1 if waits else n_cols * e_size, np.uint8)
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
@@ -107,16 +107,16 @@ def _softmax(tag, kind):
             if in_place:  # by one address: of two, LLVM would ask whether they are one
                 for j in range(n_cols):
                     store(e_row, j, kept(e_row, j) * scale)
-                if past:
-                    send_bytes(y_row, e_row, n_cols * itemsize)
+                if streaming:
+                    stream_bytes(y_row, e_row, n_cols * itemsize)
             else:
                 for start in range(0, n_cols, SPAN):
                     stop = min(start + SPAN, n_cols)
-                    to = place(y_row, scratch, start, past)
+                    to = stage(y_row, scratch, start, streaming)
                     for j in range(start, stop):
                         store(to, j, kept(e_row, j) * scale)
-                    send(y_row, scratch, start, stop, past)
-        settle(past)
+                    flush(y_row, scratch, start, stop, streaming)
+        fence(streaming)
         tasks.alive(buffer)
 
     return softmax
@@ -125,12 +125,12 @@ def _softmax(tag, kind):
 def _log_softmax(tag, kind):
     codec, store = tasks.Codec(kind, 0), tasks.Codec(kind, 1).store
     load, itemsize, compute = codec.load, codec.itemsize, codec.compute
-    (peak, exp_sum), (place, send) = make_row_parts(tag, codec), make_outputs(itemsize)
+    (peak, exp_sum), (stage, flush) = make_row_parts(tag, codec), make_streaming_stores(itemsize)
 
     def log_softmax(args, task):
         x, y, n_rows, n_cols, stride, n_task = _args(args, 0)
         ahead, first = tasks.ahead_of(n_rows, n_cols, stride, itemsize), task * n_task
-        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
+        streaming, scratch = use_streaming_stores(n_rows * n_cols * itemsize), staging()
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             y_row = y + row * n_cols * itemsize
@@ -138,11 +138,11 @@ def _log_softmax(tag, kind):
             log_total = compute(math.log(exp_sum(x_row, n_cols, top, ahead)))
             for start in range(0, n_cols, SPAN):
                 stop = min(start + SPAN, n_cols)
-                to = place(y_row, scratch, start, past)
+                to = stage(y_row, scratch, start, streaming)
                 for j in range(start, stop):
                     store(to, j, (load(x_row, j) - top) - log_total)
-                send(y_row, scratch, start, stop, past)
-        settle(past)
+                flush(y_row, scratch, start, stop, streaming)
+        fence(streaming)
 
     return log_softmax
 
@@ -152,12 +152,12 @@ def _softmax_backward(tag, kind, log):
     itemsize = codec.itemsize
     load_dy, load_y, store = codec.load, tasks.Codec(kind, 1).load, tasks.Codec(kind, 2).store
     (exp, unit), compute = exp_of(codec.kind), codec.compute
-    zero, (place, send) = compute(0), make_outputs(itemsize)
+    zero, (stage, flush) = compute(0), make_streaming_stores(itemsize)
 
     def softmax_backward(args, task):
         dy, y, dx, n_rows, n_cols, factor, n_task = _args7(args, 0)
         ahead, first = tasks.ahead_of(n_rows, n_cols, n_cols, itemsize), task * n_task
-        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
+        streaming, scratch = use_streaming_stores(n_rows * n_cols * itemsize), staging()
         scale = compute(bits_to_double(factor))
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
@@ -176,18 +176,18 @@ def _softmax_backward(tag, kind, log):
                 stop = block_end(start, n_cols)
                 tasks.fetch(dy + at, ahead, start, stop, itemsize)
                 tasks.fetch(y + at, ahead, start, stop, itemsize)
-                to = place(dx + at, scratch, start, past)
+                to = stage(dx + at, scratch, start, streaming)
                 for j in range(start, stop):  # dx = y (dy - sum dy y), times what scaled x
                     d = load_y(y + at, j) * (load_dy(dy + at, j) - total)
                     store(to, j, d * scale)
-                send(dx + at, scratch, start, stop, past)
+                flush(dx + at, scratch, start, stop, streaming)
                 start = stop
-        settle(past)
+        fence(streaming)
 
     def log_softmax_backward(args, task):
         dy, y, dx, n_rows, n_cols, n_task = _args(args, 0)
         ahead, first = tasks.ahead_of(n_rows, n_cols, n_cols, itemsize), task * n_task
-        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
+        streaming, scratch = use_streaming_stores(n_rows * n_cols * itemsize), staging()
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
             whole = np.float64(0)
@@ -204,12 +204,12 @@ def _softmax_backward(tag, kind, log):
             while start < n_cols:
                 stop = block_end(start, n_cols)
                 tasks.fetch(dy + at, ahead, start, stop, itemsize)
-                to = place(dx + at, scratch, start, past)
+                to = stage(dx + at, scratch, start, streaming)
                 for j in range(start, stop):  # dx = dy - exp(y) sum dy
                     store(to, j, load_dy(dy + at, j) - exp(load_y(y + at, j)) * total)
-                send(dx + at, scratch, start, stop, past)
+                flush(dx + at, scratch, start, stop, streaming)
                 start = stop
-        settle(past)
+        fence(streaming)
 
     return log_softmax_backward if log else softmax_backward
 
@@ -243,12 +243,12 @@ def _logsumexp_backward(tag, kind):
     codec, store = tasks.Codec(kind, 0), tasks.Codec(kind, 1).store
     load, itemsize, load_upstream = codec.load, codec.itemsize, tasks.Codec(kind, 3).load
     get, compute = tasks.Codec("fp64", 2).load, codec.compute
-    (exp, unit), (place, send) = exp_of(codec.kind), make_outputs(itemsize)
+    (exp, unit), (stage, flush) = exp_of(codec.kind), make_streaming_stores(itemsize)
 
     def logsumexp_backward(args, task):
         dlse, x, stats, dx, n_rows, n_cols, stride, n_task = _args8(args, 0)
         first = task * n_task
-        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
+        streaming, scratch = use_streaming_stores(n_rows * n_cols * itemsize), staging()
         for row in range(first, min(first + n_task, n_rows)):
             x_row = x + row * stride * itemsize
             dx_row = dx + row * n_cols * itemsize
@@ -256,11 +256,11 @@ def _logsumexp_backward(tag, kind):
             top, log_total = compute(get(stats, 2 * row)), compute(get(stats, 2 * row + 1))
             for start in range(0, n_cols, SPAN):
                 stop = min(start + SPAN, n_cols)
-                to = place(dx_row, scratch, start, past)
+                to = stage(dx_row, scratch, start, streaming)
                 for j in range(start, stop):  # dx = dlse exp(x - lse)
                     store(to, j, exp((load(x_row, j) - top) - log_total) / unit * upstream)
-                send(dx_row, scratch, start, stop, past)
-        settle(past)
+                flush(dx_row, scratch, start, stop, streaming)
+        fence(streaming)
 
     return logsumexp_backward
 

@@ -14,7 +14,13 @@ import torch
 from numba import njit, types
 
 from fastopt_kernels.cpu.base import memory, tasks
-from fastopt_kernels.cpu.base.streaming_stores import SPAN, goes_past, make_outputs, room, settle
+from fastopt_kernels.cpu.base.streaming_stores import (
+    SPAN,
+    fence,
+    make_streaming_stores,
+    staging,
+    use_streaming_stores,
+)
 from fastopt_kernels.cpu.base.vector_math import exp_of, larger_float
 from fastopt_kernels.cpu.base.xp import JIT
 
@@ -208,14 +214,14 @@ def softmax(tag, kind, log, wait):
     get_e, e_size = e_codec.load, e_codec.itemsize
     waiting, online = make_waiting(tag, codec, e_codec), make_online(tag, codec)
     (exp, unit), one, n_kept = exp_of(codec.kind), compute(1), WAITING if wait else 1
-    place, send = make_outputs(itemsize)
+    stage, flush = make_streaming_stores(itemsize)
 
     @tasks.inlined(tag)
-    def write(x_line, y_line, kept_line, width, top, total, past):
-        scratch = room()
+    def write(x_line, y_line, kept_line, width, top, total, streaming):
+        scratch = staging()
         for start in range(0, width, SPAN):
             stop = min(start + SPAN, width)
-            to = place(y_line, scratch, start, past)
+            to = stage(y_line, scratch, start, streaming)
             for i in range(start, stop):
                 if log:
                     store(to, i, (load(x_line, i) - get_top(top, i)) - get_total(total, i))
@@ -224,11 +230,11 @@ def softmax(tag, kind, log, wait):
                 else:
                     e = exp(load(x_line, i) - get_top(top, i))
                     store(to, i, e / unit * get_total(total, i))
-            send(y_line, scratch, start, stop, past)
+            flush(y_line, scratch, start, stop, streaming)
 
     def softmax_columns(args, task):
         x, y, n_cols, n_inner, stride_outer, step, n_outer, columns = _args8(args, 0)
-        past = goes_past(n_outer * n_cols * n_inner * itemsize)
+        streaming = use_streaming_stores(n_outer * n_cols * n_inner * itemsize)
         outer, left, width = tile_of(task, n_inner, columns)
         x_tile = x + (outer * stride_outer + left) * itemsize
         y_tile = y + (outer * n_cols * n_inner + left) * itemsize
@@ -246,8 +252,8 @@ def softmax(tag, kind, log, wait):
                 put_total(total, i, one / get_total(total, i))
         for c in range(n_cols):
             x_line, y_line = x_tile + c * step * itemsize, y_tile + c * n_inner * itemsize
-            write(x_line, y_line, kept + c * kept_down, width, top, total, past)
-        settle(past)
+            write(x_line, y_line, kept + c * kept_down, width, top, total, streaming)
+        fence(streaming)
         tasks.alive(buffer)
         tasks.alive(waiting_room)
 
@@ -263,11 +269,11 @@ def softmax_backward(tag, kind, log):
     get_total, put_total = of_total.load, of_total.store
     get_part, put_part = of_part.load, of_part.store
     (exp, unit), zero = exp_of(codec.kind), codec.compute(0)
-    place, send = make_outputs(itemsize)
+    stage, flush = make_streaming_stores(itemsize)
 
     def softmax_backward_columns(args, task):
         dy, y, dx, n_cols, n_inner, n_outer, columns = _args7(args, 0)
-        past, scratch = goes_past(n_outer * n_cols * n_inner * itemsize), room()
+        streaming, scratch = use_streaming_stores(n_outer * n_cols * n_inner * itemsize), staging()
         outer, left, width = tile_of(task, n_inner, columns)
         at = (outer * n_cols * n_inner + left) * itemsize
         buffer = np.empty(2 * width, np.float64)
@@ -294,7 +300,7 @@ def softmax_backward(tag, kind, log):
             line = at + c * n_inner * itemsize
             for start in range(0, width, SPAN):
                 stop = min(start + SPAN, width)
-                to = place(dx + line, scratch, start, past)
+                to = stage(dx + line, scratch, start, streaming)
                 if log:
                     for i in range(start, stop):  # dx = dy - exp(y) sum dy
                         p = exp(load_y(y + line, i)) / unit
@@ -303,8 +309,8 @@ def softmax_backward(tag, kind, log):
                     for i in range(start, stop):  # dx = y (dy - sum dy y)
                         d = load_dy(dy + line, i) - get_total(total, i)
                         store(to, i, load_y(y + line, i) * d)
-                send(dx + line, scratch, start, stop, past)
-        settle(past)
+                flush(dx + line, scratch, start, stop, streaming)
+        fence(streaming)
         tasks.alive(buffer)
 
     return softmax_backward_columns
@@ -355,11 +361,11 @@ def logsumexp_backward(tag, kind):
     of_high, of_low, _ = make_scratch(codec.wide)
     get_high, put_high, get_low, put_low = of_high.load, of_high.store, of_low.load, of_low.store
     of_stats, compute = tasks.Codec("fp64", 2).load, codec.compute
-    (exp, unit), (place, send) = exp_of(codec.kind), make_outputs(itemsize)
+    (exp, unit), (stage, flush) = exp_of(codec.kind), make_streaming_stores(itemsize)
 
     def logsumexp_backward_columns(args, task):
         dlse, x, stats, dx, n_cols, n_inner, stride_outer, step, n_outer, columns = _args10(args, 0)
-        past, scratch = goes_past(n_outer * n_cols * n_inner * itemsize), room()
+        streaming, scratch = use_streaming_stores(n_outer * n_cols * n_inner * itemsize), staging()
         outer, left, width = tile_of(task, n_inner, columns)
         x_tile = x + (outer * stride_outer + left) * itemsize
         dx_tile = dx + (outer * n_cols * n_inner + left) * itemsize
@@ -375,12 +381,12 @@ def logsumexp_backward(tag, kind):
             dx_line = dx_tile + c * n_inner * itemsize
             for start in range(0, width, SPAN):
                 stop = min(start + SPAN, width)
-                to = place(dx_line, scratch, start, past)
+                to = stage(dx_line, scratch, start, streaming)
                 for i in range(start, stop):  # dx = dlse exp(x - lse)
                     p = exp((load(x_line, i) - get_high(high, i)) - get_low(low, i)) / unit
                     store(to, i, p * load_dlse(dlse, at + i))
-                send(dx_line, scratch, start, stop, past)
-        settle(past)
+                flush(dx_line, scratch, start, stop, streaming)
+        fence(streaming)
         tasks.alive(buffer)
 
     return logsumexp_backward_columns

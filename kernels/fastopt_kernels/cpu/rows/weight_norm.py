@@ -19,7 +19,13 @@ from numba import types
 from torch import Tensor
 
 from fastopt_kernels.cpu.base import memory, tasks
-from fastopt_kernels.cpu.base.streaming_stores import SPAN, goes_past, make_outputs, room, settle
+from fastopt_kernels.cpu.base.streaming_stores import (
+    SPAN,
+    fence,
+    make_streaming_stores,
+    staging,
+    use_streaming_stores,
+)
 from fastopt_kernels.cpu.base.tasks import block_end, double_bits
 from fastopt_kernels.cpu.base.vector_math import add, bits_to_double
 
@@ -80,25 +86,25 @@ def _rows(tag, kind, backward):
     codec, load_dy = tasks.Codec(kind, 0), tasks.Codec(kind, 1).load
     load, itemsize, store = codec.load, codec.itemsize, tasks.Codec(kind, 5).store
     total, factors = _make_total(tag, codec, backward), _make_factors(tag, kind, backward)
-    place, send = make_outputs(itemsize)
+    stage, flush = make_streaming_stores(itemsize)
 
     def weight_norm(args, task):
         v, dy, g, norms, out, dg, _, _, n_rows, n_cols, _, n_task = _args(args, 0)
-        first, scratch = task * n_task, room()
-        past = goes_past(n_rows * n_cols * itemsize)
+        first, scratch = task * n_task, staging()
+        streaming = use_streaming_stores(n_rows * n_cols * itemsize)
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
             scale, back = factors(row, total(v + at, dy + at, n_cols), g, norms, dg)
             for start in range(0, n_cols, SPAN):
                 stop = min(start + SPAN, n_cols)
-                to = place(out + at, scratch, start, past)
+                to = stage(out + at, scratch, start, streaming)
                 for j in range(start, stop):
                     if backward:
                         store(to, j, scale * (load_dy(dy + at, j) - load(v + at, j) * back))
                     else:
                         store(to, j, load(v + at, j) * scale)
-                send(out + at, scratch, start, stop, past)
-        settle(past)
+                flush(out + at, scratch, start, stop, streaming)
+        fence(streaming)
 
     return weight_norm
 
@@ -162,25 +168,25 @@ def _scale_rows(tag, kind, backward):
     codec, load_dy = tasks.Codec(kind, 0), tasks.Codec(kind, 1).load
     load, itemsize, store = codec.load, codec.itemsize, tasks.Codec(kind, 5).store
     wide = tasks.Codec(codec.wide, 7)
-    factor, size, (place, send) = wide.load, wide.itemsize, make_outputs(itemsize)
+    factor, size, (stage, flush) = wide.load, wide.itemsize, make_streaming_stores(itemsize)
 
     def scale_rows(args, task):
         v, dy, _, _, out, _, _, scales, n_rows, n_cols, _, n_task = _args(args, 0)
         backs, first = scales + n_cols * size, task * n_task
-        past, scratch = goes_past(n_rows * n_cols * itemsize), room()
+        streaming, scratch = use_streaming_stores(n_rows * n_cols * itemsize), staging()
         for row in range(first, min(first + n_task, n_rows)):
             at = row * n_cols * itemsize
             for start in range(0, n_cols, SPAN):
                 stop = min(start + SPAN, n_cols)
-                to = place(out + at, scratch, start, past)
+                to = stage(out + at, scratch, start, streaming)
                 for j in range(start, stop):
                     if backward:
                         dx = load_dy(dy + at, j) - load(v + at, j) * factor(backs, j)
                         store(to, j, factor(scales, j) * dx)
                     else:
                         store(to, j, load(v + at, j) * factor(scales, j))
-                send(out + at, scratch, start, stop, past)
-        settle(past)
+                flush(out + at, scratch, start, stop, streaming)
+        fence(streaming)
 
     return scale_rows
 

@@ -102,12 +102,12 @@ class Launch:
         if not len(self.chunks):
             return
         entry, parallel = self._entry(n_threads)
-        if launches.unseen():
+        if launches.unprofiled():
             _call(entry, self._args, n_threads if parallel else 1)
             return
         n, idle = n_threads if parallel else 1, (*self._args[:-1], 0)
         key = engine.key_of(self.rule, self.kinds, self.n_scalars, self.step_options, parallel)
-        with launches.seen(self.name, key, lambda: _call(entry, idle, n)):
+        with launches.profiled(self.name, key, lambda: _call(entry, idle, n)):
             _call(entry, self._args, n)
 
     def measure(self, maximum: bool) -> Measured:
