@@ -3,6 +3,7 @@ between processes which should share it."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -60,69 +61,104 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Of one process that imports Numba once, and the package after every edit.
+# Of one process: keys of a step and of a function of each module, after an edit of each source.
 EDITS = """
-    import importlib, io, json, pathlib, re, sys, tokenize
+    import importlib, json, pathlib, re, sys
     sys.dont_write_bytecode = True
     root = pathlib.Path({root!r})
+    from fastopt_kernels.chunks import NO_OPTIONS
+    from fastopt_kernels.cpu.base import cache_key
+    from fastopt_kernels.cpu.step import engine
+    assert cache_key.__file__.startswith(str(root))
 
     def sgd(p, g, weight_decay, lr):
-        return (p - lr * xp.add_scaled(g, weight_decay, p),)
+        return (p - lr * (g + weight_decay * p),)
 
-    def key():
-        global xp
-        for name in [name for name in sys.modules if name.startswith("fastopt")]:
-            del sys.modules[name]
-        cache = importlib.import_module("fastopt_kernels.cpu.base.cache")
-        assert cache.__file__.startswith(str(root))
-        xp = importlib.import_module("fastopt_kernels.xp")
-        return cache.key(sgd, ("fp32", "fp32"), 3)
+    functions = {{}}
+    for name in {modules!r}:
+        module = importlib.import_module(name)
+        own = [f for f in vars(module).values() if getattr(f, "__module__", None) == name]
+        plain = [f for f in own if type(f) is type(sgd)]
+        if plain:
+            functions[name] = plain[0]
 
-    def edited(source):
-        '''The first number is another one.'''
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.NUMBER:
-                lines, (row, column) = source.splitlines(keepends=True), token.start
-                line = lines[row - 1]
-                number = "7" + token.string if token.string[0] != "0" else "7"
-                lines[row - 1] = line[:column] + number + line[token.end[1]:]
-                return "".join(lines)
-        return source + "EDITED = 1\\n"
+    def keys():
+        cache_key._SOURCES = cache_key.read_sources(cache_key.PACKAGE)
+        found = {{name: cache_key.key(function) for name, function in functions.items()}}
+        step = engine.key_of.__wrapped__(sgd, ("fp32",) * 2, 3, NO_OPTIONS, False)
+        return found | {{"step": step}}
 
-    keys = {{"": key(), "again": key()}}
-    for name in {names!r}:
-        path = root / name
+    found = {{"": keys(), "again": keys()}}
+    for name, file in {modules!r}.items():
+        path = root / file
         source = path.read_text()
-        path.write_text(edited(source))
-        keys[name] = key()
+        path.write_text(source + "EDITED = 1\\n")
+        found[name] = keys()
         path.write_text(source)
     path = root / "fastopt" / "__init__.py"
     path.write_text(re.sub("__version__ = .*", "__version__ = '99'", path.read_text()))
-    keys["version"] = key()
-    print(json.dumps(keys))
+    del sys.modules["fastopt_kernels.cpu.base.cache_key"]
+    cache_key = importlib.import_module("fastopt_kernels.cpu.base.cache_key")
+    found["version"] = {{"step": cache_key.key(sgd), "before": found[""]["step"]}}
+    print(json.dumps(found))
 """
+Keys = dict[str, dict[str, str]]
+
+
+def modules() -> dict[str, str]:
+    """Every module that Numba's kernels may be built from, and its file."""
+    found = {}
+    for source in SOURCES:
+        parts = ("fastopt_kernels", *Path(source).with_suffix("").parts)
+        found[".".join(parts).removesuffix(".__init__")] = os.path.join("fastopt_kernels", source)
+    return found
+
+
+def imported(name: str, known: dict[str, str]) -> set[str]:
+    """The modules that a module is built from: itself, and all that it imports, by their syntax."""
+    found, waiting = set[str](), [name]
+    while waiting:
+        module = waiting.pop()
+        if module not in known or module in found:
+            continue
+        found.add(module)
+        source = (KERNELS.parent / known[module]).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                parts = node.module.split(".")
+                waiting += [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+                waiting += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
 
 @pytest.fixture(scope="module")
-def keys(copied: Path) -> dict[str, str]:
-    """The key of one kernel after an edit of each source; "" before all."""
-    names = [os.path.join("fastopt_kernels", name) for name in SOURCES]
-    code = textwrap.dedent(EDITS).format(root=str(copied), names=names)
-    return python(code, copied, PYTHONPATH=str(copied))
+def keys(copied: Path) -> Keys:
+    """The keys of the kernels of each module after an edit of each source; "" before all."""
+    code = textwrap.dedent(EDITS).format(root=str(copied), modules=modules())
+    return python(code, copied, PYTHONPATH=str(copied))  # type: ignore[no-any-return]
 
 
-def check_edits(keys: dict[str, str]) -> None:
-    assert keys["again"] == keys[""]
-    edited = {name: key for name, key in keys.items() if name not in ("", "again")}
-    assert [name for name, key in edited.items() if key == keys[""]] == []
-    assert len(set(edited.values())) == len(edited) == len(SOURCES) + 1
+def check_edits(keys: Keys) -> None:
+    known, before = modules(), keys[""]
+    assert keys["again"] == before
+    for kernel, key in before.items():
+        module = "fastopt_kernels.cpu.step.engine" if kernel == "step" else kernel
+        changed = {edited for edited in known if keys[edited][kernel] != key}
+        assert changed == imported(module, known), kernel
 
 
-def test_an_edited_constant_in_any_source_or_another_version_is_another_key(
-    keys: dict[str, str],
-) -> None:
-    assert {"chunks.py", "channels.py", "xp.py", "cpu/step/engine.py"} < set(SOURCES)
+def test_a_key_covers_the_modules_that_a_kernel_is_built_from_and_no_others(keys: Keys) -> None:
+    rows = {name for name in modules() if name.startswith("fastopt_kernels.cpu.rows.")}
+    assert len(rows) > 15
+    assert {"step", *rows} <= keys[""].keys()
     check_edits(keys)
+    step = keys[""]["step"]
+    assert keys["fastopt_kernels.cpu.rows.dropout"]["step"] == step
+    assert keys["fastopt_kernels.chunks"]["step"] != step
+
+
+def test_another_version_is_another_key(keys: Keys) -> None:
+    assert keys["version"]["step"] != keys["version"]["before"]
 
 
 def test_no_kernel_of_numba_is_made_of_a_source_for_triton() -> None:
@@ -335,9 +371,8 @@ def test_a_key_does_not_depend_on_the_seed_of_hashes(tmp_path: Path) -> None:
     assert len({python(code, tmp_path, PYTHONHASHSEED=seed) for seed in "12"}) == 1
 
 
-def test_these_checks_see_a_key_that_covers_too_little(keys: dict[str, str]) -> None:
+def test_these_checks_see_a_key_that_covers_too_little(keys: Keys) -> None:
     with pytest.raises(AssertionError):
         check_rules(lambda rule: repr((rule.__code__.co_code, rule.__code__.co_consts)))
-    engine = os.path.join("fastopt_kernels", "cpu", "step", "engine.py")
     with pytest.raises(AssertionError):
-        check_edits({**keys, engine: keys[""]})
+        check_edits({**keys, "fastopt_kernels.chunks": keys[""]})

@@ -1,7 +1,8 @@
 """The name of a compiled kernel on disk: a hash of everything its machine code depends on.
 
-That is every source of the kernels, fastopt's version, the rule and what it refers to, the
-specialization, Python, NumPy, Numba and its settings, LLVM and the CPU.
+That is the sources of the modules it is built from, with all that they import; fastopt's version,
+the rule and what it refers to, the specialization, Python, NumPy, Numba and its settings, LLVM and
+the CPU. An edit of another module leaves the name as it is.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import re
 import secrets
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import NamedTuple
 
 import llvmlite
 import numba
@@ -49,24 +51,70 @@ _FOLDERS = tuple(
 )
 _STDLIB = os.path.join(os.path.realpath(sysconfig.get_path("stdlib")), "")
 _BUILT_IN = (BuiltinFunctionType, type(np.append))
+# Imports of this package, wherever they are in a source.
+_IMPORT = re.compile(
+    rf"^[ \t]*(?:from|import)[ \t]+({PACKAGE.name}[\w.]*)(?:[ \t]+import[ \t]+(\([^)]*\)|[^\n]*))?",
+    re.MULTILINE,
+)
+# By their order: the functions that are described already, and the modules that were met.
 Seen = dict[object, int]
 
 
-def hash_sources(package: Path) -> str | None:
-    """Hash of every source that kernels are compiled from; None where they cannot be read, as in a
-    zip file."""
-    digest, paths = hashlib.sha256(), sorted(package.rglob("*.py"))
-    names = {path: path.relative_to(package) for path in paths}
-    if package / Path(__file__).relative_to(Path(__file__).parents[2]) not in names:
-        return None
+class _Module(NamedTuple):
+    name: str
+
+
+def _modules(seen: Seen) -> list[str]:
+    return [key.name for key in seen if isinstance(key, _Module)]
+
+
+class Source(NamedTuple):
+    """A module that kernels may be built from: the hash of its source, and those it imports."""
+
+    digest: str
+    imports: frozenset[str]
+
+
+def read_sources(package: Path) -> dict[str, Source]:
+    """Every module of a package but those for Triton, by its dotted name; none where they cannot be
+    read, as in a zip file."""
+    names = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
+        if parts[0] != _GPU:
+            names[".".join((package.name, *parts)).removesuffix(".__init__")] = path
     try:
-        for path, name in names.items():
-            if name.parts[0] != _GPU:
-                source = path.read_bytes()
-                digest.update(repr((name.parts, len(source))).encode() + source)
+        texts = {name: path.read_bytes() for name, path in names.items()}
     except OSError:
-        return None
-    return digest.hexdigest()
+        return {}
+    return {
+        name: Source(hashlib.sha256(text).hexdigest(), _imports(text.decode(), names))
+        for name, text in texts.items()
+    }
+
+
+def _imports(source: str, known: Collection[str]) -> frozenset[str]:
+    """Those of the known modules that a source imports, and the packages they are in."""
+    found = set()
+    for module, names in _IMPORT.findall(source):
+        found.add(module)
+        found.update(f"{module}.{name}" for name in re.findall(r"\w+", names))
+    for module in list(found):
+        parts = module.split(".")
+        found.update(".".join(parts[:n]) for n in range(1, len(parts)))
+    return frozenset(found.intersection(known))
+
+
+def built_from(modules: Iterable[str], sources: Mapping[str, Source]) -> dict[str, str]:
+    """The hash of each of these modules and of all that they import, by name."""
+    found: dict[str, str] = {}
+    waiting = [name for name in modules if name in sources]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = sources[name].digest
+            waiting += sources[name].imports
+    return dict(sorted(found.items()))
 
 
 def _version() -> bytes:
@@ -95,7 +143,8 @@ def _toolchain() -> tuple[object, ...]:
 
 
 # Taken at import: sources replaced under a running process are not what it compiles.
-_ENVIRONMENT = (hash_sources(PACKAGE) or _THIS_PROCESS, _version(), _toolchain())
+_SOURCES = read_sources(PACKAGE)
+_ENVIRONMENT = (__name__ in _SOURCES or _THIS_PROCESS, _version(), _toolchain())
 
 
 def _settings() -> tuple[object, ...]:
@@ -111,9 +160,15 @@ def _settings() -> tuple[object, ...]:
 
 
 def key(function: FunctionType, *specialization: object) -> str:
-    """Name for the kernel of a rule, or of the function that builds it, and a specialization."""
-    facts = (_ENVIRONMENT, _settings(), _facts(function, {}), _facts(specialization, {}))
-    description = repr(facts)
+    """Name for the kernel of a rule, or of the function that builds it, and a specialization.
+
+    Where the rule is not of this package, the function that builds the kernel is in the
+    specialization: the modules of functions are those whose sources count.
+    """
+    seen: Seen = {}
+    facts = (_facts(function, seen), _facts(specialization, seen))
+    sources = built_from(_modules(seen), _SOURCES)
+    description = repr((_ENVIRONMENT, _settings(), sources, facts))
     name = re.sub(r"\W", "_", function.__name__)[:100]
     made = f"{name}_{hashlib.sha256(description.encode()).hexdigest()[:32]}"
     if _THIS_PROCESS in description:
@@ -151,10 +206,12 @@ def _facts(value: object, seen: Seen) -> object:
         seen[id(value)] = len(seen)
         return _function_facts(value, seen)
     if isinstance(value, ModuleType):
+        seen[_Module(value.__name__)] = len(seen)
         return "module", value.__name__
     if isinstance(value, _BUILT_IN) or (
         isinstance(value, type) and value.__module__.partition(".")[0] in _NAMED
     ):
+        seen[_Module(value.__module__)] = len(seen)
         return "named", value.__module__, value.__qualname__
     if isinstance(value, (np.ufunc, types.Type)):
         return type(value).__name__, repr(value)
@@ -176,6 +233,7 @@ def _function_facts(function: FunctionType, seen: Seen) -> object:
         with suppress(ValueError):  # empty as yet
             facts.append(_facts(cell.cell_contents, seen))
     if _is_known(code.co_filename):
+        seen[_Module(function.__module__)] = len(seen)
         return facts
     names = set(_names(code))
     # Every compiler puts a module of its own in the place of `xp`.

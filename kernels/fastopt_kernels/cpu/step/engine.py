@@ -212,4 +212,4 @@ def key_of(
     parallel: bool,
 ) -> str:
     """What the kernel is kept under on disk."""
-    return disk.key(rule, kinds, n_scalars, tuple(step_options), parallel)
+    return disk.key(rule, _make_kernel, kinds, n_scalars, tuple(step_options), parallel)
