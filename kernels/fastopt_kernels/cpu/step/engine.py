@@ -212,4 +212,5 @@ def key_of(
     parallel: bool,
 ) -> str:
     """What the kernel is kept under on disk."""
-    return disk.key(rule, _make_kernel, kinds, n_scalars, tuple(step_options), parallel)
+    # By a function of this module its sources, and all that it imports, are in the key.
+    return disk.key(rule, _make_chunk, kinds, n_scalars, tuple(step_options), parallel)
