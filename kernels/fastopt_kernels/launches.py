@@ -17,7 +17,7 @@ _watcher: Watcher | None = None
 
 
 def unseen() -> bool:
-    """Whether nobody looks, which is nearly always."""
+    """True without a watcher and without torch's profiler, which is nearly always."""
     return _watcher is None and not profiler._is_profiler_enabled
 
 

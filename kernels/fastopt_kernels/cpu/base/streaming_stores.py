@@ -34,7 +34,7 @@ _LINE = ir.VectorType(_I64, LINE // 8)
 
 @njit(**JIT)
 def goes_past(nbytes):
-    """Whether results of so many bytes in all go past the caches."""
+    """True where results of so many bytes in all go past the caches."""
     return nbytes >= PAST
 
 

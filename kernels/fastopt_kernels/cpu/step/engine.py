@@ -211,5 +211,5 @@ def key_of(
     step_options: StepOptions,
     parallel: bool,
 ) -> str:
-    """What the kernel is kept under on disk."""
+    """The key that the kernel is kept under on disk."""
     return disk.key(rule, kinds, n_scalars, tuple(step_options), parallel)
