@@ -23,12 +23,12 @@ LAST = {"int8": 127, "uint8": 255}
 
 
 def value_of(code: int) -> float:
-    """What a code stands for, in units of the scale."""
+    """The number that a code stands for, in units of the scale."""
     return float(np.int32(ORIGIN + (code << SHIFT)).view(np.float32)) - BASE
 
 
 def n_codes(kinds: tuple[str, ...]) -> int:
-    """How many streams are of 8 bits; as many streams of scales are the last ones."""
+    """The number of streams of 8 bits; as many streams of scales are the last ones."""
     return sum(kind in CODES_8BIT for kind in kinds)
 
 

@@ -54,7 +54,7 @@ def lerp(x: float, y: float, weight: float) -> float:
 
 
 def uncompilable(rule: Callable[..., Any], compiler: str, error: Exception) -> TypeError:
-    """What to raise for a rule the compiler refuses."""
+    """The error to raise for a rule the compiler refuses."""
     return TypeError(
         f"{compiler} cannot compile the rule {rule.__module__}.{rule.__qualname__}: it may use "
         "floats, + - * / and the functions of fastopt.optim.xp, and returns a tuple of the "

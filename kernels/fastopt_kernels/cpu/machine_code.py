@@ -1,4 +1,4 @@
-"""What the machine code of a compiled kernel says: how wide its loops are, how long it took."""
+"""Reads the machine code of a compiled kernel: how wide its loops are, how long it took."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Compiled:
 
 
 def read(key: str) -> Compiled:
-    """What is known of a kernel of this process, by its key; compiles it once more to see it."""
+    """The facts of a kernel of this process, by its key; compiles it once more to read its code."""
     obtained = disk.obtained[key]
     start = perf_counter()
     # What comes from disk is object code alone.

@@ -37,7 +37,7 @@ NO_DEVICE = 1000
 
 
 class _Driver:
-    """What Triton asks of a driver before it launches: the target, and some device number."""
+    """Answers what Triton asks before it launches: the target, and some device number."""
 
     def __init__(self, target: GPUTarget, device: int) -> None:
         self._target, self._device = target, device
@@ -62,7 +62,7 @@ class Launched:
 
     @property
     def elements(self) -> int:
-        """What a thread has of the block, or the tile, that its program takes at a time."""
+        """Elements a thread of the block, or the tile, that its program takes at a time."""
         known, target = self.constants, self.compiled.metadata.target
         if "LINES" in known:
             size = known["LINES"] * known["COLS"]
@@ -136,7 +136,7 @@ _ENGINES = ((launch, "update_kernel"), (launch, "scalars_kernel"), (reduce, "mea
 
 @dataclass(frozen=True)
 class Read:
-    """What the machine code of one kernel says of itself."""
+    """The facts read from the machine code of one kernel."""
 
     registers: int
     spilled: int
@@ -236,7 +236,7 @@ _CUDA_BITS = (("128", 128), ("64", 64), ("U8", 8), ("S8", 8), ("U16", 16), ("S16
 
 
 def access_bits(kernel: Any) -> tuple[Counter[int], Counter[int]]:
-    """How many loads and stores of global memory there are, by their width in bits."""
+    """The numbers of loads and of stores of global memory, by their width in bits."""
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     if "amdgcn" in kernel.asm:
@@ -253,7 +253,7 @@ def access_bits(kernel: Any) -> tuple[Counter[int], Counter[int]]:
 
 @dataclass(frozen=True)
 class Unit:
-    """What a multiprocessor (a compute unit) of a target has for the programs on it."""
+    """The resources of a multiprocessor (a compute unit) of a target for the programs on it."""
 
     warps: int
     blocks: int

@@ -1,1 +1,1 @@
-"""What all kernels stand on: memory, vector math, threads, the cache on disk."""
+"""The base of all kernels: memory, vector math, threads, the cache on disk."""

@@ -1,4 +1,4 @@
-"""How fast bytes can move at all: streams read, written, copied and updated with no arithmetic.
+"""The bandwidth of memory: streams read, written, copied and updated with no arithmetic.
 
 Every task takes its share of each stream in turn, a piece at a time. The pieces set how many
 streams are under way at once; the fastest size of them is the limit.

@@ -68,7 +68,7 @@ def named(function, tag):
 
 
 class Obtained(NamedTuple):
-    """How a kernel came: from disk or compiled, in how many seconds; and what makes it anew."""
+    """A kernel's origin: from disk or compiled, in how many seconds; and what makes it anew."""
 
     from_disk: bool
     seconds: float

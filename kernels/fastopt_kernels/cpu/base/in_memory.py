@@ -1,4 +1,4 @@
-"""Whether kernels may read tensors as they lie, asked in compiled code.
+"""A check, in compiled code, that kernels may read tensors as they lie in memory.
 
 Python takes 0.6 us to ask a tensor for its type, device, pending sign, layout and storage, and a
 row call has up to five of them; this asks five in 0.5 us. A tensor is handed to C functions of
@@ -69,7 +69,7 @@ def _load(typingctx, address, i):
 
 @intrinsic
 def _answer(typingctx, function, tensor):
-    """What a function of `_ASKED` says of a tensor; -1 where it has no answer."""
+    """The int64 that a function of `_ASKED` returns for a tensor; -1 where it fails."""
 
     def codegen(context, builder, signature, args):
         function, tensor = args
@@ -143,7 +143,7 @@ def _all_in_memory(items, n, table):
 
 
 def _offset_of(value: int, x: Tensor) -> int:
-    """Where in an object a pointer is. ValueError where it is nowhere."""
+    """The offset in bytes of a pointer in the object x. ValueError where x does not hold it."""
     words = [ctypes.c_int64.from_address(id(x) + at).value for at in range(0, 48, 8)]
     return 8 * words.index(value)
 
@@ -166,7 +166,7 @@ def _make_table() -> np.ndarray:
 
 
 def _is_right(check: Any, address: int) -> bool:
-    """Whether it finds of some tensors what is so."""
+    """True where the check gives the right answer for each of some tensors."""
     x, y = (torch.zeros(4, 6, device="cpu") for _ in range(2))
     top, bottom, column = y[:2], y[2:], y[:, 0]
     y.untyped_storage().resize_(48)

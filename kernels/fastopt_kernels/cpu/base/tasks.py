@@ -1,4 +1,4 @@
-"""What the row kernels share: a task is one C function, and one loop over tasks runs them all.
+"""The base of the row kernels: a task is one C function, and one loop over tasks runs them all.
 
 A task is a block of rows (or of columns) that follows from the shape alone. It is compiled once and
 called through its address, by one thread or by several, so nothing of a result depends on how many
@@ -46,12 +46,12 @@ _I64 = ir.IntType(64)
 
 
 def kind_of(tensor: Tensor | None) -> str | None:
-    """What a kernel is compiled for where it may be given this tensor, or none."""
+    """The kind that a kernel is compiled for where it takes this tensor; None for no tensor."""
     return None if tensor is None else KINDS[tensor.dtype]
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's first element is; 0 for none."""
+    """The address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -61,7 +61,7 @@ def wide(kind: str) -> str:
 
 
 class Codec:
-    """How a kernel reads and writes arrays of one kind: load(address, i), store(address, i, x).
+    """Reads and writes arrays of one kind in a kernel: load(address, i), store(address, i, x).
 
     stream: tells apart, below memory.STREAMS, what shares no memory in a kernel
     own_nan: all that is stored was computed from elements of this kind alone
@@ -82,7 +82,7 @@ def inlined(tag: str) -> Callable[[Callable[..., Any]], Any]:
 
 @njit(**JIT)
 def block_end(start, n):
-    """Where the block of a row of n elements that begins at `start` ends."""
+    """The end of the block that begins at `start`, in a row of n elements."""
     left = n - start
     if left >= BLOCK:
         return start + BLOCK
@@ -235,7 +235,7 @@ def run_groups(
 
 
 def grouped(n_groups: int) -> bool:
-    """Whether so many groups keep all threads busy."""
+    """True where so many groups keep all threads busy."""
     return n_groups >= 2 * torch.get_num_threads()
 
 

@@ -1,4 +1,4 @@
-"""What the norms over channels share: geometry, small arrays of any dtype, moments that merge.
+"""Shared by the norms over channels: geometry, small arrays of any dtype, moments that merge.
 
 A set is read in blocks that follow from the shape alone. Each block's moments are about a mean of
 its own, and blocks merge in order, in float64 (Chan, Golub & LeVeque 1983, equation 2.1): the same
@@ -105,14 +105,14 @@ def merge(n_a, mean_a, squares_a, n_b, mean_b, squares_b):
 
 @njit(**JIT)
 def poor(first, second):
-    """Whether mean and mean square about a center, summed in float32, lost the variance to
+    """True where mean and mean square about a center, summed in float32, lost the variance to
     overflow or underflow, or met what is not finite."""
     return not (TINY <= second < np.inf) and (second != 0.0 or first != 0.0)
 
 
 @njit(**JIT)
 def off(first, second):
-    """Whether a center was off by more than a standard deviation: too much would cancel."""
+    """True where a center was off by more than a standard deviation: too much would cancel."""
     return not first * first <= second - first * first < np.inf
 
 
@@ -161,7 +161,7 @@ def planes_table(c: Channels) -> Table:
 
 @njit(**JIT)
 def segments_of(k, inner, n_segments, n_total):
-    """How many segments lot k has."""
+    """The number of segments of lot k."""
     return min(n_segments, n_total - k // inner * n_segments)
 
 

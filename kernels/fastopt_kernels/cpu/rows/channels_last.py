@@ -63,12 +63,12 @@ def pixels_table(c: Channels) -> Table:
 
 
 def sets_a_task(c: Channels) -> int:
-    """How many sets one task merges."""
+    """The number of sets that one task merges."""
     return max(1, MERGED // (c.channels // c.groups))
 
 
 def image_by_image(c: Channels) -> bool:
-    """Whether each image is read, merged and written before the next: it is in cache still."""
+    """True where each image is read, merged and written before the next: it is in cache still."""
     return not c.batch and c.groups % sets_a_task(c) == 0 and tasks.grouped(c.images)
 
 

@@ -198,7 +198,7 @@ def _run(
 
 
 def _like_rows(dx: Tensor, shape: Shape) -> Tensor:
-    """Where a gradient is written row by row, before `_from_rows` brings it home."""
+    """The tensor that takes a gradient row by row, before `_from_rows` copies it to dx; or dx."""
     return dx if shape[2] == 1 else torch.empty_like(dx)
 
 

@@ -1,4 +1,4 @@
-"""What may stand around the logits of a cross entropy, for CPU: a cap, and the numbers of a loss.
+"""The optional terms of a cross entropy, for CPU: a cap of the logits, and the numbers of a loss.
 
 logits  z = softcap tanh(x / softcap)
 loss    += z_loss logsumexp(z)^2

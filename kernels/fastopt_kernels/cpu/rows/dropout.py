@@ -59,7 +59,7 @@ def keys(typingctx, seed, row):
 
 @intrinsic
 def keep(typingctx, column, first, second, kept):
-    """Whether the element of that column stays; first, second: `keys`; kept: of 2^32 columns"""
+    """True where the element of that column stays; first, second: `keys`; kept: of 2^32 columns"""
 
     def codegen(context, builder, signature, args):
         column, first, second, kept = args

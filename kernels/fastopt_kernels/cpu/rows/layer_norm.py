@@ -35,7 +35,7 @@ PIVOT = 64
 
 
 class Source(NamedTuple):
-    """Where a row comes from that is normalized: load(source, j), and fetch(source, start, stop),
+    """The source of a row that is normalized: load(source, j), and fetch(source, start, stop),
     called before elements start to stop are loaded for the first time."""
 
     load: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""How the gradients of a norm by its input are written: dx, and dx through a dropout, or one."""
+"""Writes the gradients of a norm by its input: dx, and dx through a dropout, or one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ stagings = make_staging(2 * TOGETHER)
 
 
 class Outputs(NamedTuple):
-    """What a kernel of the gradients is compiled for: kinds of dx and of dx through the dropout,
+    """The outputs a gradient kernel is compiled for: kinds of dx and of dx through the dropout,
     None where one is not wanted; whether the sum has a gradient of its own; and which more there
     are."""
 

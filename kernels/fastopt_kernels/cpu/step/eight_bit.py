@@ -99,7 +99,7 @@ def _make_codec(kind: str):
 
     @njit(**JIT)
     def size(x):
-        """What grows with the magnitude of x, as an integer; of NaN at least that of infinity, or
+        """An int32 that grows with the magnitude of x; of NaN at least that of infinity, or
         negative."""
         return np.int32(bits_of(abs(x) if signed else x))
 

@@ -211,6 +211,6 @@ def key_of(
     step_options: StepOptions,
     parallel: bool,
 ) -> str:
-    """What the kernel is kept under on disk."""
+    """The key that the kernel is kept under on disk."""
     # By a function of this module its sources, and all that it imports, are in the key.
     return disk.key(rule, _make_chunk, kinds, n_scalars, tuple(step_options), parallel)

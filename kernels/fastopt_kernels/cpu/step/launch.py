@@ -75,7 +75,7 @@ class Launch:
 
     @property
     def draws(self) -> bool:
-        """Whether anything is rounded by chance, so that `keys` count."""
+        """True where anything is rounded by chance, so that `keys` count."""
         return self.step_options.rounding == STOCHASTIC or n_codes(self.kinds) > 0
 
     def select(self, active: np.ndarray | None) -> None:

@@ -1,4 +1,4 @@
-"""What is known of the gradients of a launch before its update, in one pass over them.
+"""Reduces the gradients of a launch before its update, in one pass over them.
 
     sum g^2 or max |g|, and how many elements are not finite
 
@@ -64,7 +64,7 @@ def _chunk_parts(tag, kind, n_columns, maximum):
 
 
 def _chunk_nonfinite(tag, kind, n_columns):
-    """How many elements of a chunk's gradient are infinite or NaN."""
+    """The number of elements of a chunk's gradient that are infinite or NaN."""
     load = memory.make_loader(kind, types.float64, 0)
     put = memory.make_storer("fp64", types.float64, True, 1)
     triple, row = memory.make_row(types.int64, 3), memory.make_row(types.int64, n_columns)

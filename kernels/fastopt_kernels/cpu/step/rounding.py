@@ -84,7 +84,7 @@ def upper(x):
 
 @njit(**JIT)
 def lower(x, high):
-    """What join adds to high for x, between -0x8000 and 0x7FFF, as a float; 0 for a NaN."""
+    """The part join adds to high for x, between -0x8000 and 0x7FFF, as a float; 0 for a NaN."""
     difference = np.int32(bits_of(x) - bits_of(high))
     return np.float32(difference) if x == x else _ZERO
 
@@ -97,6 +97,6 @@ def join(high, low):
 
 @njit(**JIT)
 def rest(x, high):
-    """What is left of x beside high."""
+    """The rest of x beside high: x - high; 0 where that is not finite."""
     left = x - high
     return left if is_finite(left) else _ZERO

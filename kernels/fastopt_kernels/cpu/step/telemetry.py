@@ -1,4 +1,4 @@
-"""What a step sees of its elements as it passes over them: sums of squares, and counts.
+"""Telemetry of the elements that a step passes over: sums of squares, and counts.
 
 Squares in float64, where none of a float32 overflows or vanishes; summed within a chunk in an order
 that follows from its length.
@@ -20,7 +20,7 @@ _store = memory.make_storer("fp64", types.float64)
 
 @njit(**JIT)
 def see(g, before, exact, after):
-    """What TELEMETRY names, of one element: of its gradient, and of its parameter before the rule,
+    """The values TELEMETRY names, of one element: its gradient, and its parameter before the rule,
     as the rule has it, and as it is stored."""
     g, p, d = np.float64(g), np.float64(exact), np.float64(exact) - np.float64(before)
     nonfinite = _NONE if g - g == _ZERO else _ONE

@@ -1,1 +1,1 @@
-"""What all kernels stand on: the device, memory, arithmetic."""
+"""The base of all kernels: the device, memory, arithmetic."""

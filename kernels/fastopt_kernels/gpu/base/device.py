@@ -1,4 +1,4 @@
-"""What kernels are told of the device they are launched on."""
+"""The properties of the device that kernels are launched on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REGISTERS, OF_A_THREAD = 65536, 255
 
 @cache
 def target() -> GPUTarget | None:
-    """What is compiled for; the interpreter has no device to ask."""
+    """The target kernels are compiled for; None in the interpreter, which has no device."""
     if triton.knobs.runtime.interpret:
         return None
     return triton.runtime.driver.active.get_current_target()
@@ -28,7 +28,7 @@ def warp_size() -> int:
 
 
 def register_options(n_warps: int, many: bool = False) -> dict[str, int]:
-    """What lets a kernel have as many registers as there are, where that must be said.
+    """The options that let a kernel have as many registers as there are, where that must be said.
 
     many: it needs so many that no target has room for many warps
     """

@@ -1,4 +1,4 @@
-"""What kernels count in 32 bits, and up to where: a line, the channels, the parts of a sum.
+"""The extents that kernels count in 32 bits, and their limits: lines, channels, parts of a sum.
 
 Offsets are of 64 bits, but an index within a line is of 32, which saves a register an element. A
 block that begins before the end of a line must not wrap around, so extents end a block before

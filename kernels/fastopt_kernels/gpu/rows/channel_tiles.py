@@ -1,4 +1,4 @@
-"""How the norms over channels walk their input on a GPU, and how sums of tiles become sets'.
+"""The walk of the norms over channels over their input on a GPU, and the sums of sets from tiles'.
 
 A program takes one tile and keeps it in registers. Of planes a tile is LINES pieces of channels of
 images; of pixels (channels_last) it is LINES pixels by COLS channels. Either way COLS lie beside

@@ -57,7 +57,7 @@ def _anchor(
     x_ptr, softcap, lse, start, read, n_cols, stride_col, COMPUTE: tl.constexpr,
     COLUMNS: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What p = exp((x - top) - rest) takes: lse and 0, or what lse was made of, walked anew."""
+    """(top, rest) of p = exp((x - top) - rest): lse and 0, or the parts of lse, walked anew."""
     top = lse
     rest = lse * 0.0
     far = tl.abs(lse) >= TRUSTED_LSE
@@ -90,7 +90,7 @@ def _mass_of_probs(
 def _mass_sums(
     weight_sum_ptr, z_share_ptr, weight, most, share, z_loss, lse, COMPUTE: tl.constexpr
 ):
-    """What p is weighted with where targets are classes; and what of it is of the z_loss."""
+    """The weight of p where targets are classes; and the part of it that is of the z_loss."""
     # 1 - s + s where nothing is weighted.
     mass_sum = weight
     if weight_sum_ptr is not None:

@@ -1,4 +1,4 @@
-"""What may stand around the logits of a cross entropy, for Triton.
+"""The optional terms of a cross entropy, for Triton: a cap of the logits, and a z_loss.
 
     logits  z = softcap tanh(x / softcap),  dz/dx = 1 - tanh(x / softcap)^2
     loss    += z_loss r logsumexp(z)^2, r: 1, or the mean of w_t where losses are divided by its sum
@@ -27,12 +27,12 @@ FAR = tl.constexpr(43.0)
 
 
 def softcap_parts(softcap: float) -> tuple[float, ...] | None:
-    """How a kernel takes a cap: three parts of it, and of -2 / cap; None for none."""
+    """The cap as a kernel takes it: three parts of it, and of -2 / cap; None for none."""
     return (*shared.parts(softcap), *shared.parts(-2.0 / softcap)) if softcap else None
 
 
 def z_loss_parts(z_loss: float) -> tuple[float, ...] | None:
-    """How a kernel takes a z_loss; None for none."""
+    """The z_loss as a kernel takes it; None for none."""
     return shared.parts(z_loss) if z_loss else None
 
 

@@ -237,7 +237,7 @@ def norm_sum_kernel(
 
 
 def _tile_of(n_cols: int, compute: tl.dtype, vector: int, joined: bool) -> shared.Tile:
-    """How rows are tiled; joined: the gradient of a sum, or a dropout, takes registers too, so a
+    """The tile of rows; joined: the gradient of a sum, or a dropout, takes registers too, so a
     thread has half as many elements (sm_90)."""
     tile = shared.tile_of_rows(n_cols, compute, vector, WIDEST[compute] // (1 + joined))
     return replace(tile, threads=min(512, 2 * tile.threads)) if joined else tile

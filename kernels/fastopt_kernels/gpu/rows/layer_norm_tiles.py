@@ -1,4 +1,4 @@
-"""What the launches of the norms share: tiles, and arguments as kernels are given them."""
+"""The common parts of the launches of the norms: tiles, and arguments as kernels are given them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastopt_kernels.gpu.rows import shared
 
 
 def tile_of(n_cols: int, compute: tl.dtype, vector: int) -> shared.Tile:
-    """How rows are tiled that are normalized."""
+    """The tile of rows that are normalized."""
     # Welford in float64 takes 128 registers for more, and spills (sm_90).
     tile = shared.tile_of_rows(n_cols, compute, vector, halved=compute == tl.float64)
     if vector == 1:
@@ -29,5 +29,5 @@ def split(stats: Tensor | None, centered: bool) -> tuple[Tensor | None, Tensor |
 
 
 def offset_parts(weight_offset: float) -> tuple[float, ...] | None:
-    """What is added to the weight as kernels are given it."""
+    """The offset added to the weight, as kernels take it."""
     return shared.parts(weight_offset) if weight_offset else None

@@ -1,4 +1,4 @@
-"""What the row kernels share: where a program's lines lie, arithmetic that is IEEE's, the launch.
+"""The base of the row kernels: where a program's lines lie, arithmetic that is IEEE's, the launch.
 
 A line is what is reduced: n_cols elements, a row (next to each other) or a column (stride_col
 apart). A program takes a tile of LINES x COLS elements. Where COLS covers a line it is read once
@@ -248,7 +248,7 @@ def parts(x: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program takes, and what the compiler may count on."""
+    """The tile that a program takes, and what the compiler may count on."""
 
     lines: int
     cols: int

@@ -72,7 +72,7 @@ def softmax_kernel(
 
 @triton.jit
 def _weight(dy, y, LOG: tl.constexpr):
-    """What is summed up: dy y, of the logarithm dy."""
+    """The terms that are summed up: dy y, of the logarithm dy."""
     if LOG:
         term = dy
     else:

@@ -22,7 +22,7 @@ _SMALLEST = tl.constexpr(LEAST_SCALE)
 
 @triton.jit
 def decode(codes, scale):
-    """What codes stand for."""
+    """The float32 numbers that codes stand for."""
     q = codes.to(tl.int32)
     size = (tl.abs(q) << _SHIFT) + _ORIGIN
     x = (size.to(tl.float32, bitcast=True) - _BASE) * scale

@@ -36,7 +36,7 @@ BLOCK = {"fp64": 256, "fp32": 512, "bf16": 1024, "fp16": 1024, "int16": 1024}
 
 
 class Shape(NamedTuple):
-    """How a launch over some streams walks a chunk.
+    """The walk of a launch over a chunk of some streams.
 
     block: elements at a time; parts: programs a chunk; threads: of a program; width: elements of a
     thread that lie side by side
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(kinds: tuple[str, ...]) -> Shape:
-    """Where states have codes, a program is one warp, and a block has one scale."""
+    """The shape of a launch; if states have codes, a program is one warp, a block has one scale."""
     block = max(BLOCK[kind] for kind in kinds if kind not in CODES_8BIT)
     width = block // THREADS
     if not n_codes(kinds):

@@ -1,4 +1,4 @@
-"""What is known of all gradients before an update, in one pass over them: `cpu/step/reduce.py`.
+"""Reduces all gradients before an update, in one pass over them: `cpu/step/reduce.py`.
 
     factor = min(1, limit / (norm + 1e-6)) / scale      for each parameter group
     norm = |1 / scale| sqrt(sum g^2), or |1 / scale| max |g|
@@ -69,7 +69,8 @@ def _of_norm_group(
     parts_ptr, firsts_ptr, others_ptr, f, n_norm_groups, n_others, MAXIMUM: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """What parameters under one norm measure together, on this device and on others."""
+    """The reduction of the parameters under one norm, on this device and on others, and the
+    number of their elements that are not finite."""
     first, last = tl.load(firsts_ptr + f), tl.load(firsts_ptr + f + 1)
     lanes = tl.arange(0, PARTS)
     total = tl.zeros((PARTS,), tl.float64)

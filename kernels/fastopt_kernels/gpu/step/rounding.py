@@ -61,7 +61,7 @@ def upper(x):
 
 @triton.jit
 def lower(x, high):
-    """What join adds to high for x, between -0x8000 and 0x7FFF; 0 for a NaN."""
+    """The part join adds to high for x, between -0x8000 and 0x7FFF; 0 for a NaN."""
     difference = x.to(tl.int32, bitcast=True) - high.to(tl.int32, bitcast=True)
     return tl.where(x == x, difference, 0)
 
@@ -75,6 +75,6 @@ def join(high, low):
 
 @triton.jit
 def rest(x, high):
-    """What is left of x beside high."""
+    """The rest of x beside high: x - high; 0 where that is not finite."""
     left = x - high
     return tl.where(left - left == 0.0, left, 0.0)

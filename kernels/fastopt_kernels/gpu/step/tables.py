@@ -17,7 +17,7 @@ _captured: list[torch.Tensor] = []
 
 
 class Tables:
-    """What one launch sends.
+    """The arrays that one launch sends to the device.
 
     lasting: an array that is sent again only where it was replaced, or on another stream
     """

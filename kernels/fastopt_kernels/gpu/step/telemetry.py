@@ -1,4 +1,4 @@
-"""What a launch sees of its elements as it passes over them: `cpu/step/telemetry.py`, for Triton.
+"""Telemetry of the elements that a launch passes over: `cpu/step/telemetry.py`, for Triton.
 
 Squares in float64, where none of a float32 overflows or vanishes: the one exception among update
 kernels, of launches that are watched. Each thread adds up what it has of a block, and the threads
@@ -84,7 +84,7 @@ def write(seen_ptr, sums, grad_scale_ptr, HAS_SCALE: tl.constexpr):
 
 
 class Seen:
-    """Where a launch leaves what it saw, until somebody asks.
+    """The memory where a launch leaves its telemetry until it is read.
 
     A captured graph writes here at every replay, for as long as it lives.
     """

@@ -137,7 +137,7 @@ def _see_block(
 
 @triton.jit
 def _of_block(scale_ptrs, block):
-    """Where the scales of a block are."""
+    """The addresses of the scales of a block, one a stream."""
     places = ()
     for k in tl.static_range(len(scale_ptrs)):
         places += (scale_ptrs[k] + block,)
