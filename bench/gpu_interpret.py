@@ -32,7 +32,7 @@ def is_interpreted() -> bool:
 
 
 def _counts_on_device(device: torch.device, key: GroupKey) -> bool:
-    return bool(key.capturable or key.fused or key.unknown)
+    return bool(key.capturable or key.fused or key.may_be_skipped)
 
 
 def _measures_on_device(device: torch.device) -> bool:

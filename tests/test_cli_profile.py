@@ -160,7 +160,7 @@ def test_nothing_is_entered_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*args: Any) -> None:
         raise AssertionError("a launch that nobody looks at was announced")
 
-    monkeypatch.setattr(launches, "_seen", refuse)
+    monkeypatch.setattr(launches, "_profiled", refuse)
     step()
     with pytest.raises(AssertionError, match="announced"), clock.watching(CPU):
         step()

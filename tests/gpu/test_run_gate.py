@@ -31,9 +31,9 @@ CASE = Case("sm_90", "softmax", "float32", "row")
 def functions() -> list[Any]:
     """Everything of fastopt_kernels.gpu that Triton compiles, but what rules call."""
     modules = [
-        importlib.import_module(f"fastopt_kernels.gpu.{info.name}")
-        for info in pkgutil.iter_modules(fastopt_kernels.gpu.__path__)
-        if info.name != "xp"
+        importlib.import_module(info.name)
+        for info in pkgutil.walk_packages(fastopt_kernels.gpu.__path__, "fastopt_kernels.gpu.")
+        if info.name != "fastopt_kernels.gpu.base.xp"
     ]
     return [
         value.fn
