@@ -71,7 +71,7 @@ def _contents(cell: CellType) -> Any:
 
 
 def _cell_of_step(wrapper: Any, theirs: type) -> CellType:
-    """Where a wrapper of `step` on the instance (a scheduler's) keeps the step it calls.
+    """The cell where a wrapper of `step` on the instance (a scheduler's) keeps the step it calls.
 
     Changing the class alone would keep running torch's; dropping the wrapper would make the
     scheduler warn that nobody stepped.

@@ -53,7 +53,7 @@ def _opaque(module: ModuleType) -> ModuleType:
 
 
 def by_numba(x: Tensor) -> bool:
-    """Whether Numba's kernels serve a tensor; what they keep of a row is laid out otherwise."""
+    """True where Numba's kernels serve a tensor; what they keep of a row is laid out otherwise."""
     return x.is_cpu and _KERNELS["cpu"] == "fastopt_kernels.cpu"
 
 

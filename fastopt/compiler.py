@@ -1,4 +1,4 @@
-"""What torch.compile is to leave to Python: code that takes the addresses of tensors.
+"""Code that torch.compile is to leave to Python, because it takes the addresses of tensors.
 
 A tracer may split such code between an address and the launch that uses it, and a tensor that is
 not used after its address was taken is freed in between.

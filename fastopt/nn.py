@@ -173,8 +173,8 @@ class GroupNorm(torch.nn.GroupNorm):
 
 
 def _batch_norm(module: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
-    """What torch's class does, with fastopt.functional.batch_norm: batches are counted, and without
-    a momentum running statistics are the mean over all of them."""
+    """Does what torch's class does, with fastopt.functional.batch_norm: batches are counted, and
+    without a momentum running statistics are the mean over all of them."""
     if is_scripting():
         scripted: Tensor = module._scripted(input)  # type: ignore[operator]
         return scripted

@@ -44,7 +44,7 @@ class WeightNorm(_WeightNorm):
 
 
 def _fits(g: Tensor, v: Tensor, dim: int) -> bool:
-    """Whether kernels take these: what they do not is torch's to do, or to refuse."""
+    """True where kernels take these: what they do not is torch's to do, or to refuse."""
     if v.dtype not in DTYPES or g.dtype != v.dtype or not v.dim():
         return False
     if dim == WHOLE:

@@ -37,7 +37,7 @@ _logger = logging.getLogger("fastopt")
 
 @dataclass
 class SwapReport:
-    """What of a model runs through fastopt's modules.
+    """The modules of a model that run through fastopt's, and those that are still torch's.
 
     replaced: name of a module -> its class; kept: name -> why it is still torch's
     """
@@ -119,7 +119,7 @@ def unswap(model: T) -> T:
 
 
 def swap_report(model: torch.nn.Module) -> SwapReport:
-    """What of a model is fastopt's, and which modules near those are not, and why.
+    """The modules of a model that are fastopt's, and those near them that are not, and why.
 
     Raises TypeError for what is not a module.
     """

@@ -160,7 +160,7 @@ def mean_factor(changes: Sequence[Change]) -> float:
 
 
 def saved_runs(folder: Path) -> dict[str, Path]:
-    """What pytest-benchmark saved under a folder, by name: 0001_base is FOLDER/*/0001_base.json."""
+    """Files of pytest-benchmark under a folder, by name: 0001_base is FOLDER/*/0001_base.json."""
     return {path.stem: path for path in sorted(folder.glob("*/*.json"))}
 
 

@@ -140,7 +140,7 @@ def _train(tasks: list[Task]) -> list[Comparison]:
 
 
 def _advance(progress: Progress, bar: TaskID) -> Callable[[float], None]:
-    """What race() calls after each step; it redraws ten times a second at most."""
+    """The function race() calls after each step; it redraws ten times a second at most."""
     drawn = 0.0
 
     def on_step(loss: float) -> None:

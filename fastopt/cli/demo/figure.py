@@ -91,7 +91,7 @@ def render(comparisons: Sequence[Comparison], conditions: str) -> bytes:
 
 
 def _speedups(comparisons: Sequence[Comparison], reference: str) -> str:
-    """How many times as fast fastopt's step() is as the reference's: "2.1", or "2.1 to 3.0"."""
+    """The reference's time of step() divided by fastopt's: "2.1", or "2.1 to 3.0"."""
     ratios = [c.run(reference).optimizer_ms / c.run(FASTOPT.name).optimizer_ms for c in comparisons]
     low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
     return low if low == high else f"{low} to {high}"

@@ -39,7 +39,7 @@ MAX_FINAL_LOSS = 0.9
 
 @dataclass(frozen=True)
 class Provider:
-    """What is under comparison.
+    """An optimizer under comparison, and what the model goes through for it.
 
     make    make(parameters, lr) returns the optimizer, all else at its defaults
     adopt   what the model and the loss go through first, in place
@@ -80,7 +80,7 @@ def providers_for(task: Task) -> tuple[Provider, ...]:
 
 @dataclass
 class Run:
-    """What one provider did: one entry a step, times in seconds.
+    """The record of one provider's run: one entry a step, times in seconds.
 
     optimizer_s    around optimizer.step()
     step_s         around zero_grad, forward, backward and optimizer.step()
@@ -182,7 +182,7 @@ def evaluate(
 
 
 def problems(comparison: Comparison) -> list[str]:
-    """What is wrong with the runs, a sentence each; empty where all trained, and alike."""
+    """The problems of the runs, a sentence each; empty where all trained, and alike."""
     found = []
     reference = comparison.runs[0]
     for run in comparison.runs:

@@ -144,7 +144,7 @@ def _convolution(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
 
 
 class AddNorm(nn.LayerNorm):
-    """Where a branch joins the residual stream: (the norm of their sum, the sum)."""
+    """Adds a branch to the residual stream and returns (the norm of their sum, the sum)."""
 
     def forward(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         stream = branch + stream

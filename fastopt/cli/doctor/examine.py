@@ -1,4 +1,4 @@
-"""What `fastopt doctor` finds out: versions, backends, threads, caches, memory, kernels on disk.
+"""The facts of `fastopt doctor`: versions, backends, threads, caches, memory, kernels on disk.
 
 Facts are plain dicts, lists, numbers and strings, so that they print as JSON; what they mean is
 judged in `findings`.
@@ -78,7 +78,8 @@ def _machine() -> Facts:
 
 
 def _backend(device: str) -> Facts:
-    """Whether kernels for a device run and give what torch gives in float64; if not, why not."""
+    """Facts on a device's kernels: "ready" if they run and give what torch gives in float64, "why"
+    if not."""
     facts: Facts = {"present": device == "cpu" or torch.cuda.is_available(), "device": None}
     compiler = {"cpu": "numba", "cuda": "triton"}[device]
     facts |= {"compiler": compiler, "ready": False, "why": None, "first_call_s": None}
@@ -171,7 +172,7 @@ def _openmp() -> list[str]:
 
 
 def _forked() -> bool:
-    """Whether this is a child that was forked after fastopt's CPU kernels had been imported."""
+    """True in a child that was forked after fastopt's CPU kernels had been imported."""
     try:
         from fastopt_kernels.cpu.base import threads
     except Exception:

@@ -1,4 +1,4 @@
-"""What is wrong with an installation, and what to do about it: facts in, findings out."""
+"""The problems of an installation, and what to do about them: facts in, findings out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much arithmetic a step needs at least, counted from the formula and not from our kernels.
+"""The least arithmetic a step needs, counted from the formula and not from our kernels.
 
 A sum, product, quotient, root, exponential or comparison counts as one. An optimizer's rule is run
 on numbers that count; a function runs on meta tensors by torch's own operators, each taken apart

@@ -1,4 +1,4 @@
-"""What a step takes: in all, in Python, in launching, in kernels; medians of steps in turn."""
+"""The time of a step: in all, in Python, in launching, in kernels; medians of steps in turn."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Launched:
 
     @property
     def launch_s(self) -> float:
-        """What it takes to hand the work over, and to wait for all threads."""
+        """The time to hand the work over, and to wait for all threads."""
         return self.call_s if self.device_s is not None else min(self.idle_s, self.call_s)
 
     @property
@@ -87,7 +87,7 @@ class Launched:
 
 @dataclass
 class Breakdown:
-    """Where the time of a step goes. On a GPU host and kernels run side by side: total_s is not
+    """The time of a step, by its parts. On a GPU host and kernels run side by side: total_s is not
     their sum, but the longer of the two."""
 
     total_s: float

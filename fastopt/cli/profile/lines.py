@@ -24,7 +24,7 @@ _WHY = {
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """What a figure is worth without its machine."""
+    """The conditions that a figure is worth little without: versions, machine, threads, date."""
     name = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {
         "fastopt": fastopt.__version__,
@@ -92,7 +92,7 @@ def rows(profile: Profile) -> dict[str, str]:
 
 
 def facts(kernel: Mapping[str, Any]) -> str:
-    """What the machine code of one kernel says."""
+    """The text of the facts read from the machine code of one kernel."""
     if "registers" in kernel:
         return (
             f"{kernel['registers']} registers, {kernel['spills']} spills, "

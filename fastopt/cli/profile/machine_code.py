@@ -1,4 +1,4 @@
-"""What the machine code of kernels says: of those that ran here, or that a named GPU would run."""
+"""Facts from the machine code of kernels: of those that ran, or that a named GPU would run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def target_of(device: torch.device) -> str:
 
 
 def for_target(target: str, make: Callable[[], Subject]) -> dict[str, dict[str, Any]]:
-    """What a step of a subject on CPU tensors would launch on that GPU: compiled, read, not run."""
+    """The kernels a step of a subject on CPU tensors would launch on that GPU: compiled and read,
+    not run."""
     from fastopt_kernels.gpu import machine_code
 
     try:

@@ -17,7 +17,7 @@ HOLDS = 0.5
 
 @dataclass
 class Profile:
-    """What was measured of a subject.
+    """The measurements of a subject.
 
     bytes_per_s, operations_per_s: the limits of this machine for this mix of streams, and for sums
     of products; kernels: what the machine code of each launch says, by its name
@@ -49,7 +49,7 @@ class Profile:
 
     @property
     def shares(self) -> dict[str, float]:
-        """How much of the time each limit explains."""
+        """The share of the time that each limit explains."""
         times, subject = self.times, self.subject
         computing = (subject.operations or 0) / self.operations_per_s
         host = times.python_s + times.launch_s

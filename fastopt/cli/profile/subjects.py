@@ -1,4 +1,4 @@
-"""What can be profiled: every optimizer of fastopt.optim and every function of fastopt.functional.
+"""The subjects of a profile: all optimizers of fastopt.optim, all functions of fastopt.functional.
 
 Neither is listed here. An optimizer is found by its class; a function by its name, and its
 arguments by the names of its parameters.
@@ -112,7 +112,8 @@ def optimizer_subject(
 
 
 def _of_plan(optimizer: optim.FusedOptimizer) -> tuple[Traffic, int]:
-    """What a step moves and computes: every stream of its launches is read, all but g written."""
+    """The bytes a step moves and the operations it computes: every stream of its launches is read,
+    all but g written."""
     read = updated = operations = 0
     plan = optimizer._plan
     for launch_group in plan.launch_groups if plan is not None else []:
@@ -235,7 +236,7 @@ def function_subject(
 def arguments_of(
     name: str, shape: str, dtype: str, device: torch.device, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a function is called with, by name; its input is the first.
+    """The arguments a function is called with, by name; its input is the first.
 
     Raises LookupError for an option it does not have and where an argument is missing, ValueError
     for a shape it refuses.

@@ -30,7 +30,7 @@ MOST_OPERATORS, PROFILED_STEPS = 8, 10
 
 
 def load(text: str) -> tuple[nn.Module, torch.optim.Optimizer, Loss]:
-    """What MODULE:BUILD returns; modules of the current folder are found.
+    """The values that MODULE:BUILD returns; modules of the current folder are found.
 
     Raises ImportError, LookupError or TypeError for what is no such function.
     """

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same run: bytes moved and products summed.
+"""The limits of this machine, measured in the same run: bytes moved and products summed.
 
 The limit for a mix of reads and writes is the fastest of several passes that move as many bytes in
 streams of their own without arithmetic. In a cache that is the cache's limit.

@@ -1,4 +1,4 @@
-"""What memory costs here: the bandwidth of a copy, and the fresh pages of a large output.
+"""The cost of memory on this machine: a copy's bandwidth, and the fresh pages of a large output.
 
 glibc returns a large block to the system when it is freed. The next output of that size is made of
 fresh pages, and the first write to each asks the kernel for it: more time than most row functions

@@ -1,4 +1,4 @@
-"""What was meant by a name that does not exist."""
+"""Suggestions of the name that was meant by one that does not exist."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ Row = Sequence[str]
 
 
 def is_terminal() -> bool:
-    """Whether to print with rich: it is an extra, and a pipe wants plain text."""
+    """True where output is printed with rich: it is an extra, and a pipe wants plain text."""
     return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
 
 
